@@ -1,0 +1,14 @@
+"""One-bit keys for the KV cache of a transformer: rotate, keep the signs, attend.
+
+The house, in the order in which data walks through it::
+
+    models, corpus   a model and the text it is measured on
+    capture          its keys, as attention sees them
+    centering        what is taken off before the rotation, and given back after
+    rotations, learn the rotation that brings the keys near the sign lattice
+    bits, codec      one sign bit per coordinate, one scale per key
+    evaluate         what attention loses
+    memory, records  what it costs, and the record of how every number was made
+"""
+
+__version__ = "0.1.0"

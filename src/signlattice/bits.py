@@ -1,0 +1,44 @@
+"""The bit layout, said once.
+
+A rotated key of ``d`` coordinates is ``W = d / 8`` bytes. Bit ``p`` of byte ``w`` is the sign of
+coordinate ``p * W + w``: each bit plane is a contiguous slice of the key, so a kernel meets a
+contiguous slice of the query. A set bit is +1, and sign(0) = +1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+WORD_BITS = 8
+
+
+def sign(y: Tensor) -> Tensor:
+    """+1 where y >= 0, else -1, in y's dtype and shape. Unlike ``torch.sign``, never 0."""
+    return torch.where(y >= 0, 1.0, -1.0).to(y.dtype)
+
+
+def n_words(d: int) -> int:
+    """Bytes of one packed key of ``d`` coordinates. Raises ``InputError`` unless 8 divides d."""
+    if d < WORD_BITS or d % WORD_BITS:
+        raise InputError(f"head_dim {d} does not fill whole bytes: use a multiple of {WORD_BITS}")
+    return d // WORD_BITS
+
+
+def pack_signs(y: Tensor) -> Tensor:
+    """Signs of ``y`` [..., d] as uint8 words [..., d/8]. Raises ``InputError`` on an odd size."""
+    words = n_words(y.shape[-1])
+    planes = (y >= 0).unflatten(-1, (WORD_BITS, words)).to(torch.uint8)
+    place = torch.arange(WORD_BITS, dtype=torch.uint8, device=y.device).unsqueeze(-1)
+    return (planes << place).sum(-2, dtype=torch.uint8)
+
+
+def unpack_signs(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The signs, +1 or -1 [..., d], of uint8 words [..., d/8]. Inverse of `pack_signs`."""
+    if words.dtype != torch.uint8:
+        raise InputError(f"packed keys are uint8 words, got {words.dtype}")
+    place = torch.arange(WORD_BITS, dtype=torch.uint8, device=words.device).unsqueeze(-1)
+    bits = (words.unsqueeze(-2) >> place) & 1
+    return (2 * bits.to(dtype) - 1).flatten(-2)

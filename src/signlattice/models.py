@@ -1,0 +1,150 @@
+"""Models: our own small ones, and any other decoder by its folder or name.
+
+A mini is a checkpoint in ``models/<name>/`` that `transformers` loads as it is; its hash is in the
+record of its training, and a checkpoint that differs from its record is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    OlmoeConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .errors import InputError, IntegrityError
+
+PROJECT = Path(__file__).resolve().parents[2]
+MODELS = PROJECT / "models"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A small model of a real architecture: its transformers configuration and its context."""
+
+    name: str
+    context: int
+    vocab_size: int
+    config: dict = field(repr=False)
+
+    def build(self) -> PreTrainedModel:
+        """The untrained model; its weights follow torch's global seed."""
+        config = OlmoeConfig(
+            vocab_size=self.vocab_size, max_position_embeddings=self.context, **self.config
+        )
+        model = AutoModelForCausalLM.from_config(config)
+        model.set_experts_implementation("grouped_mm")
+        return model
+
+
+OLMOE_MINI = ModelSpec(
+    name="olmoe-mini",
+    context=512,
+    vocab_size=2048,
+    config=dict(
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=8,
+        num_experts_per_tok=2,
+        intermediate_size=48,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+)
+
+MINIS = {spec.name: spec for spec in (OLMOE_MINI,)}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to measure: fp32, in evaluation mode, with its tokenizer and hash."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    weights_hash: str
+    context: int
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, no special tokens added."""
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def spec(name: str) -> ModelSpec:
+    """The mini of that name. Raises ``InputError`` if there is none."""
+    if name not in MINIS:
+        raise InputError(f"unknown model {name!r}: choose one of {', '.join(MINIS)}, or give a folder")
+    return MINIS[name]
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over the safetensors files of a checkpoint, in name order."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise IntegrityError(f"no *.safetensors in {folder}: not a checkpoint folder")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
+    """Load a mini by name, or any decoder model from a checkpoint folder.
+
+    Raises ``InputError`` if there is neither, ``IntegrityError`` if a mini's checkpoint is missing
+    or is not the one its training record names. Loads safetensors only and no remote code.
+    """
+    named = str(name) in MINIS
+    folder = MODELS / str(name) if named else Path(name)
+    if not folder.is_dir() or not (folder / "config.json").is_file():
+        if named:
+            raise IntegrityError(
+                f"no checkpoint of {name} in {folder}: restore it with `git checkout {_short(folder)}` "
+                f"or train it with `make lab MODEL={name}`"
+            )
+        raise InputError(
+            f"unknown model {str(name)!r}: choose one of {', '.join(MINIS)}, "
+            "or give the folder of a transformers checkpoint"
+        )
+    found = weights_hash(folder)
+    if named and found != (expected := expected_hash(folder)):
+        raise IntegrityError(
+            f"the checkpoint of {name} hashes to {found[:12]}…, its record says {expected[:12]}…: "
+            f"restore it with `git checkout {_short(folder)}`"
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
+    if hasattr(model.config, "num_experts"):
+        model.set_experts_implementation("grouped_mm")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 2048)
+    return LoadedModel(str(name), model.eval().to(device), tokenizer, found, context)
+
+
+def expected_hash(folder: Path) -> str:
+    """The hash that the training wrote beside the checkpoint. Raises ``IntegrityError`` if absent."""
+    file = folder / "training.json"
+    try:
+        return json.loads(file.read_text())["weights_hash"]
+    except (OSError, ValueError, KeyError):
+        raise IntegrityError(
+            f"{file} does not name the checkpoint's hash: restore it with `git checkout {_short(folder)}`"
+        ) from None
+
+
+def _short(folder: Path) -> str:
+    return folder.relative_to(PROJECT).as_posix() if folder.is_relative_to(PROJECT) else str(folder)

@@ -1,0 +1,76 @@
+"""Shared fixtures: tiny models of the real classes, made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, OlmoeConfig, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, OlmoeForCausalLM
+
+from signlattice import corpus
+from signlattice.models import LoadedModel, load_model
+
+torch.set_num_threads(2)
+
+TEXTS = [
+    'def add(a, b):\n    """Return the sum of a and b."""\n    return a + b\n' * 4,
+    "class Graph:\n    def __init__(self, edges):\n        self.edges = list(edges)\n" * 4,
+    "import math\n\nprint(math.sqrt(2))\n" * 4,
+]
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    """Three small documents of source code."""
+    return TEXTS
+
+
+def _save(model, folder: Path) -> Path:
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)  # attention that is not uniform
+    model.save_pretrained(folder)
+    end = corpus.END_OF_DOCUMENT
+    tokenizer = corpus.train_tokenizer(TEXTS, 300)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def olmoe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny OLMoE checkpoint: 2 layers, 4 heads of 16, mixture of 4 experts."""
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, num_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return _save(OlmoeForCausalLM(config), tmp_path_factory.mktemp("tiny") / "olmoe")
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama checkpoint with grouped queries: 4 query heads on 2 KV heads of 16, no QK-norm."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return _save(LlamaForCausalLM(config), tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture
+def olmoe(olmoe_folder: Path) -> LoadedModel:
+    """The tiny OLMoE, loaded."""
+    return load_model(olmoe_folder)
+
+
+@pytest.fixture
+def llama(llama_folder: Path) -> LoadedModel:
+    """The tiny Llama, loaded."""
+    return load_model(llama_folder)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from signlattice import models
+from signlattice.errors import InputError, IntegrityError
+from signlattice.models import OLMOE_MINI, load_model, spec, weights_hash
+
+
+def test_the_mini_is_as_large_as_it_says():
+    model = OLMOE_MINI.build()
+    assert 2e6 < sum(p.numel() for p in model.parameters()) < 3e6
+    attention = model.model.layers[0].self_attn
+    assert hasattr(attention, "q_norm") and hasattr(attention, "k_norm")
+
+
+def test_the_committed_mini_loads_and_predicts_code():
+    loaded = load_model("olmoe-mini")
+    ids = torch.tensor([[0, *loaded.encode(["import numpy as np\nfrom collections import "])[0]]])
+    losses = [loaded.model(ids, labels=ids).loss, loaded.model(ids.flip(1), labels=ids.flip(1)).loss]
+    assert losses[0] < losses[1] - 1
+
+
+def test_any_checkpoint_folder_loads_in_fp32(olmoe_folder):
+    loaded = load_model(olmoe_folder)
+    assert loaded.context == 64
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    assert loaded.weights_hash == weights_hash(olmoe_folder)
+
+
+@pytest.mark.parametrize("load", [spec, load_model])
+def test_an_unknown_model_is_told_with_the_choice(load):
+    with pytest.raises(InputError, match="unknown model 'olmo-mini': choose one of olmoe-mini"):
+        load("olmo-mini")
+
+
+@pytest.fixture
+def pretend_mini(olmoe_folder, tmp_path, monkeypatch):
+    """A tiny checkpoint in the place of olmoe-mini, with its hash beside it."""
+    folder = tmp_path / "olmoe-mini"
+    shutil.copytree(olmoe_folder, folder)
+    (folder / "training.json").write_text(json.dumps({"weights_hash": weights_hash(folder)}))
+    monkeypatch.setattr(models, "MODELS", tmp_path)
+    return folder
+
+
+def test_a_mini_that_matches_its_hash_loads(pretend_mini):
+    assert load_model("olmoe-mini").name == "olmoe-mini"
+
+
+def test_a_missing_mini_says_how_to_get_it(pretend_mini):
+    shutil.rmtree(pretend_mini)
+    with pytest.raises(IntegrityError, match="no checkpoint of olmoe-mini.*git checkout.*make lab"):
+        load_model("olmoe-mini")
+
+
+def test_a_mini_with_other_weights_is_refused(pretend_mini):
+    file = pretend_mini / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(IntegrityError, match="hashes to .*its record says.*git checkout"):
+        load_model("olmoe-mini")
+
+
+def test_a_mini_without_its_hash_is_refused(pretend_mini):
+    (pretend_mini / "training.json").unlink()
+    with pytest.raises(IntegrityError, match="training.json does not name"):
+        load_model("olmoe-mini")
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(IntegrityError, match="no .*safetensors"):
+        load_model(tmp_path)
