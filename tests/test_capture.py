@@ -51,7 +51,9 @@ def test_captured_keys_make_the_attention_of_the_model(loaded):
             key = key.repeat_interleave(len(query) // len(key), 0)
             scores = query @ key.mT / key.shape[-1] ** 0.5
             scores += torch.full_like(scores, -torch.inf).triu(1)
-            torch.testing.assert_close(scores.softmax(-1), weights[layer][row], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                scores.softmax(-1), weights[layer][row], atol=1e-5, rtol=1e-4
+            )
 
 
 def test_shapes_and_scopes(loaded, request):
@@ -98,7 +100,9 @@ def test_a_bank_on_disk_is_the_bank_in_memory(loaded, tmp_path):
     assert len(list(again.shards(0))) > 1
     for layer in memory.layers:
         torch.testing.assert_close(again.keys(layer), memory.keys(layer), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(again.queries(layer), memory.queries(layer), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            again.queries(layer), memory.queries(layer), atol=1e-4, rtol=1e-4
+        )
     assert again.lengths == memory.lengths
     assert not list((tmp_path / "bank").glob("*.part"))
 
@@ -131,7 +135,9 @@ def test_an_unknown_stage_is_refused(loaded):
 def test_a_model_without_key_projection_is_told():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=300, n_positions=32))
+    model = GPT2LMHeadModel(
+        GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=300, n_positions=32)
+    )
     with pytest.raises(InputError, match="no separate key projection"):
         with capture_keys(model, "pre_rope"):
             pass

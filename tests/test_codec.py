@@ -37,7 +37,9 @@ def test_scores_on_bits_are_the_inner_products_with_decoded_keys(method, rule):
     packed = codec.encode(keys)
     query = torch.randn(B, 2 * H, 4, D, generator=torch.Generator().manual_seed(9))
     decoded = codec.decode(packed).repeat_interleave(2, 1)
-    torch.testing.assert_close(codec.scores(query, packed), query @ decoded.mT, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        codec.scores(query, packed), query @ decoded.mT, atol=2e-4, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("method", CENTERING_METHODS)
@@ -69,7 +71,9 @@ def test_the_three_scales_obey_their_definitions(seed):
     torch.testing.assert_close(error["norm"], 2 * (1 - c))
     torch.testing.assert_close(error["unbiased"], 1 / c**2 - 1)
     torch.testing.assert_close(code["norm"].square().sum(-1), energy)
-    torch.testing.assert_close((code["unbiased"] * y).sum(-1), energy)  # slope one on the key itself
+    torch.testing.assert_close(
+        (code["unbiased"] * y).sum(-1), energy
+    )  # slope one on the key itself
 
 
 def test_a_zero_key_stays_zero():

@@ -21,7 +21,10 @@ def test_the_mini_is_as_large_as_it_says():
 def test_the_committed_mini_loads_and_predicts_code():
     loaded = load_model("olmoe-mini")
     ids = torch.tensor([[0, *loaded.encode(["import numpy as np\nfrom collections import "])[0]]])
-    losses = [loaded.model(ids, labels=ids).loss, loaded.model(ids.flip(1), labels=ids.flip(1)).loss]
+    losses = [
+        loaded.model(ids, labels=ids).loss,
+        loaded.model(ids.flip(1), labels=ids.flip(1)).loss,
+    ]
     assert losses[0] < losses[1] - 1
 
 

@@ -60,3 +60,12 @@ def keys_seen_by(model: PreTrainedModel, callback: SeenKeys) -> Iterator[None]:
     finally:
         model.set_attn_implementation(former)
         _seen.reset(token)
+
+
+def score_scaling(model: PreTrainedModel) -> dict[int, float]:
+    """What multiplies the scores before softmax, per layer: 1/√D in most models, 1 in some."""
+    return {
+        module.layer_idx: module.scaling
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and hasattr(module, "scaling")
+    }

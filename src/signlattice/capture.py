@@ -97,7 +97,9 @@ class KeyBank:
     def _read(self, kind: str, layer: int) -> Iterator[Tensor]:
         name = f"{kind}.{layer}"
         if name not in self._shards and name not in self._open:
-            raise InputError(f"no {kind} of layer {layer} in this bank: it holds layers {self.layers}")
+            raise InputError(
+                f"no {kind} of layer {layer} in this bank: it holds layers {self.layers}"
+            )
         for file in self._shards.get(name, ()):
             with safe_open(self.folder / file, framework="pt") as shard:
                 yield shard.get_tensor("rows")
@@ -110,7 +112,9 @@ def open_bank(folder: Path) -> KeyBank:
         index = json.loads((folder / "index.json").read_text())
         bank = KeyBank(index["stage"], folder, lengths=index["lengths"], _shards=index["shards"])
     except (OSError, ValueError, KeyError):
-        raise IntegrityError(f"{folder} holds no finished capture: capture the keys again") from None
+        raise IntegrityError(
+            f"{folder} holds no finished capture: capture the keys again"
+        ) from None
     missing = [f for files in bank._shards.values() for f in files if not (folder / f).is_file()]
     if missing:
         raise IntegrityError(f"{folder} lacks the shard {missing[0]}: capture the keys again")
@@ -141,7 +145,9 @@ def capture_keys(
         raise InputError(f"unknown stage {stage!r}: use 'post_rope' or 'pre_rope'")
     if folder is not None:
         if (folder / "index.json").exists():
-            raise InputError(f"{folder} holds a capture already: open_bank reads it, or use another")
+            raise InputError(
+                f"{folder} holds a capture already: open_bank reads it, or use another"
+            )
         folder.mkdir(parents=True, exist_ok=True)
     bank = KeyBank(stage, folder, shard_tokens, dtype)
     batch = _Batch(bank)

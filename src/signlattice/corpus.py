@@ -39,10 +39,14 @@ class Package:
 
 PACKAGES = (
     Package("sympy", "1.14.0", "534c4522fbec46cb6b2723800156027ae77b0473d33fd7c0b6cd2c4ddc7149f9"),
-    Package("networkx", "3.6.1", "5227f1117229e44418f558e8581000bcfde910f016b0f7f52f06115e5a17a20a"),
+    Package(
+        "networkx", "3.6.1", "5227f1117229e44418f558e8581000bcfde910f016b0f7f52f06115e5a17a20a"
+    ),
     Package("mpmath", "1.3.0", "992f8ae5fb7fe15a4bbf9707587a313baa2ab5fc784240b5392aafab930d757e"),
     Package("Sphinx", "7.4.7", "480512d44872b5f5b8aedd83a480c1dea4e26e1c642d0002cf862a9d382dcc71"),
-    Package("docutils", "0.21.2", "2b04d4c7c93585bcf7dc722f76c23fc59fda941e61907eb4d340a69cf7274bd2"),
+    Package(
+        "docutils", "0.21.2", "2b04d4c7c93585bcf7dc722f76c23fc59fda941e61907eb4d340a69cf7274bd2"
+    ),
     Package("Jinja2", "3.1.6", "e9f5178e345c59a38822a349b8a573088d9843903ed1ba03f0a0814312acb78c"),
 )
 
@@ -77,7 +81,9 @@ def read_package(package: Package) -> tuple[Document, ...]:
     try:
         installed = distribution(package.name)
     except PackageNotFoundError:
-        raise IntegrityError(f"corpus package {package.name!r} is not installed; {remedy}") from None
+        raise IntegrityError(
+            f"corpus package {package.name!r} is not installed; {remedy}"
+        ) from None
     if installed.version != package.version:
         raise IntegrityError(
             f"corpus package {package.name!r} is {installed.version}, the corpus was read from "
@@ -140,7 +146,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Token 0 ends a document. Raises ``InputError`` if ``vocab_size`` cannot hold all bytes.
     """
     if vocab_size < 257:
-        raise InputError(f"vocab_size {vocab_size} cannot hold 256 bytes and an end token: use >= 257")
+        raise InputError(
+            f"vocab_size {vocab_size} cannot hold 256 bytes and an end token: use >= 257"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attention import keys_seen_by
-from .beta import beta, cosine, relative_distortion
+from .beta import beta, relative_distortion
 from .capture import KeyBank
 from .codec import KeyCodec, LayerCodec
 from .corpus import Document, windows
@@ -66,7 +66,9 @@ def passages(
     return cut
 
 
-def batches(pieces: Sequence[Passage], size: int = 16) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+def batches(
+    pieces: Sequence[Passage], size: int = 16
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """``(indices, input ids, attention mask)`` [B, T]; alike lengths together, padded on the right."""
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i].ids))
     for start in range(0, len(order), size):

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from .errors import InputError, IntegrityError
+from .files import PROJECT, shown
 
-PROJECT = Path(__file__).resolve().parents[2]
 MODELS = PROJECT / "models"
 
 
@@ -77,15 +77,23 @@ class LoadedModel:
     weights_hash: str
     context: int
 
+    @property
+    def head_dim(self) -> int:
+        """Coordinates of a key."""
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, no special tokens added."""
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def spec(name: str) -> ModelSpec:
     """The mini of that name. Raises ``InputError`` if there is none."""
     if name not in MINIS:
-        raise InputError(f"unknown model {name!r}: choose one of {', '.join(MINIS)}, or give a folder")
+        raise InputError(
+            f"unknown model {name!r}: choose one of {', '.join(MINIS)}, or give a folder"
+        )
     return MINIS[name]
 
 
@@ -112,7 +120,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     if not folder.is_dir() or not (folder / "config.json").is_file():
         if named:
             raise IntegrityError(
-                f"no checkpoint of {name} in {folder}: restore it with `git checkout {_short(folder)}` "
+                f"no checkpoint of {name} in {shown(folder)}: restore it with `git checkout {shown(folder)}` "
                 f"or train it with `make lab MODEL={name}`"
             )
         raise InputError(
@@ -123,7 +131,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     if named and found != (expected := expected_hash(folder)):
         raise IntegrityError(
             f"the checkpoint of {name} hashes to {found[:12]}…, its record says {expected[:12]}…: "
-            f"restore it with `git checkout {_short(folder)}`"
+            f"restore it with `git checkout {shown(folder)}`"
         )
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
@@ -142,9 +150,5 @@ def expected_hash(folder: Path) -> str:
         return json.loads(file.read_text())["weights_hash"]
     except (OSError, ValueError, KeyError):
         raise IntegrityError(
-            f"{file} does not name the checkpoint's hash: restore it with `git checkout {_short(folder)}`"
+            f"{shown(file)} does not name the checkpoint's hash: restore it with `git checkout {shown(folder)}`"
         ) from None
-
-
-def _short(folder: Path) -> str:
-    return folder.relative_to(PROJECT).as_posix() if folder.is_relative_to(PROJECT) else str(folder)

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -44,7 +43,9 @@ class TrainConfig:
         if not 0 < self.lr < 1:
             raise InputError(f"lr={self.lr}: use a step between 0 and 1")
         if self.precision not in ("float32", "bfloat16"):
-            raise InputError(f"precision={self.precision!r}: use 'float32' or 'bfloat16' (autocast)")
+            raise InputError(
+                f"precision={self.precision!r}: use 'float32' or 'bfloat16' (autocast)"
+            )
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -160,7 +161,9 @@ def _token_stream(tokenizer: Tokenizer) -> Tensor:
     """The train side as one stream of tokens, an end token before each document. [n_tokens]"""
     texts = [document.text for document in corpus.documents("train")]
     encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-    return torch.cat([torch.tensor([0, *encoding.ids], dtype=torch.int16) for encoding in encodings])
+    return torch.cat(
+        [torch.tensor([0, *encoding.ids], dtype=torch.int16) for encoding in encodings]
+    )
 
 
 def _batch(stream: Tensor, context: int, config: TrainConfig, step: int) -> Tensor:
@@ -172,7 +175,8 @@ def _batch(stream: Tensor, context: int, config: TrainConfig, step: int) -> Tens
         for e in (epoch, epoch + 1)
     ]
     offsets = [
-        int(torch.randint(context, (1,), generator=torch.Generator().manual_seed(e))) for e in (epoch, epoch + 1)
+        int(torch.randint(context, (1,), generator=torch.Generator().manual_seed(e)))
+        for e in (epoch, epoch + 1)
     ]
     starts = torch.cat([order * context + offset for order, offset in zip(orders, offsets)])
     starts = starts[first : first + config.batch_size]

@@ -1,0 +1,50 @@
+# Type `make` for what there is. Everything runs in .venv, made from requirements.txt on first use.
+
+PYTHON ?= python3
+MODEL  ?= olmoe-mini
+# in this order: a lab may read what an earlier one has made
+LAB    ?= train ablation solvers
+
+BIN      := .venv/bin
+STAMP    := .venv/.installed
+CHAPTERS := $(sort $(wildcard book/*.ipynb))
+BENCHES  := $(sort $(wildcard benchmarks/*.py))
+
+.PHONY: help book html lab test bench clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@echo "signlattice: one-bit keys for the KV cache, and the paper about them, recomputed"
+	@echo
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+	@echo
+	@echo "  MODEL=$(MODEL)   LAB=\"$(LAB)\"   PYTHON=$(PYTHON)"
+
+book: $(STAMP) ## execute the chapters and build the book: _build/html/index.html
+	$(BIN)/python -m signlattice.notebooks run $(CHAPTERS)
+	$(MAKE) --no-print-directory html
+
+html: $(STAMP) ## build the book from the outputs that are in the notebooks
+	$(BIN)/jupyter-book build . --all -W -n --keep-going
+
+lab: $(STAMP) ## rerun the heavy notebooks: make lab MODEL=olmoe-mini [LAB=ablation]
+	$(BIN)/python -m signlattice.notebooks run $(LAB:%=book/lab/%.ipynb) -p model $(MODEL)
+
+test: $(STAMP) ## unit, property, equation and style tests, then the chapters' outputs
+	$(BIN)/python -m pytest tests $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+
+bench: $(STAMP) ## time the solvers and whatever else is in benchmarks/
+	@set -e; for bench in $(BENCHES); do echo "== $$bench"; $(BIN)/python $$bench; done
+
+clean: ## remove what a build leaves; the environment goes with: rm -r .venv
+	rm -rf _build .pytest_cache .hypothesis
+	find src tests book benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The stamp is made last, so that an interrupted installation is taken up again.
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "error: $(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

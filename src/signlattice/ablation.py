@@ -1,0 +1,330 @@
+"""The ablation: rotation × centering × scale rule × temperature, each on held-out text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from . import __version__, corpus, rotations
+from .attention import score_scaling
+from .beta import elliptical_ceiling
+from .capture import KeyBank, capture_keys
+from .centering import CENTERING_METHODS, Centering
+from .codec import SCALE_RULES, KeyCodec, LayerCodec
+from .errors import InputError
+from .evaluate import (
+    Passage,
+    TokenLosses,
+    batches,
+    fit_temperature,
+    head_quality,
+    logits_of,
+    passages,
+    perplexity,
+    perplexity_gap,
+    token_losses,
+)
+from .learn import LearnConfig, learn_rotation
+from .models import LoadedModel
+
+ROTATIONS = ("identity", "srht", "pca_hadamard", "itq", "gradient", "annealed")
+LEARNED = ("itq", "gradient", "annealed")
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """What is crossed, and on how much text.
+
+    ``n_keys``: calibration keys per head. ``windows``: context windows read of each calibration and
+    evaluation document. ``temperature_passages``: calibration passages for the temperature.
+    """
+
+    rotations: tuple[str, ...] = ROTATIONS
+    centerings: tuple[str, ...] = CENTERING_METHODS
+    scale_rules: tuple[str, ...] = SCALE_RULES
+    temperatures: tuple[bool, ...] = (False, True)
+    n_keys: int = 16384
+    windows: int = 2
+    temperature_passages: int = 12
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("rotations", ROTATIONS),
+            ("centerings", CENTERING_METHODS),
+            ("scale_rules", SCALE_RULES),
+        ):
+            if unknown := set(getattr(self, name)) - set(allowed):
+                raise InputError(
+                    f"{name}: unknown {sorted(unknown)}; choose from {', '.join(allowed)}"
+                )
+        if self.n_keys < 1 or self.windows < 1 or self.temperature_passages < 1:
+            raise InputError(f"n_keys, windows and temperature_passages of {self}: use 1 or more")
+
+    @property
+    def n_runs(self) -> int:
+        """How many configurations are crossed."""
+        crossed = (self.rotations, self.centerings, self.scale_rules, self.temperatures)
+        return math.prod(len(choices) for choices in crossed)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration, held out: means over heads, and the model's own figures.
+
+    ``beta_std`` is the spread over heads. ``attention_kl`` and ``logit_kl`` are nats per query and
+    per token; ``attention_top1`` and ``top1`` are shares; ``gap`` is in perplexity, with its
+    interval over documents; ``compressed`` counts keys.
+    """
+
+    rotation: str
+    centering: str
+    scale: str
+    temperature: bool
+    beta: float
+    beta_std: float
+    distortion: float
+    attention_kl: float
+    attention_top1: float
+    perplexity: float
+    gap: float
+    gap_low: float
+    gap_high: float
+    logit_kl: float
+    top1: float
+    compressed: int
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """All rows, the exact model's losses, and per head the ceiling of elliptical keys."""
+
+    rows: tuple[Row, ...]
+    exact: TokenLosses
+    ceilings: dict[str, np.ndarray]
+    losses: dict[tuple[str, str, str, bool], TokenLosses] = field(repr=False)
+    codecs: dict[tuple[str, str, str, bool], KeyCodec] = field(repr=False)
+
+    def row(self, rotation: str, centering: str, scale: str, temperature: bool = False) -> Row:
+        """The row of one configuration. Raises ``InputError`` if it was not run."""
+        wanted = (rotation, centering, scale, temperature)
+        for row in self.rows:
+            if (row.rotation, row.centering, row.scale, row.temperature) == wanted:
+                return row
+        raise InputError(f"the ablation has no row {wanted}")
+
+    def ceiling_rows(self) -> list[dict[str, str | float]]:
+        """Per centering the mean elliptical ceiling over heads, with its range."""
+        return [
+            {"centering": name, "mean": float(v.mean()), "low": float(v.min()), "high": float(v.max())}
+            for name, v in self.ceilings.items()
+        ]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What is measured on: keys to fit on, keys held out, and held-out passages."""
+
+    calibration: KeyBank
+    temperature: KeyBank
+    held_out: KeyBank
+    pieces: list[Passage]
+
+
+def run_ablation(
+    loaded: LoadedModel,
+    config: AblationConfig,
+    scratch: Path,
+    progress: Callable[[Row], None] | None = None,
+) -> Ablation:
+    """Run every configuration; rotations and losses that ``scratch`` already holds are not redone.
+
+    Rotations, means and temperatures are fitted on calibration documents alone, everything in a
+    `Row` is measured on evaluation documents.
+    """
+    scratch = scratch / _identity(loaded, config)
+    scratch.mkdir(parents=True, exist_ok=True)
+    text = _read_text(loaded, config)
+    exact_logits = logits_of(loaded, text.pieces)
+    exact = token_losses(loaded, text.pieces)
+    rows, losses, codecs, ceilings = [], {}, {}, {}
+    for centering in config.centerings:
+        keys = calibration_keys(text.calibration, config.n_keys, config.seed)
+        centerings = {layer: Centering.fit(heads, centering) for layer, heads in keys.items()}
+        centred = {layer: centerings[layer].split(heads)[0] for layer, heads in keys.items()}
+        ceilings[centering] = np.array(
+            [elliptical_ceiling(_spectrum(head)) for heads in centred.values() for head in heads]
+        )
+        for rotation in config.rotations:
+            matrices = _remembered(
+                scratch / f"{centering}.{rotation}.safetensors",
+                lambda: {
+                    k: rotate_heads(heads, rotation, config.seed) for k, heads in centred.items()
+                },
+            )
+            for rule in config.scale_rules:
+                plain = {
+                    layer: LayerCodec(matrices[layer], centerings[layer], rule)
+                    for layer in matrices
+                }
+                for temperature in config.temperatures:
+                    layers = (
+                        with_temperature(plain, text.temperature, loaded) if temperature else plain
+                    )
+                    name = (rotation, centering, rule, temperature)
+                    codec = KeyCodec(layers, loaded.weights_hash, _provenance(name, config))
+                    codecs[name] = codec
+                    losses[name] = token_losses(loaded, text.pieces, codec, exact_logits)
+                    rows.append(_row(name, codec, loaded, text, losses[name], exact))
+                    if progress is not None:
+                        progress(rows[-1])
+    return Ablation(tuple(rows), exact, ceilings, losses, codecs)
+
+
+def rotate_heads(centred: Tensor, rotation: str, seed: int) -> Tensor:
+    """One rotation per head [H, D, D] for centred keys [H, N, D]; seeds differ between heads.
+
+    Raises ``InputError`` on an unknown rotation.
+    """
+    return torch.stack([_rotation(head, rotation, seed + i) for i, head in enumerate(centred)])
+
+
+def calibration_keys(bank: KeyBank, n_keys: int, seed: int) -> dict[int, Tensor]:
+    """A random ``n_keys`` of the bank's tokens, the same in each layer: [H, n_keys, D] per layer.
+
+    Raises ``InputError`` if the bank holds fewer.
+    """
+    if bank.n_tokens < n_keys:
+        raise InputError(f"n_keys={n_keys}, but the calibration text has {bank.n_tokens} tokens")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(bank.n_tokens, generator=generator)[:n_keys].sort().values
+    return {layer: bank.keys(layer)[:, chosen].contiguous() for layer in bank.layers}
+
+
+def with_temperature(
+    layers: dict[int, LayerCodec], bank: KeyBank, loaded: LoadedModel
+) -> dict[int, LayerCodec]:
+    """The same codes with a temperature per head, fitted on ``bank``."""
+    scaling = score_scaling(loaded.model)
+    return {
+        layer: replace(code, temperature=fit_temperature(code, bank, layer, scaling[layer]))
+        for layer, code in layers.items()
+    }
+
+
+def bank_of(loaded: LoadedModel, pieces: list[Passage], *, queries: bool = True) -> KeyBank:
+    """The keys, after RoPE, that ``loaded`` makes of some passages."""
+    with capture_keys(loaded.model, queries=queries) as bank:
+        for _, ids, mask in batches(pieces):
+            loaded.model(ids, attention_mask=mask, use_cache=False)
+    return bank
+
+
+def _read_text(loaded: LoadedModel, config: AblationConfig) -> _Text:
+    fit = passages(loaded, corpus.documents("calibration"), config.windows)
+    pieces = passages(loaded, corpus.documents("evaluation"), config.windows)
+    whole = [piece for piece in pieces if len(piece.ids) == loaded.context] or pieces
+    return _Text(
+        calibration=bank_of(loaded, fit, queries=False),
+        temperature=bank_of(loaded, fit[:: max(1, len(fit) // config.temperature_passages)]),
+        held_out=bank_of(loaded, whole[::2]),
+        pieces=pieces,
+    )
+
+
+def _rotation(keys: Tensor, rotation: str, seed: int) -> Tensor:
+    d = keys.shape[-1]
+    if rotation == "identity":
+        return rotations.identity(d)
+    if rotation == "srht":
+        return rotations.srht(d, seed)
+    if rotation == "pca_hadamard":
+        return rotations.pca_hadamard(keys)
+    if rotation in LEARNED:
+        return learn_rotation(keys, LearnConfig(solver=rotation, seed=seed)).matrix
+    raise InputError(f"unknown rotation {rotation!r}: choose one of {', '.join(ROTATIONS)}")
+
+
+def _row(
+    name: tuple[str, str, str, bool],
+    codec: KeyCodec,
+    loaded: LoadedModel,
+    text: _Text,
+    losses: TokenLosses,
+    exact: TokenLosses,
+) -> Row:
+    scaling = score_scaling(loaded.model)
+    quality = [
+        head_quality(code, text.held_out, layer, scaling[layer])
+        for layer, code in codec.layers.items()
+    ]
+    gap = perplexity_gap(losses, exact)
+    n_tokens = losses.n_tokens.sum()
+    beta = np.concatenate([layer.beta for layer in quality])
+    return Row(
+        *name,
+        beta=float(beta.mean()),
+        beta_std=float(beta.std(ddof=1)),
+        distortion=_mean(layer.distortion for layer in quality),
+        attention_kl=_mean(layer.kl for layer in quality),
+        attention_top1=_mean(layer.top1 for layer in quality),
+        perplexity=perplexity(losses).value,
+        gap=gap.value,
+        gap_low=gap.low,
+        gap_high=gap.high,
+        logit_kl=float(losses.kl.sum() / n_tokens),
+        top1=float(losses.agree.sum() / n_tokens),
+        compressed=losses.n_compressed,
+    )
+
+
+def _mean(per_layer: Iterable[np.ndarray]) -> float:
+    return float(np.concatenate(list(per_layer)).mean())
+
+
+def _spectrum(keys: Tensor) -> Tensor:
+    """Eigenvalues of the scatter E[k kᵀ] of keys [N, D]."""
+    return torch.linalg.eigvalsh((keys.T @ keys / len(keys)).double()).clamp_min(0)
+
+
+def _remembered(file: Path, make: Callable[[], dict[int, Tensor]]) -> dict[int, Tensor]:
+    """Tensors per layer, read from ``file`` if an earlier run got that far, else made and kept."""
+    if not file.exists():
+        part = file.with_suffix(".part")
+        save_file({str(layer): tensor.contiguous() for layer, tensor in make().items()}, part)
+        part.replace(file)
+    return {
+        int(layer): tensor
+        for layer, tensor in sorted(load_file(file).items(), key=lambda x: int(x[0]))
+    }
+
+
+def _provenance(name: tuple[str, str, str, bool], config: AblationConfig) -> dict[str, str]:
+    """What a codec file says of how it was fitted."""
+    rotation, centering, scale, temperature = name
+    return {
+        "rotation": rotation,
+        "centering": centering,
+        "scale": scale,
+        "temperature": "fitted" if temperature else "one",
+        "calibration": corpus.fingerprint(corpus.documents("calibration")),
+        "n_keys": str(config.n_keys),
+        "seed": str(config.seed),
+        "signlattice": __version__,
+    }
+
+
+def _identity(loaded: LoadedModel, config: AblationConfig) -> str:
+    """What kept rotations depend on: the model, the calibration text, N and the seed."""
+    known = (loaded.weights_hash, corpus.fingerprint(corpus.documents("calibration")))
+    settings = (config.n_keys, config.windows, config.seed)
+    return hashlib.sha256(json.dumps([known, settings]).encode()).hexdigest()[:16]

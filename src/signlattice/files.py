@@ -1,0 +1,52 @@
+"""Where the repository's files are, and how one of them is written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from .errors import InputError
+
+PROJECT = Path(__file__).resolve().parents[2]
+"""Root of the source tree: it holds ``models/``, ``results/``, ``book/`` and ``claims.yml``."""
+
+
+def shown(path: Path) -> str:
+    """A path as messages show it: relative to the source tree where it lies inside."""
+    full = Path(path).absolute()
+    return full.relative_to(PROJECT).as_posix() if full.is_relative_to(PROJECT) else str(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text whole or not at all; folders are made as needed.
+
+    Raises ``InputError`` if the place cannot be written to.
+    """
+    path = Path(path)
+    check_writable(path.parent)
+    handle, building = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        os.chmod(building, 0o644)  # mkstemp gives 0600, which a checkout would not
+        os.replace(building, path)
+    except BaseException:
+        Path(building).unlink(missing_ok=True)
+        raise
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder if need be and try a file in it, so that long work does not end in vain.
+
+    Raises ``InputError`` if the folder cannot be made or written to.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {shown(folder)} ({error.strerror}): "
+            "make it a folder that you may write to"
+        ) from None

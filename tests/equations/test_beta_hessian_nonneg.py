@@ -1,0 +1,72 @@
+"""Claim 23 (S6), beta_hessian_nonneg: the Hessian of beta is nonnegative.
+
+Holds only in readings that say little. As a function of an arbitrary matrix, E||Rk||_1 is convex.
+On the rotations, where training happens, the Hessian at a perfect lattice is
+-tr(Omega^T Omega Sigma)/d, never positive (it is a maximum), and elsewhere it has both signs.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from signlattice.beta import beta
+
+
+def gaussian(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def skew(d, seed):
+    a = gaussian(d, d, seed=seed)
+    return (a - a.T) / d**0.5
+
+
+def plane(d, i, j):
+    """Generator of the rotation in the plane of axes i and j."""
+    omega = torch.zeros(d, d, dtype=torch.float64)
+    omega[i, j], omega[j, i] = 1, -1
+    return omega
+
+
+def curvature(keys, omega, step):
+    """Second difference of beta along the geodesic exp(t Omega)."""
+    ahead, back = (beta(keys @ torch.matrix_exp(s * omega).T) for s in (step, -step))
+    return (ahead - 2 * beta(keys) + back) / step**2
+
+
+@given(st.integers(0, 10**6), st.floats(0, 1))
+@settings(max_examples=25, deadline=None)
+def test_the_objective_is_convex_in_the_ambient_matrix(seed, t):
+    a, b, keys = gaussian(6, 6, seed=seed), gaussian(6, 6, seed=seed + 1), gaussian(9, 6, seed=1)
+
+    def objective(matrix):
+        return (keys @ matrix.T).abs().sum()
+
+    assert objective((1 - t) * a + t * b) <= (1 - t) * objective(a) + t * objective(b) + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_at_a_perfect_lattice_the_hessian_is_minus_the_energy_of_omega(seed):
+    d = 32
+    bits = torch.randint(0, 2, (200, d), generator=torch.Generator().manual_seed(seed))
+    keys = 2.0 * bits.double() - 1
+    omega, sigma = skew(d, seed), keys.T @ keys / len(keys)
+    expected = -(omega.T @ omega @ sigma).trace() / d
+    assert expected < 0
+    assert curvature(keys, omega, 1e-3) == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_elsewhere_the_hessian_has_both_signs():
+    """Axes 0 and 1 on the lattice of their plane (a maximum), axes 2 and 3 spiky (a minimum)."""
+    n = 4000
+    bits = torch.randint(0, 2, (n, 2), generator=torch.Generator().manual_seed(0))
+    pair = 2.0 * bits.double() - 1
+    spiky = gaussian(n, 2, seed=1) * 0.05
+    spiky[::2, 0] += 1.4
+    spiky[1::2, 1] += 1.4
+    keys = torch.cat([pair, spiky], dim=1)
+    assert curvature(keys, plane(4, 0, 1), 1e-2) < -0.1
+    assert curvature(keys, plane(4, 2, 3), 1e-2) > 0.1

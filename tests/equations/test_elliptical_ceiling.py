@@ -1,0 +1,77 @@
+"""The ceiling behind S3 and S4: what a rotation can reach on elliptical keys, without training.
+
+Holds: PCA-Hadamard attains the closed form, for light and heavy tails alike; no rotation near it or
+drawn at random does better; isotropic rank-r keys have the closed form 1, .9003, .8660, .8488. A
+beta above the ceiling of a key's own covariance therefore shows structure that is not elliptical.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from signlattice.beta import beta, elliptical_ceiling, haar_beta, rank_ceiling
+from signlattice.rotations import haar, pca_hadamard, srht
+
+D, N = 64, 60_000
+
+
+def gaussian(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def elliptical_keys(spectrum, seed, heavy=False):
+    keys = gaussian(N, D, seed=seed) * spectrum.sqrt() @ haar(D, seed, dtype=torch.float64)
+    if heavy:
+        # Student's t with 3 degrees of freedom: its fourth moment is infinite.
+        keys = keys / gaussian(N, 3, seed=seed + 1).norm(dim=-1, keepdim=True)
+    return keys
+
+
+POWER_LAW = torch.arange(1, D + 1, dtype=torch.float64) ** -2.0
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_pca_hadamard_attains_it_and_random_rotations_do_not(heavy):
+    keys = elliptical_keys(POWER_LAW, seed=1, heavy=heavy)
+    ceiling = elliptical_ceiling(POWER_LAW)
+    assert ceiling > haar_beta(D) + 0.04
+    # With heavy tails the sample covariance converges slowly: normalised keys have the same axes.
+    basis = torch.nn.functional.normalize(keys, dim=-1)
+    best = pca_hadamard(basis, dtype=torch.float64)
+    assert beta(keys @ best.T) == pytest.approx(ceiling, abs=1.5e-3)
+    for seed in range(5):
+        for draw in (haar, srht):
+            assert beta(keys @ draw(D, seed, dtype=torch.float64).T) < ceiling - 0.005
+
+
+def test_no_rotation_close_by_is_better():
+    keys = elliptical_keys(POWER_LAW, seed=3)
+    best = pca_hadamard(keys, dtype=torch.float64)
+    value = beta(keys @ best.T)
+    for seed in range(6):
+        a = gaussian(D, D, seed=seed)
+        turn = torch.matrix_exp(0.1 * (a - a.T) / D**0.5)
+        assert beta(keys @ (turn @ best).T) < value
+
+
+@pytest.mark.parametrize(("rank", "value"), [(1, 1.0), (2, 0.9003), (3, 0.8660), (4, 0.8488)])
+def test_isotropic_keys_of_low_rank(rank, value):
+    spectrum = torch.zeros(D, dtype=torch.float64)
+    spectrum[:rank] = 1
+    assert rank_ceiling(rank) == pytest.approx(value, abs=5e-5)
+    assert elliptical_ceiling(spectrum) == pytest.approx(rank_ceiling(rank), abs=1e-10)
+    keys = elliptical_keys(spectrum, seed=rank)
+    assert beta(keys @ pca_hadamard(keys, dtype=torch.float64).T) == pytest.approx(value, abs=3e-3)
+
+
+def test_lattice_structure_goes_above_it():
+    """Noisy lattice keys have an isotropic covariance, and a rotation far above its ceiling."""
+    bits = torch.randint(0, 2, (N, D), generator=torch.Generator().manual_seed(0)).double()
+    planted = 2 * bits - 1 + 0.48 * gaussian(N, D, seed=1)
+    hidden = haar(D, 2, dtype=torch.float64)
+    keys = planted @ hidden
+    ceiling = elliptical_ceiling(torch.linalg.eigvalsh(keys.T @ keys))
+    assert ceiling == pytest.approx(haar_beta(D), abs=1e-3)
+    assert beta(keys @ pca_hadamard(keys, dtype=torch.float64).T) < ceiling + 2e-3
+    assert beta(keys @ hidden.T) > ceiling + 0.09

@@ -1,0 +1,53 @@
+"""Claim 15 (S5): without centering the rotation is held to the subgroup O(d-1) that fixes the mean.
+
+Does not hold. For one vector every R is free, and some R puts the uncentred key on the lattice. For
+keys around a mean along e, rotations that send e to *another* lattice vector do as well as those
+that leave it where it is, and both do better than any rotation does on the centred keys.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from signlattice.beta import beta, folded_normal_beta, rank_ceiling
+from signlattice.rotations import haar, hadamard, identity, orthogonality_defect
+
+D = 128
+
+
+def onto_lattice(key, corner):
+    """The reflection that takes ``key`` to the direction of ``corner``."""
+    normal = key / key.norm() - corner / corner.norm()
+    eye = torch.eye(len(key), dtype=key.dtype)
+    return eye - 2 * torch.outer(normal, normal) / normal.dot(normal)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_some_rotation_puts_any_single_key_on_the_lattice(seed):
+    key = 3 + torch.randn(D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    e = torch.ones(D, dtype=torch.float64) / math.sqrt(D)
+    rotation = onto_lattice(key, hadamard(D, dtype=torch.float64)[5])
+    assert orthogonality_defect(rotation) < 1e-12
+    assert beta(rotation @ key) == pytest.approx(1, abs=1e-12)
+    assert (rotation @ e - e).norm() > 1  # and it does not fix the mean direction
+
+
+def test_fixing_the_mean_direction_earns_nothing():
+    eta = 4
+    noise = torch.randn(8000, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    keys = noise + math.sqrt(eta)
+    flip = torch.diag(hadamard(D, dtype=torch.float64)[5].sign())
+    mixed = onto_lattice(torch.ones(D, dtype=torch.float64), flip.diagonal())
+    values = [beta(keys @ r.T) for r in (identity(D, dtype=torch.float64), flip, mixed)]
+    assert values == pytest.approx([folded_normal_beta(eta)] * 3, abs=3e-3)
+    assert min(values) > rank_ceiling(D - 1) + 0.09
+
+
+def test_a_mean_off_the_lattice_is_what_costs():
+    """The same keys under a rotation that sends the mean to a generic direction: the floor."""
+    noise = torch.randn(4000, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    values = [beta((noise + 2) @ haar(D, s, dtype=torch.float64).T) for s in range(5)]
+    assert max(values) < 0.84

@@ -1,0 +1,157 @@
+"""Claims: the file is whole, every settled verdict has its check, and mistakes in it are told."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from signlattice import claims
+from signlattice.claims import Claim, load_claims
+from signlattice.errors import InputError, IntegrityError
+from signlattice.records import Metric
+
+ROOT = Path(__file__).resolve().parents[1]
+CLAIMS = load_claims()
+
+
+def settled() -> list[Claim]:
+    return [claim for claim in CLAIMS.values() if claim.status == "settled"]
+
+
+def test_every_claim_of_the_paper_is_there() -> None:
+    assert [claim.number for claim in CLAIMS.values()] == list(range(1, len(CLAIMS) + 1))
+    assert len(CLAIMS) >= 34
+
+
+@pytest.mark.parametrize("claim", settled(), ids=lambda claim: claim.id)
+def test_what_supports_a_settled_verdict_exists(claim: Claim) -> None:
+    assert claim.check or claim.record or claim.verdict in claims.ARGUED
+    assert claim.record is None or (ROOT / claim.record).is_file()
+
+
+def test_every_verdict_is_of_use() -> None:
+    assert set(claims.VERDICTS) - {claim.verdict for claim in CLAIMS.values()} <= {"open"}
+
+
+def test_quotes_are_brief() -> None:
+    words = {claim.id: len((claim.quote or "").split()) for claim in CLAIMS.values()}
+    assert {name: count for name, count in words.items() if count > 20} == {}
+
+
+def test_findings_hold_no_measured_number() -> None:
+    found = [claim.id for claim in CLAIMS.values() if re.search(r"\d\.\d", claim.finding)]
+    assert found == [], "a measured number belongs in a record, a closed form is written as one"
+
+
+def test_the_papers_cited_values_are_there() -> None:
+    numbers = {number for claim in CLAIMS.values() for number in claim.numbers}
+    assert {0.7979, 0.919, 0.965, 0.098, 0.139, 36.6, 1.87, 3.5, 0.003, 0.85} <= numbers
+
+
+def test_uncentred_betas_by_subtraction_stay_below_nine_tenths() -> None:
+    """S4's centred betas less S4's lifts never reach the uncentred beta that S3 states."""
+    value = CLAIMS["uncentred-lands-at-090"].paper_value
+    uncentred = [beta - lift for beta in value["centred"] for lift in value["lift"]]
+    assert max(uncentred) < value["uncentred"] - 0.03
+
+
+def test_the_largest_dimension_needs_the_fewest_steps() -> None:
+    """S6's title says that steps grow with d; its own figures fall, and the smallest d stalls."""
+    value = CLAIMS["tempo-scales"].paper_value
+    assert value["2048"] < value["512"] and value["stalls_at"] < value["target"]
+
+
+def test_boxes_say_what_a_reader_needs() -> None:
+    claim = CLAIMS["gaussian-floor"]
+    opening, closing = claims.claim_box(claim).data, claims.verdict_box(claim).data
+    assert f"Claim {claim.number}" in opening and claim.statement in opening
+    assert f"“{claim.quote}”" in opening and "paper, S3" in opening
+    assert claim.verdict in closing and claim.finding in closing
+    assert all(line.startswith(">") for box in (opening, closing) for line in box.splitlines())
+
+
+def test_a_provisional_verdict_says_so(tmp_path: Path) -> None:
+    load = load_claims(written(tmp_path, entry()))
+    assert "provisional" in claims.verdict_box(load["one"]).data
+    assert "provisional" in claims.verdict_table(list(load.values())).data
+    done = load_claims(written(tmp_path, entry(status="settled", check="tests/test_a.py::test_b")))
+    assert "provisional" not in claims.verdict_box(done["one"]).data
+    assert "`tests/test_a.py::test_b`" in claims.verdict_box(done["one"]).data
+
+
+def test_comparison_is_a_table_with_intervals() -> None:
+    metric = Metric(0.91234, n=5, low=0.9, high=0.92)
+    rows = [("beta", 0.919, metric), ("std", None, Metric(1.0, std=0.5)), ("d", "64", 128)]
+    assert claims.comparison(rows, digits=3).data.splitlines()[2:] == [
+        "| beta | 0.919 | 0.912 [0.900, 0.920] |",
+        "| std | – | 1.000 ± 0.500 |",
+        "| d | 64 | 128 |",
+    ]
+
+
+def entry(**changes) -> dict:
+    claim = {
+        "id": "one", "number": 1, "section": "S1", "statement": "A thing.", "quote": None,
+        "paper_value": {"beta": 0.5, "range": [1, 2]}, "verdict": "holds", "finding": "Yes.",
+        "check": None, "record": None, "chapter": "s1", "status": "open",
+    }
+    return claim | changes
+
+
+def written(folder: Path, *entries: dict) -> Path:
+    (folder / "tests").mkdir(exist_ok=True)
+    (folder / "tests" / "test_a.py").write_text("def test_b():\n    assert True\n")
+    path = folder / "claims.yml"
+    path.write_text(yaml.safe_dump(list(entries)))
+    return path
+
+
+def test_numbers_are_those_of_value_and_quote(tmp_path: Path) -> None:
+    load = load_claims(written(tmp_path, entry(quote="about .75 of 1.87× at 8192")))
+    assert load["one"].numbers == (0.5, 1.0, 2.0, 0.75, 1.87, 8192.0)
+
+
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ([entry(), entry(number=2)], "claim one: its id is taken"),
+        ([entry(), entry(id="two")], "claim two: its number 1 is taken"),
+        ([entry(verdict="true")], "unknown verdict 'true'; choose one of holds"),
+        ([entry(verdict=False)], "verdict is False: use text"),
+        ([entry(section="S12")], "unknown section 'S12'"),
+        ([entry(chapter="s99")], "unknown chapter 's99'"),
+        ([entry(status="done")], "unknown status 'done'"),
+        ([entry(id="Two words")], "an id is words"),
+        ([entry(check="tests/test_none.py")], "its check tests/test_none.py does not exist"),
+        ([entry(check="tests/test_a.py::test_c")], "has no test 'test_c'"),
+        ([entry(check="src/a.py")], "use tests/"),
+        ([entry(status="settled")], "settled without a check"),
+        ([entry(record="results/a.json")], "use results/<lab>/<model>.json"),
+        ([entry(note="x")], "unknown field 'note'"),
+        ([{"id": "one"}], "claim one: no field"),
+        (["text"], "claim 1: an entry must be a dictionary"),
+    ],
+)
+def test_a_mistake_names_its_claim(entries: list, told: str, tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError) as caught:
+        load_claims(written(tmp_path, *entries))
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_missing_empty_or_broken_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read the claims"):
+        load_claims(tmp_path / "none.yml")
+    (tmp_path / "claims.yml").write_text("")
+    with pytest.raises(IntegrityError, match="must be a list"):
+        load_claims(tmp_path / "claims.yml")
+    (tmp_path / "claims.yml").write_text("- id: one\n- [")
+    with pytest.raises(IntegrityError, match="not YAML: look at line 2"):
+        load_claims(tmp_path / "claims.yml")
+
+
+def test_argued_verdicts_may_be_settled_without_a_check(tmp_path: Path) -> None:
+    load = load_claims(written(tmp_path, entry(status="settled", verdict="misleading")))
+    assert load["one"].status == "settled"

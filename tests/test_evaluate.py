@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from signlattice import rotations
+from signlattice.beta import haar_beta
+from signlattice.capture import capture_keys
+from signlattice.centering import Centering
+from signlattice.codec import KeyCodec, LayerCodec
+from signlattice.corpus import Document
+from signlattice.errors import InputError, IntegrityError
+from signlattice.evaluate import (
+    bigram_bits_per_byte,
+    bits_per_byte,
+    bootstrap,
+    fit_temperature,
+    gap_ratio,
+    head_quality,
+    logits_of,
+    noise_null,
+    one_bit_keys,
+    passages,
+    perplexity,
+    perplexity_gap,
+    token_losses,
+)
+from signlattice.learn import LearnConfig
+
+
+@pytest.fixture(params=["olmoe", "llama"])
+def loaded(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def documents(texts) -> list[Document]:
+    return [Document("tiny", f"{i}.py", text, "evaluation") for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def pieces(loaded, documents):
+    return passages(loaded, documents)
+
+
+def codec_for(loaded, seed: int = 0, method: str = "none", rule: str = "unbiased") -> KeyCodec:
+    ids = torch.randint(1, 300, (4, 60), generator=torch.Generator().manual_seed(1))
+    with capture_keys(loaded.model) as bank:
+        loaded.model(ids)
+    layers = {
+        layer: LayerCodec(
+            torch.stack([rotations.haar(16, seed + h) for h in range(len(bank.keys(layer)))]),
+            Centering.fit(bank.keys(layer), method),
+            rule,
+        )
+        for layer in bank.layers
+    }
+    return KeyCodec(layers, loaded.weights_hash)
+
+
+def test_losses_are_those_of_the_model_one_passage_at_a_time(loaded, pieces):
+    losses = token_losses(loaded, pieces)
+    for piece, nll in zip(pieces, losses.nll):
+        alone = loaded.model(piece.ids[None], labels=piece.ids[None]).loss
+        assert nll == pytest.approx(float(alone) * (len(piece.ids) - 1), rel=1e-4)
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss(loaded, pieces):
+    losses = token_losses(loaded, pieces)
+    assert perplexity(losses).value == pytest.approx(
+        math.exp(losses.nll.sum() / losses.n_tokens.sum())
+    )
+    assert bits_per_byte(losses) == pytest.approx(
+        losses.nll.sum() / math.log(2) / sum(p.n_bytes for p in pieces)
+    )
+
+
+def test_coded_losses_are_those_of_a_model_that_reads_decoded_keys(loaded, pieces):
+    """The same figures by another road: decode the captured keys, attend to them by hand."""
+    codec = codec_for(loaded)
+    coded = token_losses(loaded, pieces, codec, logits_of(loaded, pieces))
+    assert (coded.nll != token_losses(loaded, pieces).nll).all()
+    assert (coded.kl > 0).all() and (coded.agree <= coded.n_tokens).all()
+    ids = pieces[0].ids[None]
+    with one_bit_keys(loaded.model, codec), capture_keys_inside(loaded.model) as seen:
+        loaded.model(ids)
+    layer = codec.layers[0]
+    torch.testing.assert_close(seen[0], layer.decode(layer.encode(exact_keys(loaded, ids))))
+
+
+def exact_keys(loaded, ids):
+    with capture_keys(loaded.model) as bank:
+        loaded.model(ids)
+    return bank.keys(0)[None]
+
+
+class capture_keys_inside:
+    """Records what SDPA is given, whoever changed it before."""
+
+    def __init__(self, model):
+        self.seen = {}
+
+    def __enter__(self):
+        from signlattice import attention
+
+        self.former = attention.sdpa_attention_forward
+
+        def record(module, query, key, *rest, **kwargs):
+            self.seen[module.layer_idx] = key
+            return self.former(module, query, key, *rest, **kwargs)
+
+        attention.sdpa_attention_forward = record
+        return self.seen
+
+    def __exit__(self, *error):
+        from signlattice import attention
+
+        attention.sdpa_attention_forward = self.former
+
+
+def test_every_key_is_counted(loaded, pieces):
+    codec = codec_for(loaded)
+    n_heads = sum(layer.n_heads for layer in codec.layers.values())
+    longest = max(len(piece.ids) for piece in pieces)
+    assert token_losses(loaded, pieces, codec).n_compressed == len(pieces) * longest * n_heads
+
+
+def test_an_evaluation_that_compressed_nothing_fails(loaded, pieces, monkeypatch):
+    codec = codec_for(loaded)
+    monkeypatch.setattr("signlattice.evaluate.keys_seen_by", nothing_seen)
+    with pytest.raises(RuntimeError, match="compressed 0 keys, expected"):
+        token_losses(loaded, pieces, codec)
+
+
+class nothing_seen:
+    def __init__(self, model, callback):
+        pass
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *error):
+        pass
+
+
+def test_a_codec_of_another_model_is_refused(loaded, pieces):
+    codec = KeyCodec(codec_for(loaded).layers, "0" * 64)
+    with pytest.raises(IntegrityError, match="fitted on the model 000000000000"):
+        token_losses(loaded, pieces, codec)
+
+
+def test_layers_without_a_code_keep_their_keys(loaded, pieces):
+    codec = KeyCodec({}, loaded.weights_hash)
+    coded = token_losses(loaded, pieces, codec)
+    np.testing.assert_allclose(coded.nll, token_losses(loaded, pieces).nll, rtol=1e-5)
+    assert coded.n_compressed == 0
+
+
+def test_the_interval_is_over_documents_and_holds_the_estimate(loaded, pieces):
+    losses = token_losses(loaded, pieces)
+    found = perplexity(losses)
+    assert found.low <= found.value <= found.high and found.n == 3
+
+
+def test_the_bootstrap_covers_a_known_mean():
+    """Documents of two equal passages each: the interval must be that of 40 values, not of 80."""
+    from signlattice.evaluate import Passage
+
+    values = np.repeat(np.random.default_rng(0).normal(size=40), 2)
+    made = [Passage(str(i // 2), torch.zeros(2), 1) for i in range(80)]
+    found = bootstrap(made, lambda w: float((w * values).sum() / w.sum()), draws=4000)
+    half = 1.96 * values[::2].std() / math.sqrt(40)
+    assert found.n == 40
+    assert found.value == pytest.approx(values.mean())
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_gap_and_ratio_agree(loaded, pieces):
+    exact = token_losses(loaded, pieces)
+    worse = token_losses(loaded, pieces, codec_for(loaded, rule="mse"))
+    better = token_losses(loaded, pieces, codec_for(loaded, rule="unbiased"))
+    ratio = gap_ratio(worse, better, exact).value
+    assert ratio == pytest.approx(
+        perplexity_gap(worse, exact).value / perplexity_gap(better, exact).value
+    )
+    assert perplexity_gap(exact, exact).value == 0
+
+
+def test_a_bigram_of_uniform_bytes_needs_eight_bits():
+    data = bytes(range(128)) * 3
+    document = Document("tiny", "a", data.decode(), "train")
+    seen = bigram_bits_per_byte([document], [document])
+    assert 5 < seen < 8  # each byte is followed by one other, but add-one smoothing holds it back
+    assert bigram_bits_per_byte([], [document]) == pytest.approx(8)
+
+
+@pytest.mark.parametrize("method", ["none", "token_mean", "dc"])
+def test_a_perfect_code_loses_nothing(loaded, method):
+    """Keys that are on the lattice of the rotation are attended to exactly."""
+    heads = exact_keys(loaded, torch.ones(1, 8, dtype=torch.long)).shape[1]
+    rotation = torch.stack([rotations.haar(16, h) for h in range(heads)])
+    bank = lattice_bank(rotation)
+    mean = torch.zeros(heads, 16) if method == "token_mean" else None
+    quality = head_quality(LayerCodec(rotation, Centering(method, mean), "mse"), bank, 0, 0.25)
+    if method == "dc":
+        assert (quality.beta < 1).all()  # taking the dc off moves keys away from the lattice
+    else:
+        np.testing.assert_allclose(quality.beta, 1, atol=1e-5)
+        np.testing.assert_allclose(quality.kl, 0, atol=1e-4)
+        np.testing.assert_allclose(quality.top1, 1, atol=0.06)
+        np.testing.assert_allclose(quality.distortion, 0, atol=1e-4)
+
+
+def lattice_bank(rotation, n=24):
+    from signlattice.bits import sign
+    from signlattice.capture import KeyBank
+
+    generator = torch.Generator().manual_seed(0)
+    bank = KeyBank("post_rope", lengths=[n, n])
+    heads, d = rotation.shape[:2]
+    keys = sign(torch.randn(heads, 2 * n, d, generator=generator)) @ rotation
+    bank.append("keys", 0, keys.transpose(0, 1))
+    bank.append("queries", 0, torch.randn(2 * n, heads, d, generator=generator))
+    return bank
+
+
+def test_the_temperature_is_the_best_of_its_neighbours(loaded):
+    codec = codec_for(loaded, rule="mse", method="dc")
+    ids = torch.randint(1, 300, (4, 60), generator=torch.Generator().manual_seed(3))
+    with capture_keys(loaded.model) as bank:
+        loaded.model(ids)
+    layer = codec.layers[1]
+    tau = fit_temperature(layer, bank, 1, 0.25)
+    kl = {
+        factor: head_quality(
+            LayerCodec(layer.rotation, layer.centering, "mse", tau * factor), bank, 1, 0.25
+        ).kl
+        for factor in (0.9, 1.0, 1.1)
+    }
+    assert (kl[1.0] <= kl[0.9] + 1e-5).all() and (kl[1.0] <= kl[1.1] + 1e-5).all()
+    assert ((tau > 0.1) & (tau < 4)).all()
+
+
+def test_no_rotation_helps_on_noise():
+    config = LearnConfig(solver="itq", seed=0)
+    in_sample, held_out = noise_null(128, 32, config)
+    assert held_out == pytest.approx(haar_beta(32), abs=0.01)
+    assert in_sample > held_out + 0.05  # all of it over-fitting
+
+
+def test_no_text_is_refused(loaded):
+    with pytest.raises(InputError, match="no text to evaluate"):
+        passages(loaded, [])
