@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from .errors import InputError, IntegrityError
 from .files import PROJECT, shown
@@ -133,9 +136,10 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
             f"the checkpoint of {name} hashes to {found[:12]}…, its record says {expected[:12]}…: "
             f"restore it with `git checkout {shown(folder)}`"
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    )
+    with _no_progress_bar():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
     if hasattr(model.config, "num_experts"):
         model.set_experts_implementation("grouped_mm")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -152,3 +156,15 @@ def expected_hash(folder: Path) -> str:
         raise IntegrityError(
             f"{shown(file)} does not name the checkpoint's hash: restore it with `git checkout {shown(folder)}`"
         ) from None
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """A mini loads in a blink; its bar would only leave a dead widget on the page."""
+    shown_before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown_before:
+            logging.enable_progress_bar()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from matplotlib.figure import Figure
 
 from ..beta import GAUSSIAN_BETA
 from ..records import Row
 from ..tables import select
-from .style import COLOURS, styled
+from .style import COLOURS, Figure, styled
 
 NAMES = {
     "identity": "identity",

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..beta import beta
 from ..bits import sign
-from .style import COLOURS, styled
+from .style import COLOURS, Figure, styled
 
 _QUADRANTS = ("blue", "vermilion", "green", "orange")
 _MARKERS = "osD^"

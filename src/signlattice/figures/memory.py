@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from ..memory import CacheFormat, KVShape, memory_reduction
-from .style import COLOURS, styled
+from .style import COLOURS, Figure, styled
 
 _LINES = (
     ("grey", "-"), ("vermilion", "--"), ("orange", "-."), ("sky", "-"), ("blue", "-"), ("green", "-")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from matplotlib.figure import Figure
 
 from ..records import Row
-from .style import COLOURS, styled
+from .style import COLOURS, Figure, styled
 
 
 @styled
