@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import LlamaConfig, OlmoeConfig, PreTrainedTokenizerFast
 from transformers import LlamaForCausalLM, OlmoeForCausalLM
 
@@ -13,6 +14,8 @@ from signlattice import corpus
 from signlattice.models import LoadedModel, load_model
 
 torch.set_num_threads(2)
+settings.register_profile("patient", deadline=None)  # cores are few and shared
+settings.load_profile("patient")
 
 TEXTS = [
     'def add(a, b):\n    """Return the sum of a and b."""\n    return a + b\n' * 4,

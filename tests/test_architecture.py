@@ -24,7 +24,7 @@ LAYERS = (
     ("codec",),
     ("models", "corpus", "capture", "attention", "cache"),
     ("evaluate", "train"),
-    ("ablation",),
+    ("ablation", "solvers"),
     ("cli",),
 )
 # Leaves know nothing of the layers but errors and files, so that every layer may use them.

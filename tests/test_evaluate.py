@@ -65,7 +65,7 @@ def test_losses_are_those_of_the_model_one_passage_at_a_time(loaded, pieces):
     losses = token_losses(loaded, pieces)
     for piece, nll in zip(pieces, losses.nll):
         alone = loaded.model(piece.ids[None], labels=piece.ids[None]).loss
-        assert nll == pytest.approx(float(alone) * (len(piece.ids) - 1), rel=1e-4)
+        assert nll == pytest.approx(alone.item() * (len(piece.ids) - 1), rel=1e-4)
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss(loaded, pieces):

@@ -65,7 +65,7 @@ def test_fp16_cache_of_olmoe_by_hand():
 def test_sign_keys_by_hand():
     shape = KVShape(n_layers=2, n_kv_heads=3, head_dim=64, value_head_dim=32)
     per_token = 64 // 8 + 2 + 32 * 2
-    static = 2 * 64 * 64 + 2 * 64 + 2
+    static = 4 * (64 * 64 + 64 + 1)
     assert kv_bytes(shape, SIGN_KEYS, 100, batch=5) == 6 * (5 * 100 * per_token + static)
 
 
@@ -122,7 +122,7 @@ def test_each_thing_that_is_stored_is_counted(shape, seq_len):
 
 def test_a_batch_shares_the_static_tables():
     one, four = (kv_bytes(OLMOE, SIGN_KEYS, 100, batch=b) for b in (1, 4))
-    static = 16 * 16 * 2 * (128 * 128 + 128 + 1)
+    static = 16 * 16 * 4 * (128 * 128 + 128 + 1)
     assert four - static == 4 * (one - static)
 
 

@@ -26,7 +26,9 @@ CONFIG = TrainConfig(
 
 @pytest.fixture(autouse=True)
 def small_corpus(monkeypatch, texts):
-    documents = tuple(Document("tiny", f"{i}.py", text * 5, "train") for i, text in enumerate(texts))
+    documents = tuple(
+        Document("tiny", f"{i}.py", text * 5, "train") for i, text in enumerate(texts)
+    )
     monkeypatch.setattr(corpus, "documents", lambda split: documents)
 
 

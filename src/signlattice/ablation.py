@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -125,7 +127,12 @@ class Ablation:
     def ceiling_rows(self) -> list[dict[str, str | float]]:
         """Per centering the mean elliptical ceiling over heads, with its range."""
         return [
-            {"centering": name, "mean": float(v.mean()), "low": float(v.min()), "high": float(v.max())}
+            {
+                "centering": name,
+                "mean": float(v.mean()),
+                "low": float(v.min()),
+                "high": float(v.max()),
+            }
             for name, v in self.ceilings.items()
         ]
 
@@ -146,7 +153,7 @@ def run_ablation(
     scratch: Path,
     progress: Callable[[Row], None] | None = None,
 ) -> Ablation:
-    """Run every configuration; rotations and losses that ``scratch`` already holds are not redone.
+    """Run every configuration; what an interrupted run left in ``scratch`` is not done again.
 
     Rotations, means and temperatures are fitted on calibration documents alone, everything in a
     `Row` is measured on evaluation documents.
@@ -158,35 +165,28 @@ def run_ablation(
     exact = token_losses(loaded, text.pieces)
     rows, losses, codecs, ceilings = [], {}, {}, {}
     for centering in config.centerings:
-        keys = calibration_keys(text.calibration, config.n_keys, config.seed)
-        centerings = {layer: Centering.fit(heads, centering) for layer, heads in keys.items()}
-        centred = {layer: centerings[layer].split(heads)[0] for layer, heads in keys.items()}
-        ceilings[centering] = np.array(
-            [elliptical_ceiling(_spectrum(head)) for heads in centred.values() for head in heads]
-        )
+        fitted = _fit_centering(text.calibration, centering, config)
+        ceilings[centering] = np.array([elliptical_ceiling(_spectrum(k)) for k in fitted.heads()])
         for rotation in config.rotations:
             matrices = _remembered(
                 scratch / f"{centering}.{rotation}.safetensors",
-                lambda: {
-                    k: rotate_heads(heads, rotation, config.seed) for k, heads in centred.items()
-                },
+                lambda: {k: rotate_heads(x, rotation, config.seed) for k, x in fitted.keys.items()},
             )
-            for rule in config.scale_rules:
-                plain = {
-                    layer: LayerCodec(matrices[layer], centerings[layer], rule)
-                    for layer in matrices
-                }
-                for temperature in config.temperatures:
-                    layers = (
-                        with_temperature(plain, text.temperature, loaded) if temperature else plain
-                    )
-                    name = (rotation, centering, rule, temperature)
-                    codec = KeyCodec(layers, loaded.weights_hash, _provenance(name, config))
-                    codecs[name] = codec
-                    losses[name] = token_losses(loaded, text.pieces, codec, exact_logits)
-                    rows.append(_row(name, codec, loaded, text, losses[name], exact))
-                    if progress is not None:
-                        progress(rows[-1])
+            for rule, temperature in itertools.product(config.scale_rules, config.temperatures):
+                name = (rotation, centering, rule, temperature)
+                file = scratch / f"{centering}.{rotation}.{rule}.{temperature}.safetensors"
+                layers = {k: LayerCodec(matrices[k], fitted.code[k], rule) for k in matrices}
+                if temperature:
+                    layers = _tempered(layers, text.temperature, loaded, file.with_suffix(".tau"))
+                codecs[name] = KeyCodec(layers, loaded.weights_hash, _provenance(name, config))
+                if not file.exists():
+                    coded = token_losses(loaded, text.pieces, codecs[name], exact_logits)
+                    row = _row(name, codecs[name], loaded, text, coded, exact)
+                    _keep(file, row, coded)
+                row, losses[name] = _kept(file, text.pieces)
+                rows.append(row)
+                if progress is not None:
+                    progress(row)
     return Ablation(tuple(rows), exact, ceilings, losses, codecs)
 
 
@@ -210,23 +210,40 @@ def calibration_keys(bank: KeyBank, n_keys: int, seed: int) -> dict[int, Tensor]
     return {layer: bank.keys(layer)[:, chosen].contiguous() for layer in bank.layers}
 
 
-def with_temperature(
-    layers: dict[int, LayerCodec], bank: KeyBank, loaded: LoadedModel
-) -> dict[int, LayerCodec]:
-    """The same codes with a temperature per head, fitted on ``bank``."""
-    scaling = score_scaling(loaded.model)
-    return {
-        layer: replace(code, temperature=fit_temperature(code, bank, layer, scaling[layer]))
-        for layer, code in layers.items()
-    }
-
-
 def bank_of(loaded: LoadedModel, pieces: list[Passage], *, queries: bool = True) -> KeyBank:
     """The keys, after RoPE, that ``loaded`` makes of some passages."""
     with capture_keys(loaded.model, queries=queries) as bank:
         for _, ids, mask in batches(pieces):
             loaded.model(ids, attention_mask=mask, use_cache=False)
     return bank
+
+
+@dataclass(frozen=True)
+class _Centred:
+    """Calibration keys of every layer [H, N, D] without what their centering takes off."""
+
+    code: dict[int, Centering]
+    keys: dict[int, Tensor]
+
+    def heads(self) -> Iterator[Tensor]:
+        return (head for heads in self.keys.values() for head in heads)
+
+
+def _fit_centering(bank: KeyBank, method: str, config: AblationConfig) -> _Centred:
+    keys = calibration_keys(bank, config.n_keys, config.seed)
+    code = {layer: Centering.fit(heads, method) for layer, heads in keys.items()}
+    return _Centred(code, {layer: code[layer].split(heads)[0] for layer, heads in keys.items()})
+
+
+def _tempered(
+    layers: dict[int, LayerCodec], bank: KeyBank, loaded: LoadedModel, file: Path
+) -> dict[int, LayerCodec]:
+    """The same codes with a temperature per head, fitted on ``bank`` or remembered."""
+    scaling = score_scaling(loaded.model)
+    taus = _remembered(
+        file, lambda: {k: fit_temperature(code, bank, k, scaling[k]) for k, code in layers.items()}
+    )
+    return {layer: replace(code, temperature=taus[layer]) for layer, code in layers.items()}
 
 
 def _read_text(loaded: LoadedModel, config: AblationConfig) -> _Text:
@@ -308,6 +325,23 @@ def _remembered(file: Path, make: Callable[[], dict[int, Tensor]]) -> dict[int, 
     }
 
 
+def _keep(file: Path, row: Row, losses: TokenLosses) -> None:
+    """Write a finished configuration whole."""
+    arrays = {name: torch.from_numpy(getattr(losses, name)) for name in ("nll", "kl", "agree")}
+    part = file.with_suffix(".part")
+    save_file(arrays, part, metadata={"row": json.dumps(asdict(row))})
+    part.replace(file)
+
+
+def _kept(file: Path, pieces: list[Passage]) -> tuple[Row, TokenLosses]:
+    """Read what `_keep` wrote."""
+    with safe_open(file, framework="np") as kept:
+        row = Row(**json.loads(kept.metadata()["row"]))
+        arrays = {name: kept.get_tensor(name) for name in kept.keys()}
+    n_tokens = np.array([len(piece.ids) - 1 for piece in pieces])
+    return row, TokenLosses(tuple(pieces), n_tokens=n_tokens, n_compressed=row.compressed, **arrays)
+
+
 def _provenance(name: tuple[str, str, str, bool], config: AblationConfig) -> dict[str, str]:
     """What a codec file says of how it was fitted."""
     rotation, centering, scale, temperature = name
@@ -324,7 +358,8 @@ def _provenance(name: tuple[str, str, str, bool], config: AblationConfig) -> dic
 
 
 def _identity(loaded: LoadedModel, config: AblationConfig) -> str:
-    """What kept rotations depend on: the model, the calibration text, N and the seed."""
-    known = (loaded.weights_hash, corpus.fingerprint(corpus.documents("calibration")))
-    settings = (config.n_keys, config.windows, config.seed)
+    """What kept results depend on: the model, the texts, the library and the configuration."""
+    texts = [corpus.fingerprint(corpus.documents(s)) for s in ("calibration", "evaluation")]
+    known = (loaded.weights_hash, *texts, __version__)
+    settings = (config.n_keys, config.windows, config.temperature_passages, config.seed)
     return hashlib.sha256(json.dumps([known, settings]).encode()).hexdigest()[:16]

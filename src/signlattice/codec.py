@@ -83,7 +83,8 @@ class LayerCodec:
             )
         if self.temperature is not None and self.temperature.shape != self.rotation.shape[:1]:
             raise InputError(
-                f"temperature of shape {list(self.temperature.shape)}: expected [{len(self.rotation)}]"
+                f"temperature of shape {list(self.temperature.shape)}: "
+                f"expected [{len(self.rotation)}]"
             )
 
     @property
@@ -97,7 +98,7 @@ class LayerCodec:
         return self.rotation.shape[-1]
 
     def rotated(self, keys: Tensor) -> Tensor:
-        """Centred and rotated keys, [..., H, T, D] to the same shape: what the signs are taken of."""
+        """Centred and rotated keys, [..., H, T, D] as given: what the signs are taken of."""
         centred, _ = self.centering.split(keys.float())
         return centred @ self.rotation.mT
 
@@ -106,7 +107,8 @@ class LayerCodec:
         expected = (self.n_heads, self.head_dim)
         if keys.ndim != 4 or (keys.shape[1], keys.shape[3]) != expected:
             raise InputError(
-                f"keys of shape {list(keys.shape)}: this codec takes [B, {expected[0]}, T, {expected[1]}]"
+                f"keys of shape {list(keys.shape)}: "
+                f"this codec takes [B, {expected[0]}, T, {expected[1]}]"
             )
         if not torch.isfinite(keys).all():
             raise InputError("keys hold NaN or infinite values: check the model's precision")
@@ -217,7 +219,8 @@ class KeyCodec:
             raise IntegrityError(f"{path} is a safetensors file, but not a codec of signlattice")
         if header["schema"] != SCHEMA:
             raise IntegrityError(
-                f"{path} has schema {header['schema']}, this library reads {SCHEMA}: update signlattice"
+                f"{path} has schema {header['schema']}, this library reads {SCHEMA}: "
+                "update signlattice"
             )
         try:
             layers = {

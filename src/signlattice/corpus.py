@@ -25,7 +25,7 @@ SPLITS: tuple[Split, ...] = ("train", "calibration", "evaluation")
 
 END_OF_DOCUMENT = "<|end|>"
 LARGEST_FILE = 150_000
-"""Bytes. Larger files are generated tables (character maps, solved integrals), not prose or code."""
+"""Bytes. Larger files are generated tables, such as character maps, not prose or code."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from .capture import KeyBank
 from .codec import KeyCodec, LayerCodec
 from .corpus import Document, windows
 from .errors import InputError
-from .learn import LearnConfig, learn_rotation
+from .learn import CalibrationWarning, LearnConfig, learn_rotation
 from .models import LoadedModel
 
 
@@ -57,7 +58,8 @@ def passages(
     Raises ``InputError`` if nothing is left.
     """
     cut = []
-    for document, ids in zip(documents, loaded.encode([document.text for document in documents])):
+    tokens = loaded.encode([document.text for document in documents]) if documents else []
+    for document, ids in zip(documents, tokens):
         for window in windows(torch.tensor([0, *ids]), loaded.context)[:per_document]:
             text = loaded.tokenizer.decode(window[1:].tolist())
             cut.append(Passage(document.path, window, len(text.encode())))
@@ -69,7 +71,7 @@ def passages(
 def batches(
     pieces: Sequence[Passage], size: int = 16
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """``(indices, input ids, attention mask)`` [B, T]; alike lengths together, padded on the right."""
+    """``(indices, input ids, attention mask)`` [B, T], like lengths together, padded right."""
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i].ids))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
@@ -349,6 +351,8 @@ def noise_null(n_keys: int, d: int, config: LearnConfig, seed: int = 0) -> tuple
     No rotation helps there, so all that exceeds the Haar floor in sample is over-fitting.
     """
     noise = torch.randn(2 * n_keys, d, generator=torch.Generator().manual_seed(seed))
-    learned = learn_rotation(noise[:n_keys], config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)  # over-fitting is what is measured
+        learned = learn_rotation(noise[:n_keys], config)
     held_out = beta(noise[n_keys:] @ learned.matrix.T)
     return float(beta(noise[:n_keys] @ learned.matrix.T)), float(held_out)

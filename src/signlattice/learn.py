@@ -287,8 +287,8 @@ def smoothed_gradient(keys: Tensor, rotation: Tensor, temperature: float) -> Ten
     T = 0 the integrand is |y|: the objective is `mean_cosine`, and since it is homogeneous its
     value is the inner product of this gradient with R.
 
-    For T well above 1, T log cosh(y/T) = y^2/2T - y^4/12T^3 + ..., where the first term has the same
-    mean for every rotation: hot ascent minimises the fourth moment.
+    For T well above 1, T log cosh(y/T) = y^2/2T - y^4/12T^3 + ..., where the first term has the
+    same mean for every rotation: hot ascent minimises the fourth moment.
     """
     gradient = torch.zeros_like(rotation)
     for chunk in _chunks(keys):
@@ -299,7 +299,7 @@ def smoothed_gradient(keys: Tensor, rotation: Tensor, temperature: float) -> Ten
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """Orthogonal polar factor [d, d]: the rotation with the largest inner product with ``matrix``."""
+    """Orthogonal polar factor [d, d]: the rotation of largest inner product with ``matrix``."""
     u, _, v = torch.linalg.svd(matrix)
     return u @ v
 
@@ -328,7 +328,7 @@ def _turned(rotation: Tensor, tangent: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """Keys of norm sqrt(d) in shuffled order, the batches they are dealt to, the resolved config."""
+    """Keys of norm sqrt(d) in shuffled order, their batches, and the resolved config."""
 
     keys: Tensor
     held_out: Tensor | None
@@ -451,8 +451,9 @@ def _prepare(keys: Tensor, held_out: Tensor | None, config: LearnConfig) -> _Tas
     if n < SAFE_KEYS_PER_DIM * d:
         gap = OVERFIT * math.sqrt(d / n)
         warnings.warn(
-            f"{n} keys are {n / d:.3g} per dimension, less than {SAFE_KEYS_PER_DIM}: on structureless "
-            f"keys in-sample beta exceeds held-out beta by about {gap:.2g}; judge by held-out keys",
+            f"{n} keys are {n / d:.3g} per dimension, less than {SAFE_KEYS_PER_DIM}: on "
+            f"structureless keys in-sample beta exceeds held-out beta by about {gap:.2g}; "
+            "judge by held-out keys",
             CalibrationWarning,
             stacklevel=3,
         )
@@ -484,11 +485,11 @@ def _started(task: _Task, checkpoint: Path | None) -> _State:
         if checkpoint.exists():
             return _load(checkpoint, task)
     d = task.keys.shape[1]
-    if task.config.initial == "identity":
-        rotation = rotations.identity(d)
-    else:
-        rotation = getattr(rotations, task.config.initial)(d, task.config.seed)
-    rotation = rotation.to(task.keys)
+    rotation = {
+        "srht": lambda: rotations.srht(d, task.config.seed),
+        "haar": lambda: rotations.haar(d, task.config.seed),
+        "identity": lambda: rotations.identity(d),
+    }[task.config.initial]().to(task.keys)
     return _State(rotation, torch.zeros_like(rotation))
 
 

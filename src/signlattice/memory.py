@@ -180,12 +180,12 @@ SIGN_KEYS = CacheFormat(
     key_bits=1,
     value_bits=16,
     key_scale_bits=16,
-    static_mean_bits=16,
-    rotation_bits=16,
-    temperature_bits=16,
+    static_mean_bits=32,
+    rotation_bits=32,
+    temperature_bits=32,
 )
 """This library's keys: a sign per coordinate, a scale per key; a mean, a rotation and a temperature
-per head, all of them stored. Values in 16 bits."""
+per head, all of them stored, in fp32 as the codec holds them. Values in 16 bits."""
 
 NAMED_FORMATS: tuple[CacheFormat, ...] = (FP16, FP8, PAPER, SIGN_KEYS)
 

@@ -101,10 +101,10 @@ def spec(name: str) -> ModelSpec:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over the safetensors files of a checkpoint, in name order."""
-    files = sorted(folder.glob("*.safetensors"))
+    """SHA-256 over the weights of a checkpoint, ``model*.safetensors``, in name order."""
+    files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise IntegrityError(f"no *.safetensors in {folder}: not a checkpoint folder")
+        raise IntegrityError(f"no model*.safetensors in {folder}: not a checkpoint folder")
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode())
@@ -123,7 +123,8 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     if not folder.is_dir() or not (folder / "config.json").is_file():
         if named:
             raise IntegrityError(
-                f"no checkpoint of {name} in {shown(folder)}: restore it with `git checkout {shown(folder)}` "
+                f"no checkpoint of {name} in {shown(folder)}: "
+                f"restore it with `git checkout {shown(folder)}` "
                 f"or train it with `make lab MODEL={name}`"
             )
         raise InputError(
@@ -148,13 +149,14 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
 
 
 def expected_hash(folder: Path) -> str:
-    """The hash that the training wrote beside the checkpoint. Raises ``IntegrityError`` if absent."""
+    """The hash the training wrote beside the checkpoint. Raises ``IntegrityError`` if absent."""
     file = folder / "training.json"
     try:
         return json.loads(file.read_text())["weights_hash"]
     except (OSError, ValueError, KeyError):
         raise IntegrityError(
-            f"{shown(file)} does not name the checkpoint's hash: restore it with `git checkout {shown(folder)}`"
+            f"{shown(file)} does not name the checkpoint's hash: "
+            f"restore it with `git checkout {shown(folder)}`"
         ) from None
 
 

@@ -24,7 +24,7 @@ from .models import ModelSpec, weights_hash
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a mini is trained. ``lr`` is the peak; it warms up linearly and decays by a cosine to 2 %."""
+    """How a mini is trained. ``lr`` is the peak: a linear warm-up, then a cosine down to 2 %."""
 
     steps: int = 1800
     batch_size: int = 16
@@ -67,7 +67,7 @@ class LossPoint:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training: the model, its tokenizer, its loss curve and its wall time in seconds."""
+    """A finished training: model, tokenizer, loss curve, and wall time in seconds."""
 
     model: PreTrainedModel
     tokenizer: Tokenizer

@@ -18,7 +18,7 @@ _MARKERS = "osD^"
 @styled
 def fig_two_rotations(keys: Tensor, before: Tensor, after: Tensor) -> Figure:
     """The same keys [N, 2] under two rotations [2, 2], each with its sign lattice and its β."""
-    figure = Figure(figsize=(6.6, 3.5))
+    figure = Figure(figsize=(6.8, 4.0))
     panels = zip(figure.subplots(1, 2, sharex=True, sharey=True), (before, after), strict=True)
     for axes, rotation in panels:
         y = keys @ rotation.T
@@ -28,7 +28,9 @@ def fig_two_rotations(keys: Tensor, before: Tensor, after: Tensor) -> Figure:
             corners = torch.tensor([[1, 1], [-1, 1], [-1, -1], [1, -1]])[index]
             chosen = y[(corner == corners).all(-1)]
             axes.scatter(*chosen.T, s=9, marker=marker, color=COLOURS[colour], alpha=0.55, lw=0)
-            axes.plot(*(alpha * corners), "P", color="white", markeredgecolor="black", markersize=11)
+            axes.plot(
+                *(alpha * corners), "P", color="white", markeredgecolor="black", markersize=11
+            )
         axes.axhline(0, color=COLOURS["black"], lw=0.8)
         axes.axvline(0, color=COLOURS["black"], lw=0.8)
         axes.set_aspect("equal")

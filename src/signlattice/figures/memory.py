@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -10,7 +10,8 @@ from ..memory import CacheFormat, KVShape, memory_reduction
 from .style import COLOURS, Figure, styled
 
 _LINES = (
-    ("grey", "-"), ("vermilion", "--"), ("orange", "-."), ("sky", "-"), ("blue", "-"), ("green", "-")
+    ("grey", "-"), ("vermilion", "--"), ("orange", "-."),
+    ("sky", "-"), ("blue", "-"), ("green", "-"),
 )  # fmt: skip
 
 
@@ -20,12 +21,15 @@ def fig_reduction(shape: KVShape, formats: Sequence[CacheFormat], longest: int) 
     figure = Figure(figsize=(6.6, 4.0))
     axes = figure.subplots()
     lengths = np.unique(np.geomspace(64, longest, 80).astype(int))
+    ends = {}
     for format_, (colour, line) in zip(formats, _LINES):
         values = [memory_reduction(shape, format_, int(length)) for length in lengths]
         axes.plot(lengths, values, line, color=COLOURS[colour])
+        ends[format_.name] = values[-1]
+    for name, height in _apart(ends, gap=0.045 * max(ends.values())).items():
         axes.annotate(
-            format_.name, (lengths[-1], values[-1]), xytext=(4, 0),
-            textcoords="offset points", va="center", fontsize=9, annotation_clip=False,
+            name, (lengths[-1], height), xytext=(4, 0), textcoords="offset points",
+            va="center", fontsize=9, annotation_clip=False,
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens in the cache", ylabel="times smaller than fp16", ylim=(0, None))
@@ -57,3 +61,12 @@ def fig_bytes_per_token(shape: KVShape, formats: Sequence[CacheFormat]) -> Figur
     axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.28))
     axes.grid(axis="y", visible=False)
     return figure
+
+
+def _apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Heights of labels, raised where two would overlap."""
+    placed: dict[str, float] = {}
+    lowest = -np.inf
+    for name, height in sorted(heights.items(), key=lambda item: item[1]):
+        placed[name] = lowest = max(height, lowest + gap)
+    return placed

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from signlattice import corpus, solvers
+from signlattice.beta import beta
+from signlattice.corpus import Document
+from signlattice.errors import InputError
+from signlattice.learn import SOLVERS
+
+SMALL = solvers.SolverConfig(
+    n_keys=64, layers=(0, 1), planted=((16, 256),), noise=(16, 32), null_dims=(16,),
+    null_ratios=(1, 16),
+)  # fmt: skip
+
+
+@pytest.fixture
+def heads(olmoe, texts, monkeypatch):
+    monkeypatch.setattr(
+        corpus, "documents",
+        lambda split: tuple(
+            Document(split, f"{split}/{i}.py", f"# {split}\n" + text, split)
+            for i, text in enumerate(texts)
+        ),
+    )  # fmt: skip
+    return solvers.head_keys(olmoe, SMALL)
+
+
+def test_planted_keys_are_at_their_optimum_only_in_the_frame_they_were_planted_in():
+    keys = solvers.planted_keys(32, 4096)
+    assert keys.optimum == pytest.approx(0.9035, abs=0.005)
+    assert beta(keys.held_out) < keys.optimum - 0.05
+    assert not torch.isin(keys.held_out[:, 0], keys.keys[:, 0]).any()
+
+
+def test_every_head_has_keys_centred_by_its_calibration_mean(heads):
+    assert len(heads) == 2 * 2 * 4
+    bare, centred = heads[0], heads[8]
+    assert (bare.kind, centred.kind) == ("none", "token_mean")
+    torch.testing.assert_close(centred.keys.mean(0), torch.zeros(16), atol=1e-5, rtol=0)
+    offset = bare.keys - centred.keys
+    judged_offset = bare.held_out - centred.held_out
+    torch.testing.assert_close(judged_offset, offset[:1].expand_as(judged_offset))
+
+
+def test_traces_tell_every_solver_on_every_set(heads):
+    sets = solvers.traced_sets(heads, SMALL)
+    assert [keys.kind for keys in sets] == ["planted", "noise", *["none"] * 2, *["token_mean"] * 2]
+    assert [row["optimum"] is None for row in solvers.describe(sets)] == [False] + [True] * 5
+    calls = []
+    rows = solvers.traces(sets[:2], SMALL, lambda: calls.append(1))
+    assert len(calls) == 2 * len(SOLVERS)
+    assert {(row["keys"], row["solver"]) for row in rows} == {
+        (keys.name, solver) for keys in sets[:2] for solver in SOLVERS
+    }
+    gradient = [row["step"] for row in rows if row["solver"] == "gradient"]
+    assert {0, 50, 200, 500} <= set(gradient)
+
+
+def test_the_bar_compares_held_out_betas(heads):
+    row = solvers.bar(heads[:1], SMALL)[0]
+    assert row["difference"] == pytest.approx(row["annealed"] - row["itq"])
+    assert row["time_ratio"] == pytest.approx(row["annealed_seconds"] / row["itq_seconds"])
+
+
+def test_noise_is_over_fitted_the_less_the_more_keys_there_are():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = solvers.noise_nulls(SMALL)
+    few, many = ([row for row in rows if row["keys_per_dim"] == ratio] for ratio in (1, 16))
+    for small, large in zip(few, many, strict=True):
+        assert small["in_sample"] > large["in_sample"] > large["held_out"]
+
+
+def test_progress_is_told_once_per_run(heads):
+    calls = []
+    count = SMALL.n_runs(n_heads=4)
+    solvers.traces(solvers.traced_sets(heads, SMALL), SMALL, lambda: calls.append(1))
+    solvers.noise_nulls(SMALL, lambda: calls.append(1))
+    solvers.bar(heads, SMALL, lambda: calls.append(1))
+    assert len(calls) == count
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"centerings": ("mean",)}, {"null_solvers": ("adam",)}, {"n_keys": 0}]
+)
+def test_wrong_settings_are_told_in_one_line(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))) as told:
+        solvers.SolverConfig(**wrong)
+    assert "\n" not in str(told.value)
+
+
+def test_layers_that_the_model_lacks_are_named(olmoe, texts, heads):
+    with pytest.raises(InputError, match=r"layers \[7\]"):
+        solvers.head_keys(olmoe, solvers.SolverConfig(n_keys=64, layers=(0, 7)))
