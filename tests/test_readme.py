@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from signlattice import records, tables
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -41,3 +43,25 @@ def test_the_library_in_five_lines_runs(capsys: pytest.CaptureFixture[str]) -> N
     exec(code, {"keys": noisy[:3072], "held_out": noisy[3072:]})
     train_beta, held_out_beta = map(float, capsys.readouterr().out.split())
     assert train_beta > math.sqrt(2 / math.pi) and abs(train_beta - held_out_beta) < 0.05
+
+
+def test_the_results_are_those_of_the_record() -> None:
+    """Every number of the table, and those below it, read off the ablation's record."""
+    record = records.read("ablation", "olmoe-mini")
+    rows = tables.select(record.table("rows"), centering="token_mean")
+    gap = {(r["rotation"], r["scale"], r["temperature"]): r["gap"] for r in rows}
+    beta = {r["rotation"]: r["beta"] for r in rows}
+    section = re.search(r"results: begin -->(.*)<!-- results: end", README, re.DOTALL).group(1)
+    table = re.findall(r"^\| (?!rotation|---)(.+) \|$", section, re.MULTILINE)
+    assert [line.split(" | ")[1:] for line in table] == [
+        [f"{beta[name]:.3f}", *(f"{value:.2f}" for value in gaps)]
+        for name in ("identity", "srht", "pca_hadamard", "itq", "gradient", "annealed")
+        for gaps in [
+            [gap[name, "mse", False], gap[name, "unbiased", False], gap[name, "unbiased", True]]
+        ]
+    ]
+    ratio = record.metric("gap_ratio")
+    ceiling = tables.select(record.table("ceilings"), centering="token_mean")[0]["mean"]
+    assert f"ceiling {ceiling:.3f}" in section
+    assert f"by {ratio.value:.2f} (interval {ratio.low:.2f} to {ratio.high:.2f}" in section
+    assert f"perplexity {record.metric('perplexity').value:.2f}" in re.sub(r"\s+", " ", section)

@@ -31,9 +31,9 @@ def heads(olmoe, texts, monkeypatch):
 
 def test_planted_keys_are_at_their_optimum_only_in_the_frame_they_were_planted_in():
     keys = solvers.planted_keys(32, 4096)
-    assert keys.optimum == pytest.approx(0.9035, abs=0.005)
+    assert keys.optimum == pytest.approx(0.908, abs=0.004)
     assert beta(keys.held_out) < keys.optimum - 0.05
-    assert not torch.isin(keys.held_out[:, 0], keys.keys[:, 0]).any()
+    assert torch.cdist(keys.held_out, keys.keys).min() > 0.1
 
 
 def test_every_head_has_keys_centred_by_its_calibration_mean(heads):

@@ -137,8 +137,11 @@ def head_keys(loaded: LoadedModel, config: SolverConfig) -> list[KeySet]:
 def traced_sets(heads: Sequence[KeySet], config: SolverConfig) -> list[KeySet]:
     """What traces are kept of: planted keys, noise, and the first head of each layer."""
     planted = [planted_keys(d, n, config.seed) for d, n in config.planted]
-    names = [_head_name(layer, 0, method) for method in config.centerings for layer in config.layers]
-    first = [keys for keys in heads if keys.name in names]
+    first = [
+        keys
+        for keys in heads
+        if keys.name in {_head_name(layer, 0, keys.kind) for layer in config.layers}
+    ]
     return [*planted, noise_keys(*config.noise, config.seed), *first]
 
 

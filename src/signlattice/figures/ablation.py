@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+from matplotlib.ticker import FixedLocator, NullLocator
+
 from ..beta import GAUSSIAN_BETA
 from ..records import Row
 from ..tables import select
@@ -46,6 +48,9 @@ def fig_gap(rows: Sequence[Row], centering: str) -> Figure:
                 label=f"{scale}, fitted" if fitted else scale,
             )  # fmt: skip
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(FixedLocator([2, 3, 5, 10, 20, 30]))
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xticks(range(len(NAMES)), NAMES.values())
     axes.set(ylabel="perplexity gap to exact keys")
     axes.legend(title="scale rule, temperature", ncols=3, loc="upper right")
@@ -79,7 +84,7 @@ def fig_beta(
     axes.set_xticks(range(len(NAMES)), NAMES.values())
     axes.set(ylabel="held-out β (mean cosine to the lattice)")
     axes.legend(ncols=2, loc="upper left")
-    axes.set_ylim(top=1.02)
+    axes.set_ylim(top=1.09)
     return figure
 
 

@@ -58,7 +58,8 @@ def fig_marginals(rotated: Mapping[str, Tensor]) -> Figure:
             coordinates, bins=np.linspace(-4, 4, 81), density=True, color=COLOURS["sky"],
             label="keys",
         )  # fmt: skip
-        axes.plot(x, density(GAUSSIAN_BETA).pdf(x), color=COLOURS["black"], lw=1.2, label="Gaussian")
+        bell = density(GAUSSIAN_BETA).pdf(x)
+        axes.plot(x, bell, color=COLOURS["black"], lw=1.2, label="Gaussian")
         _mark_code(axes, float(np.abs(coordinates).mean()), label="±E|K|")
         axes.set_title(f"{name}\nβ = {beta(y):.3f}, ratio {moment_ratio(y):.3f}", fontsize=10)
         axes.set_xlabel("coordinate / rms")

@@ -41,7 +41,7 @@ def fig_floor(rows: Sequence[Row], deviation: float) -> Figure:
             elinewidth=1, label=label,
         )  # fmt: skip
     axes.set_xscale("log", base=2)
-    ticks = [d for d in dims if d & (d - 1) == 0 or d in (80, 112)]
+    ticks = [d for d in dims if d & (d - 1) == 0 or d == 80]
     axes.set_xticks(ticks, [str(d) for d in ticks], rotation=40)
     axes.minorticks_off()
     axes.set(xlabel="head size d (coordinates)", ylabel="β (mean cosine to the lattice)")
