@@ -137,7 +137,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
             f"the checkpoint of {name} hashes to {found[:12]}…, its record says {expected[:12]}…: "
             f"restore it with `git checkout {shown(folder)}`"
         )
-    with _no_progress_bar():
+    with no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
@@ -161,8 +161,8 @@ def expected_hash(folder: Path) -> str:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """A mini loads in a blink; its bar would only leave a dead widget on the page."""
+def no_progress_bar() -> Iterator[None]:
+    """Silence transformers' bars: a mini loads in a blink, and a page would keep a dead widget."""
     shown_before = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from . import corpus
 from .errors import InputError, IntegrityError
-from .models import ModelSpec, weights_hash
+from .models import ModelSpec, no_progress_bar, weights_hash
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ def save_checkpoint(trained: Trained, spec: ModelSpec, folder: Path) -> str:
     """
     building = folder.with_name(folder.name + ".part")
     shutil.rmtree(building, ignore_errors=True)
-    trained.model.half().save_pretrained(building)
+    with no_progress_bar():
+        trained.model.half().save_pretrained(building)
     trained.model.float()
     end = corpus.END_OF_DOCUMENT
     PreTrainedTokenizerFast(
