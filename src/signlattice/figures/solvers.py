@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from ..beta import haar_beta
 from ..records import Row
 from ..tables import select
-from .style import COLOURS, styled
+from .style import COLOURS, Figure, styled
 
 _SOLVERS = {
     "gradient": ("gradient (paper)", "vermilion", "--"),
@@ -45,7 +44,7 @@ def fig_traces(rows: Sequence[Row], sets: Sequence[Row]) -> Figure:
             )  # fmt: skip
         axes.set(title=keys["keys"], xlabel="steps", xscale="log")
     panels[0].set_ylabel("held-out β")
-    panels[0].legend(loc="best")
+    panels[0].legend(loc="upper left", bbox_to_anchor=(0, 0.93))
     return figure
 
 
