@@ -44,7 +44,7 @@ class Passage:
 
 @dataclass
 class KeyCount:
-    """Keys that went through the code: one per layer, head and token."""
+    """Keys that went through the code: one per layer, head and token, padding among them."""
 
     compressed: int = 0
 
