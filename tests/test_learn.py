@@ -195,12 +195,16 @@ def test_plain_solvers_stall_where_annealed_does_not():
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
 def test_annealed_is_not_below_itq_on_anisotropic_keys(power):
-    keys = anisotropic(10240, 32, power)
-    annealed, itq = (
-        learn_rotation(keys[:8192], LearnConfig(solver=solver), held_out=keys[8192:])
-        for solver in ("annealed", "itq")
-    )
-    assert annealed.held_out_beta >= itq.held_out_beta - 0.001
+    """On the mean of several draws: both end in local maxima, and either may win a single one."""
+    difference = []
+    for seed in range(4):
+        keys = anisotropic(10240, 32, power, seed)
+        annealed, itq = (
+            learn_rotation(keys[:8192], LearnConfig(solver=solver), held_out=keys[8192:])
+            for solver in ("annealed", "itq")
+        )
+        difference.append(annealed.held_out_beta - itq.held_out_beta)
+    assert sum(difference) / len(difference) > -0.001
 
 
 def test_noise_teaches_nothing_but_overfitting():
@@ -268,8 +272,10 @@ def test_progress_sees_the_trace_as_it_grows():
     seen: list[TracePoint] = []
     learned = learn_rotation(planted(2100, 16), SHORT["annealed"], progress=seen.append)
     assert tuple(seen) == learned.trace
-    assert [point.stage for point in seen] == ["start", "warm", "anneal", "anneal", "polish"]
-    assert [point.step for point in seen] == [0, 8, 20, 25, 29][: len(seen)] or seen[-1].step == 29
+    stages = [point.stage for point in seen]
+    assert list(dict.fromkeys(stages)) == ["start", "warm", "anneal", "polish"]
+    steps = [point.step for point in seen]
+    assert steps[:3] == [0, 8, 20] and steps == sorted(set(steps))
     assert all(a.seconds <= b.seconds for a, b in zip(seen, seen[1:]))
 
 
