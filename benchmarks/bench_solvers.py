@@ -1,0 +1,91 @@
+"""The solver bars: held-out beta and wall time of the default solver, from an SRHT start.
+
+Planted sign-lattice keys (±1 + .48 · noise, rotated) at three sizes, and the mini's own keys, where
+the default must not fall behind ITQ. Prints a table, writes ``results/bench_solvers/<model>.json``
+and exits with 1 if a bar is missed. Times are of the machine at hand: run it when it is quiet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tqdm import tqdm
+
+from signlattice import models, records
+from signlattice.errors import InputError
+from signlattice.learn import LearnConfig, learn_rotation
+from signlattice.records import Metric, Row
+from signlattice.rotations import orthogonality_defect
+from signlattice.solvers import SolverConfig, bar, head_keys, planted_keys
+
+PLANTED = ((64, 8192, 0.900, 3.0), (128, 16384, 0.905, 10.0), (256, 49152, 0.905, 90.0))
+"""Head size, keys, least held-out beta, most seconds."""
+
+BEHIND = 0.001
+"""How far below ITQ the default may end on a head's real keys."""
+
+SLOWER = 2.0
+"""In how many times ITQ's time, over all heads; single heads last a blink and are noise."""
+
+DEFECT = 1e-5
+
+
+def planted_rows(seeds: int) -> list[Row]:
+    """Each planted size with each seed: what was reached, in which time, and whether it is enough."""
+    rows: list[Row] = []
+    for d, n_keys, least, most in PLANTED:
+        for seed in range(seeds):
+            keys = planted_keys(d, n_keys, seed)
+            learned = learn_rotation(keys.keys, LearnConfig(seed=seed), held_out=keys.held_out)
+            defect = orthogonality_defect(learned.matrix)
+            beta, seconds = learned.held_out_beta, learned.seconds
+            met = beta >= least and seconds <= most and defect <= DEFECT
+            rows.append(
+                {
+                    "d": d, "n_keys": n_keys, "seed": seed, "held_out_beta": beta,
+                    "optimum": keys.optimum, "least": least, "seconds": seconds, "most": most,
+                    "defect": defect, "met": met,
+                }
+            )  # fmt: skip
+            print("  ".join(f"{k} {v:.4g}" for k, v in rows[-1].items() if k != "met"), met)
+    return rows
+
+
+def main() -> int:
+    """Run both bars; 0 if all are met."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="olmoe-mini", help="whose keys ITQ is compared on")
+    parser.add_argument("--seeds", type=int, default=3, help="draws of each planted size")
+    options = parser.parse_args()
+    try:
+        loaded = models.load_model(options.model)
+        config = SolverConfig()
+        run = records.begin(
+            "bench_solvers", options.model, config=config, seeds=tuple(range(options.seeds)),
+            weights_hash=loaded.weights_hash,
+        )  # fmt: skip
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    planted = planted_rows(options.seeds)
+    heads = head_keys(loaded, config)
+    with tqdm(total=len(heads), desc="real keys") as progress:
+        real = bar(heads, config, progress.update)
+    worst = min(row["difference"] for row in real)
+    ratio = sum(row["annealed_seconds"] for row in real) / sum(row["itq_seconds"] for row in real)
+    print(f"real keys: worst difference to ITQ {worst:+.4f}, time {ratio:.2f} of ITQ's")
+    metrics = {
+        "planted": planted,
+        "real": real,
+        "worst_difference": Metric(worst, n=len(real)),
+        "time_ratio": Metric(ratio, n=len(real)),
+    }
+    print(run.finish(metrics).save())
+    met = all(row["met"] for row in planted) and worst >= -BEHIND and ratio <= SLOWER
+    print("all bars met" if met else "a bar is missed")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
