@@ -26,7 +26,7 @@ BEHIND = 0.001
 """How far below ITQ the default may end on a head's real keys."""
 
 SLOWER = 2.0
-"""In how many times ITQ's time, over all heads; single heads last a blink and are noise."""
+"""In how many times ITQ's time, on any head."""
 
 DEFECT = 1e-5
 
@@ -60,7 +60,8 @@ def main() -> int:
     options = parser.parse_args()
     try:
         loaded = models.load_model(options.model)
-        config = SolverConfig()
+        n_layers = loaded.model.config.get_text_config(decoder=True).num_hidden_layers
+        config = SolverConfig(layers=tuple(range(n_layers)))
         run = records.begin(
             "bench_solvers", options.model, config=config, seeds=tuple(range(options.seeds)),
             weights_hash=loaded.weights_hash,
@@ -70,19 +71,22 @@ def main() -> int:
         return 1
     planted = planted_rows(options.seeds)
     heads = head_keys(loaded, config)
-    with tqdm(total=len(heads), desc="real keys") as progress:
+    with tqdm(total=2 * len(heads), desc="real keys") as progress:
         real = bar(heads, config, progress.update)
     worst = min(row["difference"] for row in real)
+    slowest = max(row["time_ratio"] for row in real)
     ratio = sum(row["annealed_seconds"] for row in real) / sum(row["itq_seconds"] for row in real)
-    print(f"real keys: worst difference to ITQ {worst:+.4f}, time {ratio:.2f} of ITQ's")
+    print(f"real keys, {len(real)} sets: worst difference to ITQ {worst:+.4f}")
+    print(f"time in units of ITQ's: {ratio:.2f} in all, {slowest:.2f} at worst")
     metrics = {
         "planted": planted,
         "real": real,
         "worst_difference": Metric(worst, n=len(real)),
         "time_ratio": Metric(ratio, n=len(real)),
+        "worst_time_ratio": Metric(slowest, n=len(real)),
     }
     print(run.finish(metrics).save())
-    met = all(row["met"] for row in planted) and worst >= -BEHIND and ratio <= SLOWER
+    met = all(row["met"] for row in planted) and worst >= -BEHIND and slowest <= SLOWER
     print("all bars met" if met else "a bar is missed")
     return 0 if met else 1
 
