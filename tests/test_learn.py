@@ -195,7 +195,10 @@ def test_plain_solvers_stall_where_annealed_does_not():
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
 def test_annealed_is_not_below_itq_on_anisotropic_keys(power):
-    """On the mean of several draws: both end in local maxima, and either may win a single one."""
+    """On the mean of several draws: both end in local maxima, and either may win a single one.
+
+    At d = 64 single draws of these mixed keys are known to end up to .003 below ITQ.
+    """
     difference = []
     for seed in range(4):
         keys = anisotropic(10240, 32, power, seed)

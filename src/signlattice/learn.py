@@ -16,6 +16,10 @@ It is convex in the matrix R, not smooth, and has many local maxima on the ortho
   the fourth moment of the coordinates, which sees the lattice from afar. Cooling brings the L1
   norm back, and ITQ on all keys does the rest.
 
+No solver is the best on all keys. On keys of which half the directions are two-valued and the rest
+are not, ``annealed`` can end some thousandths of beta below ``itq``: where that matters, run both
+and keep the one with the larger ``train_beta``.
+
 A beta that was learned is an over-estimate on the very keys it was learned from, by about
 0.22 sqrt(d/N) on keys without structure: judge by held-out keys.
 """
