@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from . import __version__, corpus, rotations
@@ -35,6 +35,7 @@ from .evaluate import (
     perplexity_gap,
     token_losses,
 )
+from .files import write_tensors
 from .learn import LearnConfig, learn_rotation
 from .models import LoadedModel
 
@@ -316,9 +317,7 @@ def _spectrum(keys: Tensor) -> Tensor:
 def _remembered(file: Path, make: Callable[[], dict[int, Tensor]]) -> dict[int, Tensor]:
     """Tensors per layer, read from ``file`` if an earlier run got that far, else made and kept."""
     if not file.exists():
-        part = file.with_suffix(".part")
-        save_file({str(layer): tensor.contiguous() for layer, tensor in make().items()}, part)
-        part.replace(file)
+        write_tensors(file, {str(layer): tensor for layer, tensor in make().items()})
     return {
         int(layer): tensor
         for layer, tensor in sorted(load_file(file).items(), key=lambda x: int(x[0]))
@@ -328,9 +327,7 @@ def _remembered(file: Path, make: Callable[[], dict[int, Tensor]]) -> dict[int, 
 def _keep(file: Path, row: Row, losses: TokenLosses) -> None:
     """Write a finished configuration whole."""
     arrays = {name: torch.from_numpy(getattr(losses, name)) for name in ("nll", "kl", "agree")}
-    part = file.with_suffix(".part")
-    save_file(arrays, part, metadata={"row": json.dumps(asdict(row))})
-    part.replace(file)
+    write_tensors(file, arrays, metadata={"row": json.dumps(asdict(row))})
 
 
 def _kept(file: Path, pieces: list[Passage]) -> tuple[Row, TokenLosses]:

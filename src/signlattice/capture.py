@@ -11,12 +11,12 @@ from typing import Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import keys_seen_by
 from .errors import InputError, IntegrityError
+from .files import write_tensors, write_text
 
 Stage = Literal["post_rope", "pre_rope"]
 Scope = Literal["head", "layer"]
@@ -82,16 +82,13 @@ class KeyBank:
         for name in list(self._open):
             self._flush(name)
         index = {"stage": self.stage, "lengths": self.lengths, "shards": self._shards}
-        part = self.folder / "index.json.part"
-        part.write_text(json.dumps(index))
-        part.replace(self.folder / "index.json")
+        write_text(self.folder / "index.json", json.dumps(index))
 
     def _flush(self, name: str) -> None:
         rows = self._open.pop(name)
         written = self._shards.setdefault(name, [])
         file = f"{name}.{len(written):05d}.safetensors"
-        save_file({"rows": torch.cat(rows).contiguous()}, self.folder / (file + ".part"))
-        (self.folder / (file + ".part")).replace(self.folder / file)
+        write_tensors(self.folder / file, {"rows": torch.cat(rows)})
         written.append(file)
 
     def _read(self, kind: str, layer: int) -> Iterator[Tensor]:

@@ -9,12 +9,12 @@ from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .bits import n_words, pack_signs, unpack_signs
 from .centering import Centering
 from .errors import InputError, IntegrityError
+from .files import write_tensors
 
 ScaleRule = Literal["mse", "norm", "unbiased"]
 SCALE_RULES: tuple[ScaleRule, ...] = get_args(ScaleRule)
@@ -195,10 +195,7 @@ class KeyCodec:
             "centerings": methods,
             "provenance": self.provenance,
         }
-        part = path.with_name(path.name + ".part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata={"signlattice": json.dumps(header)})
-        part.replace(path)
+        write_tensors(path, tensors, metadata={"signlattice": json.dumps(header)})
 
     @classmethod
     def load(cls, path: Path, model_hash: str | None = None) -> KeyCodec:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from .errors import InputError
 
@@ -34,6 +39,27 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(building).unlink(missing_ok=True)
         raise
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file whole or not at all; folders are made as needed.
+
+    Raises ``InputError`` if the place cannot be written to.
+    """
+    path = Path(path)
+    check_writable(path.parent)
+    building = path.with_name(f".{path.name}.part")
+    try:
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, building, metadata=metadata)
+        os.chmod(building, 0o644)  # safetensors gives 0600, which a checkout would not
+        os.replace(building, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {shown(path)}: {error}") from None
+    finally:
+        building.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
