@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from signlattice import claims
+from signlattice import claims, records
 from signlattice.claims import Claim, load_claims
 from signlattice.errors import InputError, IntegrityError
 from signlattice.records import Metric
+from signlattice.tables import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = load_claims()
@@ -90,6 +91,49 @@ def test_comparison_is_a_table_with_intervals() -> None:
         "| std | – | 1.000 ± 0.500 |",
         "| d | 64 | 128 |",
     ]
+
+
+def test_comparison_says_which_record_made_its_numbers() -> None:
+    record = records.read("ablation", "olmoe-mini")
+    lines = claims.comparison([("beta", 0.9, 0.8)], record=record).data.splitlines()
+    assert lines[2:4] == ["| beta | 0.9000 | 0.8000 |", ""]
+    assert lines[4:] == provenance(record)[1:]
+
+
+def test_every_verdict_is_in_one_group() -> None:
+    verdicts = [verdict for group in claims.GROUPS.values() for verdict in group]
+    assert sorted(verdicts) == sorted(claims.VERDICTS)
+
+
+def test_the_groups_hold_every_claim_once() -> None:
+    found = [claim for group in claims.GROUPS for claim in claims.grouped(CLAIMS.values(), group)]
+    assert sorted(claim.number for claim in found) == list(range(1, len(CLAIMS) + 1))
+    with pytest.raises(InputError, match="unknown group 'true'; choose one of holds"):
+        claims.grouped(CLAIMS.values(), "true")
+
+
+def test_the_ledger_tells_each_claim_with_its_sources() -> None:
+    shown = claims.ledger(list(CLAIMS.values()), {"gaussian-floor": "0.80 here"}).data
+    for claim in CLAIMS.values():
+        assert f'id="ledger-{claim.number}"' in shown
+        assert claim.statement in shown and claim.finding in shown
+    assert "Paper: 0.7979; ours: 0.80 here." in shown
+    assert "Paper: reduction 1.87, tokens 8192." in shown and "Paper: 0.098–0.139." in shown
+    for path in re.findall(r"\]\(/([^)#]+)", shown):
+        assert (ROOT / path).is_file()
+
+
+def test_values_stand_beside_the_papers_where_both_are_known() -> None:
+    lines = claims.value_table(list(CLAIMS.values()), {"gaussian-floor": "0.80"}).data.splitlines()
+    assert len(lines) == 3 and lines[2].endswith("| 0.7979 | 0.80 |")
+    assert lines[2].startswith("| [7](/book/verdicts.ipynb#ledger-7) |")
+
+
+def test_a_verdict_marks_its_place_and_links_what_it_rests_on() -> None:
+    claim = CLAIMS["perplexity-gap-ratio"]
+    box = claims.verdict_box(claim).data
+    assert f'<span id="verdict-{claim.number}"></span>' in box
+    assert f"](/{claim.check})" in box and "](#record-ablation-olmoe-mini)" in box
 
 
 def entry(**changes) -> dict:

@@ -16,6 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from signlattice import notebooks
 from signlattice.errors import InputError, IntegrityError
 from signlattice.notebooks import NotebookError, normalise, to_text
+from signlattice.records import RunRecord
 
 SLIDER = """
 import ipywidgets as widgets
@@ -260,3 +261,24 @@ def test_normalise_and_check_on_the_command_line(
     assert notebooks.main(["check", str(path)]) == 0
     assert notebooks.main(["normalise", str(path)]) == 0
     assert capsys.readouterr().out.endswith("unchanged\n")
+
+
+def test_times_are_kept_of_a_whole_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(notebooks, "environment_bytes", lambda: 2_500_000_000)
+    paths = [write(tmp_path / f"{name}.ipynb", "print(1)") for name in ("one", "two")]
+    kept: list[RunRecord] = []
+    monkeypatch.setattr(RunRecord, "save", lambda record: kept.append(record) or tmp_path)
+    assert notebooks.main(["run", *map(str, paths), "--times"]) == 0
+    rows = kept[0].table("notebooks")
+    assert [row["notebook"] for row in rows] == [str(path) for path in paths]
+    assert all(0 < row["seconds"] <= kept[0].seconds for row in rows)
+    assert kept[0].metric("environment_gigabytes").value == 2.5
+    assert notebooks.main(["run", str(paths[0])]) == 0 and len(kept) == 1
+
+
+def test_an_environment_is_as_large_as_its_files(tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "a").write_bytes(b"12345")
+    (tmp_path / "b").write_bytes(b"123")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    assert notebooks.environment_bytes(tmp_path) == 8

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from signlattice import records
 from signlattice.errors import InputError
-from signlattice.tables import select, table
+from signlattice.files import PROJECT
+from signlattice.tables import anchor, origins, provenance, recorded, select, table
 
 ROWS = [
     {"name": "a", "value": 0.12345, "fitted": True},
@@ -33,3 +37,44 @@ def test_an_empty_selection_and_a_missing_column_are_told():
         table(ROWS, {"gap": "gap"})
     with pytest.raises(InputError, match="no rows"):
         table([], {"name": "code"})
+
+
+def test_a_table_says_which_records_made_its_numbers():
+    record = records.read("ablation", "olmoe-mini")
+    lines = table(ROWS, {"name": "code"}, record=record).data.splitlines()
+    assert lines[-2] == "" and lines[:-2] == table(ROWS, {"name": "code"}).data.splitlines()
+    assert "](/results/ablation/olmoe-mini.json)" in lines[-1]
+    assert f"](#{anchor('ablation', 'olmoe-mini')})" in lines[-1]
+    assert "](/book/lab/ablation.ipynb)" in lines[-1]
+    for path in re.findall(r"\]\(/([^)]+)\)", lines[-1]):
+        assert (PROJECT / path).is_file()
+
+
+def test_several_records_are_all_named_and_a_bench_without_a_lab_has_no_link_to_one():
+    made = [records.read(lab, "olmoe-mini") for lab in ("train", "bench_solvers")]
+    line = provenance(made)[-1]
+    assert "results/train/" in line and "results/bench_solvers/" in line
+    assert "/book/lab/train.ipynb" in line and "/book/lab/bench_solvers" not in line
+    assert provenance(None) == []
+
+
+def test_a_place_is_kept_for_a_lab_that_has_not_run():
+    made = records.read("train", "olmoe-mini")
+    assert recorded("train", "olmoe-mini", "loss_curve", {"tokens": "tokens"}).data == (
+        table(made.table("loss_curve"), {"tokens": "tokens"}, record=made).data
+    )
+    kept = recorded("no_such_lab", "olmoe-mini", "rows", {"bits": "bits"}).data
+    assert kept.startswith("**Not run.**") and "results/no_such_lab/olmoe-mini.json" in kept
+    assert "`make lab LAB=no_such_lab MODEL=olmoe-mini`" in kept
+
+
+def test_every_record_has_its_place_in_the_list_of_origins():
+    every = records.every()
+    lines = origins(every).data.splitlines()
+    assert len(lines) == len(every) >= 4
+    for line, record in zip(lines, every):
+        assert f'<span id="{anchor(record.lab, record.model)}"></span>' in line
+        assert record.device in line and record.commit[:10] in line
+        assert ("with changes to it" in line) is record.dirty
+    benches = [line for line in lines if "make bench" in line]
+    assert len(benches) == 1 and "bench solvers" in benches[0]

@@ -6,7 +6,7 @@ The paper's numbers enter the book here and nowhere else; what was measured ente
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from IPython.display import Markdown
 
 from .errors import InputError, IntegrityError
 from .files import PROJECT, shown
-from .records import Metric
+from .records import Metric, RunRecord
+from .tables import anchor, provenance
 
 CLAIMS = PROJECT / "claims.yml"
 RECORD = re.compile(r"results/[\w.-]+/[\w.-]+\.json")
@@ -107,6 +108,49 @@ def load_claims(path: Path = CLAIMS) -> dict[str, Claim]:
     return claims
 
 
+GROUPS = {
+    "holds": ("holds", "holds with correction", "definition"),
+    "does not hold": ("false", "contradicts itself", "two quantities", "misleading"),
+    "was tried here, with another outcome": ("not reproduced",),
+    "cannot be told": ("unstated", "unsupported", "not checkable", "open"),
+}
+"""Verdicts by what they mean for whoever wants to rely on a claim; each is in one group."""
+
+
+def grouped(claims: Iterable[Claim], group: str) -> list[Claim]:
+    """Claims of one group of verdicts, in the group's order and then by number.
+
+    Raises ``InputError`` if there is no such group.
+    """
+    if group not in GROUPS:
+        raise InputError(f"unknown group {group!r}; choose one of {', '.join(GROUPS)}")
+    order = GROUPS[group]
+    found = [claim for claim in claims if claim.verdict in order]
+    return sorted(found, key=lambda claim: (order.index(claim.verdict), claim.number))
+
+
+def ledger(claims: Sequence[Claim], ours: Mapping[str, str] | None = None) -> Markdown:
+    """Claims as a list that a narrow screen can show, each with its verdict and its sources.
+
+    ``ours`` holds, by the id of a claim, what is measured or computed here in place of the paper's
+    value.
+    """
+    ours = ours or {}
+    return Markdown("\n\n".join(_entry(claim, ours.get(claim.id)) for claim in claims))
+
+
+def value_table(claims: Sequence[Claim], ours: Mapping[str, str]) -> Markdown:
+    """The paper's value beside ours, for the claims that have both."""
+    lines = ["| # | claim | paper | here |", "|---:|---|---|---|"]
+    for claim in claims:
+        if claim.id in ours:
+            lines.append(
+                f"| {_number(claim)} | {claim.statement} | {_paper_value(claim.paper_value)} "
+                f"| {ours[claim.id]} |"
+            )
+    return Markdown("\n".join(lines))
+
+
 def claim_box(claim: Claim) -> Markdown:
     """What the paper says, to open a section of a chapter with."""
     lines = [f"**Claim {claim.number}** (paper, {claim.section}). {claim.statement}"]
@@ -117,9 +161,9 @@ def claim_box(claim: Claim) -> Markdown:
 
 def verdict_box(claim: Claim) -> Markdown:
     """What came of it, with the test and the record that say so, to close the section with."""
-    lines = [f"**Verdict on claim {claim.number}: {claim.verdict}.** {claim.finding}"]
-    sources = [f"`{source}`" for source in (claim.check, claim.record) if source]
-    if sources:
+    place = f'<span id="verdict-{claim.number}"></span>'
+    lines = [f"{place}**Verdict on claim {claim.number}: {claim.verdict}.** {claim.finding}"]
+    if sources := _sources(claim):
         lines.append(f"Checked by {' and '.join(sources)}.")
     if claim.status == "open":
         lines.append("This verdict is provisional: its check is still to come.")
@@ -127,27 +171,85 @@ def verdict_box(claim: Claim) -> Markdown:
 
 
 def comparison(
-    rows: Sequence[tuple[str, float | str | None, Metric | float | str | None]], digits: int = 4
+    rows: Sequence[tuple[str, float | str | None, Metric | float | str | None]],
+    digits: int = 4,
+    record: RunRecord | Sequence[RunRecord] | None = None,
 ) -> Markdown:
     """The table *paper | measured here*: rows of quantity, paper's value, our value.
 
     A `Metric` is shown with its interval or standard deviation; None is shown as a dash.
+    ``record`` is where our values come from, None if the page itself computes them.
     """
     lines = ["| quantity | paper | measured here |", "|---|---:|---:|"]
     for quantity, paper, ours in rows:
         lines.append(f"| {quantity} | {_shown(paper, digits)} | {_shown(ours, digits)} |")
-    return Markdown("\n".join(lines))
+    return Markdown("\n".join([*lines, *provenance(record)]))
 
 
 def verdict_table(claims: Sequence[Claim]) -> Markdown:
     """Claims in one table: number, section, statement, verdict."""
     lines = ["| # | section | claim | verdict |", "|---:|---|---|---|"]
     for claim in claims:
-        mark = "" if claim.status == "settled" else " (provisional)"
         lines.append(
-            f"| {claim.number} | {claim.section} | {claim.statement} | {claim.verdict}{mark} |"
+            f"| {_number(claim)} | {claim.section} | {claim.statement} "
+            f"| {claim.verdict}{_mark(claim)} |"
         )
     return Markdown("\n".join(lines))
+
+
+def _entry(claim: Claim, ours: str | None) -> str:
+    """One claim of the ledger, as an item of a list."""
+    place = f'<span id="ledger-{claim.number}"></span>'
+    lines = [f"- {place}**Claim {claim.number}.** {claim.statement}"]
+    values = [
+        f"{who}: {value}"
+        for who, value in (("Paper", _paper_value(claim.paper_value)), ("ours", ours))
+        if value
+    ]
+    if values:
+        lines.append(f"{'; '.join(values)}.")
+    lines.append(f"*{claim.verdict.capitalize()}*{_mark(claim)}: {claim.finding}")
+    links = [f"paper, {claim.section}", *_chapter_link(claim), *_sources(claim, "test", "record")]
+    lines.append(f"<small>{' · '.join(links)}</small>")
+    return "\n\n  ".join(lines)
+
+
+def _number(claim: Claim) -> str:
+    """A claim's number, linked to its entry in the ledger."""
+    return f"[{claim.number}](/book/verdicts.ipynb#ledger-{claim.number})"
+
+
+def _mark(claim: Claim) -> str:
+    return "" if claim.status == "settled" else " (provisional)"
+
+
+def _chapter_link(claim: Claim) -> list[str]:
+    """Link to the verdict in the chapter that discusses a claim, once that chapter is there."""
+    found = sorted((PROJECT / "book").glob(f"{claim.chapter}_*.ipynb"))
+    name = claim.chapter.upper()
+    return [f"[chapter {name}](/book/{path.name}#verdict-{claim.number})" for path in found[:1]]
+
+
+def _sources(claim: Claim, test: str | None = None, record: str | None = None) -> list[str]:
+    """Links to the test and to how the record was made; by their paths, or in the words given."""
+    links = []
+    if claim.check:
+        links.append(f"[{test or f'`{claim.check}`'}](/{claim.check.partition('::')[0]})")
+    if claim.record:
+        _, lab, file = claim.record.split("/")
+        place = anchor(lab, file.removesuffix(".json"))
+        links.append(f"[{record or f'`{claim.record}`'}](#{place})")
+    return links
+
+
+def _paper_value(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{str(k).replace('_', ' ')} {_paper_value(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ("–" if len(value) == 2 else ", ").join(_paper_value(child) for child in value)
+    return str(value)
 
 
 def _shown(value: Metric | float | str | None, digits: int) -> str:

@@ -2,7 +2,7 @@
 
 On the command line::
 
-    python -m signlattice.notebooks run book/s1_*.ipynb [-p NAME VALUE]
+    python -m signlattice.notebooks run book/s1_*.ipynb [-p NAME VALUE] [--times]
     python -m signlattice.notebooks normalise book/*.ipynb
     python -m signlattice.notebooks check book/*.ipynb
 """
@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +31,10 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
+from . import records
 from .errors import InputError, IntegrityError
 from .files import check_writable, shown, write_text
+from .records import Metric
 
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -54,6 +57,10 @@ PARAMETERS = "parameters"
 INJECTED = "injected-parameters"
 PROGRESS = "progress"
 """Tag of a cell whose stderr is a progress bar: shown while it runs, and not kept."""
+
+
+TIMES = ("run_times", "book")
+"""Lab and model of the record that says how long each notebook took."""
 
 
 class NotebookError(RuntimeError):
@@ -181,12 +188,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "normalise", "check"))
     parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--times", action="store_true",
+                        help="keep how long each took in results/run_times/book.json")
     parser.add_argument("-p", dest="values", nargs=2, action="append", default=[],
                         metavar=("NAME", "VALUE"), help="a parameter of every notebook that is run")
     options = parser.parse_args(arguments)
     try:
         if options.command == "run":
-            return _run_all(options.notebooks, _values(options.values))
+            return _run_all(options.notebooks, _values(options.values), options.times)
         if options.command == "normalise":
             for path in options.notebooks:
                 print(f"{shown(path)}: {'normalised' if normalise_file(path) else 'unchanged'}")
@@ -202,12 +211,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run_all(paths: Sequence[Path], values: Mapping[str, Any]) -> int:
+def _run_all(paths: Sequence[Path], values: Mapping[str, Any], times: bool = False) -> int:
     for path in paths:  # a wrong parameter of the last notebook is told before the first one runs
         _changed_parameters(read(path), values, path)
+    timing = records.begin(*TIMES, config=values) if times else None
+    rows = []
     for number, path in enumerate(paths, start=1):
+        started = time.perf_counter()
         run(path, values, progress=f"[{number}/{len(paths)}] {shown(path)}")
+        rows.append({"notebook": shown(path), "seconds": time.perf_counter() - started})
+    if timing is not None:
+        size = Metric(environment_bytes() / 1e9)
+        print(timing.finish({"notebooks": rows, "environment_gigabytes": size}).save())
     return 0
+
+
+def environment_bytes(folder: Path = Path(sys.prefix)) -> int:
+    """Bytes of all files of an environment, this interpreter's unless another is given."""
+    files = (path for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
+    return sum(path.stat().st_size for path in files)
 
 
 def _values(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:

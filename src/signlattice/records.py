@@ -226,6 +226,20 @@ def read(lab: str, model: str, results: Path = RESULTS) -> RunRecord:
     return record
 
 
+def every(results: Path = RESULTS) -> tuple[RunRecord, ...]:
+    """All records, by lab and model. Raises as `read` does if one is none or is misplaced."""
+    paths = sorted(Path(results).glob("*/*.json"))
+    return tuple(read(path.parent.name, path.stem, results) for path in paths)
+
+
+def as_saved(config: Any) -> dict[str, Any]:
+    """A configuration as a record's file holds it, to be compared with one that was read.
+
+    Raises ``InputError`` on what a record cannot hold.
+    """
+    return _plain(asdict(config) if is_dataclass(config) else dict(config), "config")
+
+
 def load(path: Path) -> RunRecord:
     """Read one record file.
 
