@@ -2,7 +2,9 @@
 
 Trivial for one vector, where both sides are 1, and false in expectation, which is what is trained.
 Isotropic noise around a constant along e: no rotation brings the centred keys above .7994, while
-uncentred the identity alone has .825, .858, .902, .970 at a mean-to-noise energy of 1, 2, 4, 16.
+uncentred the identity alone has .825, .858, .902, .970 at a mean-to-noise energy of 1, 2, 4, 16,
+which is the best there is. On keys with corners of their own the inequality holds: neither sign of
+it is a theorem.
 """
 
 from __future__ import annotations
@@ -11,18 +13,25 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from signlattice import solvers
 from signlattice.beta import (
     beta,
     elliptical_ceiling,
     folded_normal_beta,
     haar_beta,
     rank_ceiling,
+    relative_distortion,
 )
 from signlattice.centering import Centering
+from signlattice.codec import LayerCodec
+from signlattice.learn import LearnConfig, learn_rotation
 from signlattice.rotations import haar, identity, pca_hadamard
 
 D, N = 128, 20_000
+pytestmark = pytest.mark.filterwarnings("ignore::signlattice.learn.CalibrationWarning")
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +70,50 @@ def test_in_expectation_the_uncentred_supremum_is_the_larger(noise, eta, uncentr
     for rotation in (haar(D, 1, dtype=torch.float64), pca_hadamard(centred, dtype=torch.float64)):
         assert beta(centred @ rotation.T) == pytest.approx(haar_beta(D), abs=2e-3)
     assert uncentred > rank_ceiling(D - 1) + 0.02
+
+
+@given(seed=st.integers(0, 10**6), eta=st.floats(0.01, 30), spread=st.floats(0.1, 3))
+@settings(max_examples=50, deadline=None)
+def test_a_corner_is_the_best_place_for_the_constant(seed, eta, spread):
+    """Jensen: a folded normal's mean magnitude is concave in the energy of its offset."""
+    generator = torch.Generator().manual_seed(seed)
+    energy = (spread * torch.randn(D, generator=generator, dtype=torch.float64)).exp()
+    energy = eta * energy / energy.mean()
+    # folded_normal_beta is that mean magnitude over the rms.
+    magnitude = [folded_normal_beta(s) * math.sqrt(1 + s) for s in energy.tolist()]
+    assert sum(magnitude) / D <= folded_normal_beta(eta) * math.sqrt(1 + eta) + 1e-12
+
+
+@pytest.mark.parametrize("eta", [1, 4, 16])
+def test_learning_finds_that_corner_and_nothing_better(eta):
+    generator = torch.Generator().manual_seed(2)
+    keys, held_out = torch.randn(2, 4096, 64, generator=generator) + math.sqrt(eta)
+    learned = learn_rotation(keys, LearnConfig(solver="itq", steps=60), held_out=held_out)
+    assert learned.held_out_beta == pytest.approx(folded_normal_beta(eta), abs=4e-3)
+
+
+def test_keys_with_corners_of_their_own_gain_by_centering():
+    planted = solvers.planted_keys(d=32, n_keys=4096)
+    shift = planted.keys.square().mean().sqrt()
+    found = {}
+    for method in ("none", "token_mean"):
+        centering = Centering.fit((planted.keys + shift)[None], method)
+        learned = learn_rotation(centering.split((planted.keys + shift)[None])[0][0])
+        codec = LayerCodec(learned.matrix[None], centering, "mse")
+        held_out = planted.held_out + shift
+        decoded = codec.decode(codec.encode(held_out[None, None]))[0, 0]
+        found[method] = beta(codec.rotated(held_out[None])), relative_distortion(held_out, decoded)
+    assert found["token_mean"][0] > found["none"][0] + 0.04
+    assert found["token_mean"][1] < found["none"][1] / 2
+
+
+@pytest.mark.parametrize("eta", [4, 16])
+def test_the_higher_beta_belongs_to_the_worse_code(noise, eta):
+    keys, error = noise + math.sqrt(eta), {}
+    for method in ("none", "dc"):
+        codec = LayerCodec(identity(D, dtype=torch.float64)[None].float(), Centering(method), "mse")
+        decoded = codec.decode(codec.encode(keys.float()[None, None]))[0, 0]
+        error[method] = relative_distortion(keys, decoded)
+    closed = (1 + eta) * (1 - folded_normal_beta(eta) ** 2)
+    assert error["none"] == pytest.approx(closed, abs=0.01)
+    assert error["dc"] == pytest.approx(1 - 2 / math.pi, abs=0.01)

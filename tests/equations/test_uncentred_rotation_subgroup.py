@@ -12,10 +12,12 @@ import math
 import pytest
 import torch
 
-from signlattice.beta import beta, folded_normal_beta, rank_ceiling
+from signlattice.beta import beta, cosine, folded_normal_beta, rank_ceiling
+from signlattice.learn import LearnConfig, learn_rotation
 from signlattice.rotations import haar, hadamard, identity, orthogonality_defect
 
 D = 128
+pytestmark = pytest.mark.filterwarnings("ignore::signlattice.learn.CalibrationWarning")
 
 
 def onto_lattice(key, corner):
@@ -51,3 +53,11 @@ def test_a_mean_off_the_lattice_is_what_costs():
     noise = torch.randn(4000, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     values = [beta((noise + 2) @ haar(D, s, dtype=torch.float64).T) for s in range(5)]
     assert max(values) < 0.84
+
+
+def test_training_leaves_the_mean_direction_for_a_corner_of_its_own():
+    keys = 2 + torch.randn(4096, 64, generator=torch.Generator().manual_seed(1))
+    matrix = learn_rotation(keys, LearnConfig(solver="itq", steps=40)).matrix
+    e = torch.ones(64) / 8
+    assert cosine(matrix @ e) > 0.99
+    assert abs(e @ matrix @ e) < 0.5

@@ -1,0 +1,44 @@
+"""A rotation of the values can always be absorbed by the weights, unlike one of the keys (S8).
+
+Values enter attention linearly, with no position and no norm after their projection: R in W_V and
+its transpose in W_O leave the output as it was, whatever the attention weights. With one-bit values
+the same weights serve: what is stored is the signs of R v, and what goes through W_O R^T is what
+would have come of R^T times the code.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from signlattice.codec import token_scale
+from signlattice.rotations import haar
+
+D, WIDTH, T = 32, 48, 20
+
+
+def gaussian(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+X = gaussian(T, WIDTH, seed=0)
+W_V, W_O = gaussian(D, WIDTH, seed=1), gaussian(WIDTH, D, seed=2)
+WEIGHTS = (5 * gaussian(7, T, seed=3)).softmax(-1)
+R = haar(D, 4, dtype=torch.float64)
+
+
+def coded(y):
+    signs = torch.where(y >= 0, 1.0, -1.0).double()
+    return token_scale(y, "mse")[:, None] * signs
+
+
+def test_absorbed_it_changes_no_output():
+    torch.testing.assert_close(WEIGHTS @ (X @ (R @ W_V).T) @ (W_O @ R.T).T,
+                               WEIGHTS @ (X @ W_V.T) @ W_O.T)  # fmt: skip
+
+
+def test_absorbed_around_the_code_it_is_the_rotated_code():
+    inside = WEIGHTS @ coded(X @ (R @ W_V).T) @ (W_O @ R.T).T
+    outside = WEIGHTS @ (coded(X @ W_V.T @ R.T) @ R) @ W_O.T
+    torch.testing.assert_close(inside, outside)
+    plain = WEIGHTS @ coded(X @ W_V.T) @ W_O.T
+    assert (inside - plain).norm() > 0.1 * plain.norm()  # and another code than without R
