@@ -3,35 +3,52 @@
 PYTHON ?= python3
 MODEL  ?= olmoe-mini
 # in this order: a lab may read what an earlier one has made
-LAB    ?= train ablation solvers
+LAB    ?= train ablation solvers convergence scores
 
 BIN      := .venv/bin
 STAMP    := .venv/.installed
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 BENCHES  := $(sort $(wildcard benchmarks/*.py))
 
-.PHONY: help book html lab test bench clean
+.PHONY: help book html pdf records lab test test-browser twice bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@echo "signlattice: one-bit keys for the KV cache, and the paper about them, recomputed"
 	@echo
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-19s %s\n", $$1, $$2}'
 	@echo
 	@echo "  MODEL=$(MODEL)   LAB=\"$(LAB)\"   PYTHON=$(PYTHON)"
 
 book: $(STAMP) ## execute the chapters and build the book: _build/html/index.html
-	$(BIN)/python -m signlattice.notebooks run $(CHAPTERS)
+	$(BIN)/python -m signlattice.provenance --before-run
+	$(BIN)/python -m signlattice.notebooks run $(if $(TIMES),--times) $(CHAPTERS)
+	$(if $(TIMES),$(BIN)/python -m signlattice.notebooks run book/reproduce.ipynb)
 	$(MAKE) --no-print-directory html
 
-html: $(STAMP) ## build the book from the outputs that are in the notebooks
+html: $(STAMP) records ## build the book from the outputs that are in the notebooks
 	$(BIN)/jupyter-book build . --all -W -n --keep-going
+
+records: $(STAMP) ## check that every record is the one that its lab would make now
+	$(BIN)/python -m signlattice.provenance
+
+pdf: $(STAMP) ## print the built book with Chromium: _build/signlattice.pdf
+	$(BIN)/python book/_ext/print_book.py
 
 lab: $(STAMP) ## rerun the heavy notebooks: make lab MODEL=olmoe-mini [LAB=ablation]
 	$(BIN)/python -m signlattice.notebooks run $(LAB:%=book/lab/%.ipynb) -p model $(MODEL)
 
 test: $(STAMP) ## unit, property, equation and style tests, then the chapters' outputs
-	$(BIN)/python -m pytest tests $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+	$(BIN)/python -m pytest tests --ignore=tests/browser $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+
+test-browser: $(STAMP) ## the built book in headless Chromium, cut off from the network
+	$(BIN)/python -m pytest tests/browser --confcutdir=tests/browser
+
+# PyTorch and BLAS sum in the order of the oldest processors, then in that of this one, split in two
+twice: $(STAMP) ## execute the chapters as two other machines would, and compare what they say
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Prescott \
+	  $(BIN)/python -m pytest -q $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 
 bench: $(STAMP) ## time the solvers and whatever else is in benchmarks/
 	@set -e; for bench in $(BENCHES); do echo "== $$bench"; $(BIN)/python $$bench; done

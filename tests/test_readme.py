@@ -14,18 +14,18 @@ from signlattice import records, tables
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 
 
 @pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
 def test_commands_are_targets_of_the_makefile(text: str) -> None:
-    commands = re.findall(r"(?:^|`)make (?:[A-Z]+=\S+ )*([a-z]+)", text, re.MULTILINE)
+    commands = re.findall(r"(?:^|`)make (?:[A-Z]+=\S+ )*([a-z-]+)", text, re.MULTILINE)
     assert commands and set(commands) <= TARGETS
 
 
 def test_every_target_is_explained_by_make_help() -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    explained = set(re.findall(r"^([a-z]+):.* ## ", makefile, re.MULTILINE))
+    explained = set(re.findall(r"^([a-z-]+):.* ## ", makefile, re.MULTILINE))
     assert explained == TARGETS
 
 

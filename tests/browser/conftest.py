@@ -1,0 +1,46 @@
+"""The server, the browser and the pages of the built book."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser
+
+# the browser is one of the book's own tools, which are no package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "book" / "_ext"))
+
+import chromium  # noqa: E402
+from offline_assets import CDN  # noqa: E402
+from visit import Opened, opening  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[str]:
+    """The local server of the built book, which must hold its scripts itself."""
+    needs_cdn = [
+        name
+        for name in chromium.pages()
+        if CDN in chromium.built_page(name).read_text(encoding="utf-8")
+    ]
+    if needs_cdn:
+        pytest.exit(f"built without npm, {needs_cdn[0]} needs {CDN}: install npm, make html", 1)
+    with chromium.serve() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One browser for all pages."""
+    with chromium.browse() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="session", params=chromium.pages(), ids=lambda name: name[len("book/") :])
+def opened(request: pytest.FixtureRequest, browser: Browser, address: str) -> Iterator[Opened]:
+    """One page of the contents, loaded, in its light theme on a wide screen."""
+    chromium.built_page(request.param)
+    with opening(browser, address, request.param) as page:
+        yield page

@@ -1,0 +1,143 @@
+"""What the build of the book decides by itself: where scripts come from, and launch buttons."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sphinx.errors import ExtensionError
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+
+import book_repairs  # noqa: E402  Sphinx finds its extensions in this folder, too
+import launch_buttons  # noqa: E402
+import offline_assets  # noqa: E402
+
+LOCKED = offline_assets.read_lock()
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("https://github.com/owner/name", "https://github.com/owner/name"),
+        ("https://github.com/owner/name.git", "https://github.com/owner/name"),
+        ("https://user:secret@github.com/owner/na.me.git/", "https://github.com/owner/na.me"),
+        ("git@github.com:owner/name.git", "https://github.com/owner/name"),
+        ("ssh://git@gitlab.com:22/owner/name", "https://gitlab.com/owner/name"),
+        ("/srv/git/name.git", None),
+        ("https://example.org/owner/name", None),
+        ("https://github.com.example.org/owner/name", None),
+        ("https://github.com/owner", None),
+        ("", None),
+    ],
+)
+def test_public_address_of_a_remote(address: str, public: str | None) -> None:
+    assert launch_buttons.public_address(address) == public
+
+
+@pytest.mark.parametrize(("host", "colab"), [("github.com", True), ("gitlab.com", False)])
+def test_theme_options_of_an_address(host: str, colab: bool) -> None:
+    options = launch_buttons.theme_options(f"https://{host}/owner/name", "trunk")
+    assert options["repository_url"] == f"https://{host}/owner/name"
+    assert options["repository_branch"] == "trunk"
+    assert options["launch_buttons"]["binderhub_url"] == launch_buttons.BINDER
+    assert ("colab_url" in options["launch_buttons"]) is colab
+
+
+def test_the_environment_names_the_repository(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(launch_buttons.VARIABLE, "git@github.com:owner/name.git")
+    assert launch_buttons.find_address(tmp_path) == "https://github.com/owner/name"
+    monkeypatch.setenv(launch_buttons.VARIABLE, "github/owner/name")
+    with pytest.raises(ExtensionError, match="github/owner/name.*one looks like https://"):
+        launch_buttons.find_address(tmp_path)
+    monkeypatch.delenv(launch_buttons.VARIABLE)
+    assert launch_buttons.find_address(tmp_path) is None
+
+
+def packed(members: dict[str, bytes]) -> bytes:
+    """A tarball such as npm packs."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def locked(content: bytes) -> offline_assets.Package:
+    """MathJax's entry with another tarball's hash."""
+    digest = base64.b64encode(hashlib.sha512(content).digest()).decode()
+    return replace(LOCKED[offline_assets.MATHJAX], integrity=f"sha512-{digest}")
+
+
+def test_scripts_come_from_a_cached_tarball_that_is_the_locked_one(tmp_path: Path) -> None:
+    script = LOCKED[offline_assets.MATHJAX].script
+    tarball = packed({script: b"draw();", "other.js": b"never();"})
+    package = locked(tarball)
+    (tmp_path / package.tarball).write_bytes(tarball)
+    assert offline_assets.gather({package.name: package}, tmp_path, tmp_path / "site")
+    placed = [path for path in (tmp_path / "site").rglob("*") if path.is_file()]
+    assert placed == [tmp_path / "site" / package.local]
+    assert placed[0].read_bytes() == b"draw();"
+
+
+def test_a_tarball_that_is_not_the_locked_one_stops_the_build_and_is_removed(
+    tmp_path: Path,
+) -> None:
+    package = LOCKED[offline_assets.MATHJAX]
+    (tmp_path / package.tarball).write_bytes(packed({package.script: b"steal();"}))
+    with pytest.raises(ExtensionError, match=r"mathjax@3.* is not the file"):
+        offline_assets.gather(LOCKED, tmp_path, tmp_path / "site")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_npm_pages_load_the_same_versions_from_the_cdn_and_say_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(offline_assets.shutil, "which", lambda name: None)
+    local = offline_assets.gather(LOCKED, tmp_path / "cache", tmp_path / "site")
+    assert not local and not (tmp_path / "site").exists()
+    settings = offline_assets.script_settings(LOCKED, local)
+    sources = settings["nb_ipywidgets_js"]
+    sources |= {settings["mathjax_path"]: settings["mathjax_options"]}
+    for package in LOCKED.values():
+        assert sources[package.remote]["integrity"] == package.script_integrity
+        assert package.version in package.remote
+    assert "cdn.jsdelivr.net" in offline_assets.note(LOCKED, local)
+
+
+def test_with_the_scripts_at_hand_no_setting_leads_outside() -> None:
+    assert "://" not in str(offline_assets.script_settings(LOCKED, local=True))
+
+
+def test_the_lock_names_hashes_as_browsers_and_npm_write_them() -> None:
+    for package in LOCKED.values():
+        for value in (package.integrity, package.script_integrity):
+            algorithm, _, digest = value.partition("-")
+            assert len(base64.b64decode(digest)) == hashlib.new(algorithm).digest_size
+
+
+def test_claims_and_verdicts_get_their_classes() -> None:
+    box = "<blockquote>\n<div><p><strong>{}</strong> Words.</p></div></blockquote>"
+    strong = ("Claim 4", "Verdict on claim 4: false.", "Verdict on claim 12: open.", "A saying")
+    body = "".join(box.format(words) for words in strong)
+    body = body.replace("<strong>Verdict", '<span id="verdict-4"></span><strong>Verdict', 1)
+    kinds = re.findall(r"<blockquote([^>]*)>", book_repairs.mark_verdicts(body))
+    assert kinds == [' class="claim"', ' class="verdict refuted"', ' class="verdict undecided"', ""]
+
+
+def test_every_verdict_has_a_tone_or_is_undecided() -> None:
+    from signlattice.claims import VERDICTS
+
+    assert set(book_repairs.TONES) <= set(VERDICTS)
