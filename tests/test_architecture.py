@@ -21,17 +21,20 @@ LAYERS = (
     ("beta", "densities", "centering", "rotations", "bits"),
     ("kernels",),
     ("learn",),
+    ("curvature",),
     ("codec",),
     ("models", "corpus", "capture", "attention", "cache"),
     ("evaluate", "train"),
-    ("ablation", "solvers"),
+    ("ablation", "solvers", "convergence", "scores", "compounding", "snapshots"),
     ("cli",),
 )
 # Leaves know nothing of the layers but errors and files, so that every layer may use them.
 LEAVES = ("records", "memory", "notebooks")
 # What shows results reads records, closed forms and the sign convention; it runs no model.
-READERS = ("figures", "explorer", "tables", "claims")
+READERS = ("figures", "explorer", "tables", "claims", "theorems")
 READABLE = ("errors", "files", "records", "memory", "beta", "densities", "bits", *READERS)
+# Stands above all, since it compares labs, records and models; nothing imports it but `cli`.
+AUDITORS = ("provenance",)
 
 WITH_MODELS = ("models", "corpus", "capture", "attention", "cache", "evaluate", "train")
 EXTERNAL = {
@@ -40,8 +43,10 @@ EXTERNAL = {
     "triton": ("kernels",),
     "matplotlib": ("figures", "explorer"),
     "ipywidgets": ("figures", "explorer"),
-    "IPython": ("claims", "tables", "explorer"),
-    "yaml": ("claims", "notebooks"),
+    "anywidget": ("explorer",),
+    "traitlets": ("explorer",),
+    "IPython": ("claims", "tables", "theorems", "explorer"),
+    "yaml": ("claims", "notebooks", "theorems"),
     "papermill": ("notebooks",),
     "nbformat": ("notebooks",),
     "nbclient": ("notebooks",),
@@ -107,6 +112,8 @@ def allowed(part: str) -> set[str]:
         return {"errors", "files", *LEAVES} - {"notebooks"}
     if part in READERS:
         return set(READABLE)
+    if part in AUDITORS:
+        return {*LEAVES, *READERS, *(name for layer in LAYERS for name in layer)}
     for height, layer in enumerate(LAYERS):
         if part in layer:
             below = {name for lower in LAYERS[: height + 1] for name in lower}

@@ -92,6 +92,23 @@ def test_softmax_does_see_a_missing_dc_offset():
     assert gap.abs().max() > 0.1
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        lambda s: (20 * (s / 20).tanh()).softmax(-1),  # a soft cap
+        lambda s: torch.cat([s, torch.zeros_like(s[:, :1])], -1).softmax(-1),  # a sink logit
+    ],
+)
+def test_a_soft_cap_and_a_sink_see_the_static_offset_until_it_is_put_back(weights):
+    keys, queries = gaussian(40, 16) + 1, gaussian(5, 16, seed=1)
+    centering = Centering.fit(keys, "token_mean")
+    centred, _ = centering.split(keys)
+    exact, bare = weights(queries @ keys.T), queries @ centred.T
+    assert (weights(bare) - exact).abs().max() > 0.01
+    back = bare + (queries @ centering.mean)[:, None]  # one number per query
+    torch.testing.assert_close(weights(back), exact)
+
+
 def test_dc_keeps_a_static_mean_that_is_not_along_the_ones():
     keys = gaussian(5000, 16)
     keys[:, ::2] += 4

@@ -18,11 +18,13 @@ from signlattice.claims import Claim, load_claims
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
+PAGES = sorted((ROOT / "book").glob("*.md"))
 LABS = sorted((ROOT / "book" / "lab").glob("*.ipynb"))
 CLAIMS = load_claims()
 
 MAX_LINES = 12
 MAX_WIDTH = 100
+ADDING = ("append", "extend", "insert", "add", "update", "setdefault")
 PICTURES = ("image/png", "image/svg+xml", "image/jpeg")
 
 # What prose may hold besides words and whole numbers, taken out before decimals are looked for.
@@ -90,6 +92,107 @@ def figure_faults(cell: NotebookNode) -> list[str]:
     return faults + (["more than one picture"] if len(shown) > 1 else [])
 
 
+def _names(node: ast.AST) -> set[str]:
+    """Names in an expression, without those that a comprehension inside it binds."""
+    names = [child for child in ast.walk(node) if isinstance(child, ast.Name)]
+    inner = (c for c in ast.walk(node) if isinstance(c, ast.comprehension))
+    bound = {n.id for c in inner for n in ast.walk(c.target) if isinstance(n, ast.Name)}
+    return {name.id for name in names} - bound
+
+
+def _reads_record(node: ast.AST) -> bool:
+    """Whether a record is read in it: `records.read`, `records.load` or a finished run."""
+    return any(
+        isinstance(child, ast.Call)
+        and isinstance(child.func, ast.Attribute)
+        and (_names(child.func.value) == {"records"} and child.func.attr in ("read", "load")
+             or child.func.attr == "finish")
+        for child in ast.walk(node)
+    )  # fmt: skip
+
+
+def _stored(node: ast.AST) -> set[str]:
+    """Names that a statement gives a value to, also by adding to what they hold."""
+    targets: list[ast.AST] = []
+    if isinstance(node, ast.Assign):
+        targets = node.targets
+    elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.For)):
+        targets = [node.target]
+    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        adds = isinstance(node.value.func, ast.Attribute) and node.value.func.attr in ADDING
+        targets = [node.value.func.value] if adds else []
+    return set().union(*map(_names, targets))
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements in order, those inside a loop or a branch after its head."""
+    for node in body:
+        yield node
+        for inner in ("body", "orelse"):
+            yield from _statements(getattr(node, inner, []))
+
+
+def recorded(nb: NotebookNode) -> Iterator[tuple[int, NotebookNode, ast.stmt, set[str]]]:
+    """Every statement, with the names that by then hold numbers of a record."""
+    names: set[str] = set()
+    for index, cell in code(nb):
+        source = re.sub(r"^\s*[%!].*$", "", cell.source, flags=re.MULTILINE)
+        for node in _statements(ast.parse(source).body):
+            yield index, cell, node, set(names)
+            value = getattr(node, "iter", None) or getattr(node, "value", None)
+            if value is not None and (_names(value) & names or _reads_record(value)):
+                names |= _stored(node)
+            elif isinstance(node, ast.Assign):
+                names -= {target.id for target in node.targets if isinstance(target, ast.Name)}
+
+
+def _shows_numbers(call: ast.Call) -> bool:
+    """Whether a call is `table` or `comparison`, not the method of a record."""
+    if isinstance(call.func, ast.Name):
+        return call.func.id in ("table", "comparison")
+    return isinstance(call.func, ast.Attribute) and _names(call.func.value) in (
+        {"tables"}, {"claims"},
+    )  and call.func.attr in ("table", "comparison")  # fmt: skip
+
+
+def _names_its_record(call: ast.Call) -> bool:
+    """Whether `record` is given, by its name or in its place: third of comparison, or fourth."""
+    place = 3 if "comparison" in ast.unparse(call.func) else 4
+    return len(call.args) >= place or any(keyword.arg == "record" for keyword in call.keywords)
+
+
+def unlinked(nb: NotebookNode) -> list[tuple[int, str]]:
+    """Cells that show numbers of a record and do not say which: tables and figures."""
+    faults = []
+    for index, cell, node, names in recorded(nb):
+        for call in (child for child in ast.walk(node) if isinstance(child, ast.Call)):
+            if not _shows_numbers(call) or _names_its_record(call):
+                continue
+            if any(_names(a) & names or _reads_record(a) for a in [*call.args, *call.keywords]):
+                faults.append((index, "a table of a record's numbers without record="))
+        pictured = any(kind in o.get("data", {}) for o in cell.outputs for kind in PICTURES)
+        caption = cell.metadata.get("mystnb", {}).get("figure", {}).get("caption", "")
+        if pictured and isinstance(node, ast.Expr) and _names(node) & names:
+            if "(#record-" not in caption:
+                faults.append((index, "a figure of a record's numbers without (#record-…)"))
+    return faults
+
+
+def exercises(nb: NotebookNode) -> dict[str, bool]:
+    """Labels of the exercises, and whether each has a solution with cells that run."""
+    labels, runs, solved = [], set(), None
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            labels += re.findall(r"^```\{exercise\}[^\n]*\n:label: (\S+)", cell.source, re.MULTILINE)
+            if begun := re.search(r"^```\{solution-start\} (\S+)\n:class: dropdown", cell.source):
+                solved = begun.group(1)
+            if "```{solution-end}" in cell.source:
+                solved = None
+        elif solved is not None and cell.source.strip():
+            runs.add(solved)
+    return {label: label in runs for label in labels}
+
+
 def prose(nb: NotebookNode) -> Iterator[tuple[int, str]]:
     """Every text that a reader sees as prose: Markdown cells, captions and alt texts."""
     for index, cell in enumerate(nb.cells):
@@ -140,9 +243,20 @@ def test_figures_are_told_to_those_who_cannot_see_them(notebook: NotebookNode) -
     assert [(i, fault) for i, cell in code(notebook) for fault in figure_faults(cell)] == []
 
 
+def test_numbers_of_a_record_say_which(notebook: NotebookNode, path: Path) -> None:
+    assert path in LABS or unlinked(notebook) == []
+
+
 def test_begins_with_one_title(notebook: NotebookNode) -> None:
     titles = re.findall(r"^# .+$", notebook.cells[0].source, re.MULTILINE)
     assert notebook.cells[0].cell_type == "markdown" and len(titles) == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[path.stem for path in PAGES])
+def test_pages_without_code_follow_the_rules_of_prose(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert bare_decimals(text, paper_numbers(CLAIMS)) == []
+    assert text.startswith("# ") and len(re.findall(r"^# .+$", text, re.MULTILINE)) == 1
 
 
 @pytest.mark.parametrize("lab", LABS, ids=[path.stem for path in LABS])
@@ -159,6 +273,17 @@ def test_chapter_shows_its_claims_and_their_verdicts(chapter: Path) -> None:
     assert not due or ("claim_box" in source and "verdict_box" in source)
 
 
+@pytest.mark.parametrize(
+    "chapter", [path for path in CHAPTERS if re.match(r"s[1-8]_", path.stem)],
+    ids=lambda path: path.stem,
+)  # fmt: skip
+def test_chapter_ends_with_exercises_whose_solutions_run(chapter: Path) -> None:
+    found = exercises(notebooks.read(chapter))
+    assert len(found) >= 2 and all(found.values())
+    word = chapter.stem.partition("_")[0]
+    assert [label for label in found if not label.startswith(f"ex-{word}-")] == []
+
+
 def test_figure_names_are_unique() -> None:
     names = Counter(
         cell.metadata.get("mystnb", {}).get("figure", {}).get("name")
@@ -171,7 +296,7 @@ def test_figure_names_are_unique() -> None:
 def test_the_contents_list_the_chapters_that_exist() -> None:
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     listed = [toc["root"]] + [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
-    written = [p.relative_to(ROOT).with_suffix("").as_posix() for p in CHAPTERS + LABS]
+    written = [p.relative_to(ROOT).with_suffix("").as_posix() for p in CHAPTERS + PAGES + LABS]
     assert sorted(listed) == sorted(written)
 
 
@@ -235,6 +360,53 @@ def test_the_rule_finds_silent_figures() -> None:
     assert figure_faults(told) == []
     told.outputs = [picture, picture]
     assert figure_faults(told) == ["more than one picture"]
+
+
+def test_the_rule_finds_exercises_without_a_running_solution() -> None:
+    exercise = "```{exercise} A title\n:label: ex-s1-a\n\nWhy?\n```"
+    start, end = "```{solution-start} ex-s1-a\n:class: dropdown\n```", "```{solution-end}\n```"
+    md, run = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell("print(1)")
+    told = [md(exercise), md(start), md("Because."), md(end), run]
+    assert exercises(nbformat.v4.new_notebook(cells=told)) == {"ex-s1-a": False}
+    told.insert(3, nbformat.v4.new_code_cell("print(2)"))
+    assert exercises(nbformat.v4.new_notebook(cells=told)) == {"ex-s1-a": True}
+
+
+READ = "record = records.read('ablation', 'olmoe-mini')\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "faults"),
+    [
+        ("rows = record.table('rows')\ntables.table(rows, {})", 1),
+        ("rows = record.table('rows')\ntables.table(rows, {}, record=record)", 0),
+        ("tables.table(record.table('rows'), {}, {}, record)", 0),
+        ("comparison([('gap', 1, record.metric('gap'))], 3, record)", 0),
+        ("comparison([('gap', 1, record.metric('gap'))], 3)", 1),
+        ("for x in record.table('rows'):\n    pass\ntable([{'a': x} for x in (1, 2)], {})", 0),
+        ("table([{'x': record.metric('gap').value}], {})", 1),
+        ("low = min(row['gap'] for row in record.table('rows'))\ncomparison([('gap', 1, low)])", 1),
+        ("for row in record.table('rows'):\n    kept = [row]\ntable(kept, {})", 1),
+        ("shown = []\nshown.append(record.metric('gap'))\nrows = shown\ntable(rows, {})", 1),
+        ("rows = record.table('rows')\nrows = [{'a': 1}]\ntable(rows, {})", 0),
+        ("rows = [{'a': 1}]\ntable(rows, {})\nrecord.table('rows')", 0),
+        ("tables.table(records.read('train', 'olmoe-mini').table('loss_curve'), {})", 1),
+        ("done = run.finish({})\nclaims.comparison([('gap', 1, done.metric('gap'))])", 1),
+    ],
+)
+def test_the_rule_finds_tables_that_do_not_name_their_record(source: str, faults: int) -> None:
+    cells = [nbformat.v4.new_code_cell(READ), nbformat.v4.new_code_cell(source)]
+    assert len(unlinked(nbformat.v4.new_notebook(cells=cells))) == faults
+
+
+def test_the_rule_finds_figures_that_do_not_name_their_record() -> None:
+    picture = nbformat.v4.new_output("display_data", {"image/png": "", "text/plain": ""})
+    cell = nbformat.v4.new_code_cell(READ + "fig_gap(record.table('rows'))", outputs=[picture])
+    nb = nbformat.v4.new_notebook(cells=[cell])
+    assert [index for index, _ in unlinked(nb)] == [0]
+    caption = "The gap ([record](#record-ablation-olmoe-mini))."
+    nb.cells[0].metadata = nbformat.from_dict({"mystnb": {"figure": {"caption": caption}}})
+    assert unlinked(nb) == []
 
 
 def test_captions_and_alt_texts_are_prose() -> None:
