@@ -9,6 +9,8 @@ The house, in the order in which data walks through it::
     bits, codec      one sign bit per coordinate, one scale per key
     evaluate         what attention loses
     memory, records  what it costs, and the record of how every number was made
+    claims, theorems what the paper says, and what came of it
+    figures, explorer  what a reader looks at, and what a reader moves
 """
 
 __version__ = "0.1.0"
