@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,24 @@ TEXTS = [
 def texts() -> list[str]:
     """Three small documents of source code."""
     return TEXTS
+
+
+@pytest.fixture
+def small_corpus(
+    texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """A function that puts the small documents, each ``repeat`` times, in place of the corpus."""
+
+    def put(repeat: int = 1) -> None:
+        def documents(split: str) -> tuple[corpus.Document, ...]:
+            return tuple(
+                corpus.Document(split, f"{split}/{i}.py", f"# {split}\n" + text * repeat, split)
+                for i, text in enumerate(texts)
+            )
+
+        monkeypatch.setattr(corpus, "documents", documents)
+
+    return put
 
 
 def _save(model, folder: Path) -> Path:

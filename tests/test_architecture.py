@@ -46,7 +46,7 @@ EXTERNAL = {
     "anywidget": ("explorer",),
     "traitlets": ("explorer",),
     "IPython": ("claims", "tables", "theorems", "explorer"),
-    "yaml": ("claims", "notebooks", "theorems"),
+    "yaml": ("claims", "notebooks"),
     "papermill": ("notebooks",),
     "nbformat": ("notebooks",),
     "nbclient": ("notebooks",),

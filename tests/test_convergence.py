@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from signlattice import convergence, corpus, rotations, solvers
+from signlattice import convergence, rotations, solvers
 from signlattice.beta import cosine, residual_energy
 from signlattice.convergence import ConvergenceConfig
-from signlattice.corpus import Document
 from signlattice.errors import InputError
 from signlattice.learn import SOLVERS, TracePoint
 
@@ -20,14 +19,8 @@ SMALL = ConvergenceConfig(
 
 
 @pytest.fixture
-def heads(olmoe, texts, monkeypatch):
-    monkeypatch.setattr(
-        corpus, "documents",
-        lambda split: tuple(
-            Document(split, f"{split}/{i}.py", f"# {split}\n" + text * 3, split)
-            for i, text in enumerate(texts)
-        ),
-    )  # fmt: skip
+def heads(olmoe, small_corpus):
+    small_corpus(repeat=3)
     return convergence.model_heads(olmoe, ConvergenceConfig(layers=(0, 1), scan_keys=96))
 
 

@@ -5,9 +5,8 @@ import warnings
 import pytest
 import torch
 
-from signlattice import corpus, solvers
+from signlattice import solvers
 from signlattice.beta import beta
-from signlattice.corpus import Document
 from signlattice.errors import InputError
 from signlattice.learn import SOLVERS
 
@@ -18,14 +17,8 @@ SMALL = solvers.SolverConfig(
 
 
 @pytest.fixture
-def heads(olmoe, texts, monkeypatch):
-    monkeypatch.setattr(
-        corpus, "documents",
-        lambda split: tuple(
-            Document(split, f"{split}/{i}.py", f"# {split}\n" + text, split)
-            for i, text in enumerate(texts)
-        ),
-    )  # fmt: skip
+def heads(olmoe, small_corpus):
+    small_corpus()
     return solvers.head_keys(olmoe, SMALL)
 
 

@@ -83,15 +83,7 @@ def load_claims(path: Path = CLAIMS) -> dict[str, Claim]:
     chapter, a check that is not in the tests, or is settled without support.
     """
     path = Path(path)
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the claims {shown(path)} ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", -1) + 1
-        raise IntegrityError(f"{shown(path)} is not YAML: look at line {line}") from None
-    if not isinstance(entries, list) or not entries:
-        raise IntegrityError(f"{shown(path)} must be a list of claims")
+    entries = read_entries(path, "claims")
     claims: dict[str, Claim] = {}
     for place, entry in enumerate(entries, start=1):
         try:
@@ -106,6 +98,23 @@ def load_claims(path: Path = CLAIMS) -> dict[str, Claim]:
             raise IntegrityError(f"{shown(path)}, claim {name or place}: {error}") from None
         claims[claim.id] = claim
     return claims
+
+
+def read_entries(path: Path, name: str) -> list[Any]:
+    """The entries of a YAML file that lists ``name``, none of them checked yet.
+
+    Raises ``InputError`` if it cannot be read, ``IntegrityError`` if it is not YAML or no list.
+    """
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the {name} {shown(path)} ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", -1) + 1
+        raise IntegrityError(f"{shown(path)} is not YAML: look at line {line}") from None
+    if not isinstance(entries, list) or not entries:
+        raise IntegrityError(f"{shown(path)} must be a list of {name}")
+    return entries
 
 
 GROUPS = {

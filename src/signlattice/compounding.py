@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from .evaluate import (
 from .models import LoadedModel
 from .records import Row
 from .scores import attention_states, log_weights, mean_interval, weights_kl
+from .solvers import Progress, tell
 
-Progress = Callable[[], object]
 LayerSet = tuple[int, ...]
 
 
@@ -102,8 +102,7 @@ def loss_rows(
         for layers in (*((layer,) for layer in every), every):
             losses[layers] = token_losses(loaded, pieces, only(codec, layers))
             rows.append(_loss_row(name, layers, losses[layers], exact))
-            if progress is not None:
-                progress()
+            tell(progress)
         complete[name] = losses[every]
         alone = [losses[(layer,)] for layer in every]
         ratios[name] = together_over_sum(complete[name], alone, exact)
@@ -144,8 +143,7 @@ def attention_rows(
                 for layer, states in seen.items():
                     kl = weights_kl(exact[layer], log_weights(states, scaling[layer]))
                     divergences.setdefault((name, layers, layer), []).append(float(kl.mean()))
-        if progress is not None:
-            progress()
+        tell(progress)
     return [
         _attention_row(name, layer, sorted(codec.layers), divergences, pieces)
         for name, codec in codecs.items()

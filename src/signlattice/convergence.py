@@ -28,7 +28,7 @@ from .learn import (
 )
 from .models import LoadedModel
 from .records import Row
-from .solvers import PLANTED_NOISE, KeySet, Progress
+from .solvers import PLANTED_NOISE, KeySet, Progress, tell
 
 MARKS = (50, 200, 500)
 """The steps at which the paper reports."""
@@ -188,7 +188,7 @@ def runs(
                 for point in learned.trace
                 if point.step in _KEPT or point is last
             ]  # fmt: skip
-            _tell(progress)
+            tell(progress)
     return summaries, traces
 
 
@@ -221,7 +221,7 @@ def plateau(config: ConvergenceConfig, progress: Progress | None = None) -> list
                     "to_target": first_step(trace, TARGET, "held_out_beta"),
                     "steps": trace[-1].step,
                 })  # fmt: skip
-                _tell(progress)
+                tell(progress)
     return rows
 
 
@@ -253,7 +253,7 @@ def agreement(config: ConvergenceConfig, progress: Progress | None = None) -> li
             "error": found.std().item() / math.sqrt(len(found)),
             "expected": expected_agreement(d, n_keys),
         })  # fmt: skip
-        _tell(progress)
+        tell(progress)
     return rows
 
 
@@ -410,7 +410,7 @@ def scan(
                 }
                 for group, (in_sample, held_out) in enumerate(groups)
             ]  # fmt: skip
-            _tell(progress)
+            tell(progress)
     return summaries, spectra
 
 
@@ -520,8 +520,3 @@ def _evenly(keys: Tensor, n: int) -> Tensor:
 
 def _renamed(keys: KeySet, name: str) -> KeySet:
     return replace(keys, name=name)
-
-
-def _tell(progress: Progress | None) -> None:
-    if progress is not None:
-        progress()

@@ -35,8 +35,7 @@ from .evaluate import (
 )
 from .models import LoadedModel
 from .records import Row
-
-Progress = Callable[[], object]
+from .solvers import Progress, tell
 
 SIDES = ("keys", "queries", "both")
 """What is signed: the keys, the queries, or both."""
@@ -204,7 +203,7 @@ def calibrate(
             ("learned_both", both, "annealed"),
         ):
             rotations[name][layer] = rotate_heads(vectors, kind, config.seed)
-        _tell(progress)
+        tell(progress)
     value_mean = {layer: states.value.mean(1) for layer, states in pooled.items()}
     return Calibrated(key_mean, value_mean, rotations)
 
@@ -233,7 +232,7 @@ def score_rows(
                 )
                 for side, figures in measured.items():
                     found.setdefault((rotation, side, layer), []).append(figures)
-        _tell(progress)
+        tell(progress)
     return _head_rows(found, pieces), _mean_rows(found, pieces)
 
 
@@ -334,7 +333,7 @@ def perplexity_rows(
             with signed_attention(loaded.model, matrices, calibrated.key_mean, side):
                 losses = token_losses(loaded, pieces)
             rows.append({"rotation": rotation, "side": side} | _gap(losses, exact))
-            _tell(progress)
+            tell(progress)
     return rows
 
 
@@ -360,7 +359,7 @@ def value_rows(
             with coded_values(loaded.model, codes):
                 losses = token_losses(loaded, pieces, codec)
             rows.append({"coded": coded, "value_rule": rule} | _gap(losses, exact))
-            _tell(progress)
+            tell(progress)
     return rows
 
 
@@ -575,8 +574,3 @@ def _causal(scores: Tensor) -> Tensor:
     """Log attention weights of a causal sequence, [..., T, T]."""
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     return scores.masked_fill(future, -math.inf).log_softmax(-1)
-
-
-def _tell(progress: Progress | None) -> None:
-    if progress is not None:
-        progress()

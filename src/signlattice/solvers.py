@@ -22,6 +22,7 @@ from .models import LoadedModel
 from .records import Row
 
 Progress = Callable[[], object]
+"""Told after every finished part of a lab's work."""
 
 PLANTED_NOISE = 0.48
 """Standard deviation of the noise on planted keys, in units of the lattice's coordinates."""
@@ -159,7 +160,7 @@ def traces(
                     "stage": point.stage, "train_beta": point.train_beta,
                     "held_out_beta": point.held_out_beta, "seconds": round(point.seconds, 3),
                 })  # fmt: skip
-            _tell(progress)
+            tell(progress)
     return rows
 
 
@@ -183,7 +184,7 @@ def bar(
         learned = {}
         for solver in ("itq", "annealed"):
             learned[solver] = _learned(keys, solver, config, trace_every=10**6)
-            _tell(progress)
+            tell(progress)
         itq, annealed = learned["itq"], learned["annealed"]
         rows.append({
             "keys": keys.name, "kind": keys.kind,
@@ -213,8 +214,14 @@ def noise_nulls(config: SolverConfig, progress: Progress | None = None) -> list[
                     "in_sample": in_sample, "held_out": held_out,
                     "coefficient": (in_sample - held_out) * math.sqrt(ratio),
                 })  # fmt: skip
-                _tell(progress)
+                tell(progress)
     return rows
+
+
+def tell(progress: Progress | None) -> None:
+    """Say that a part is done, if anybody listens."""
+    if progress is not None:
+        progress()
 
 
 def _bank(loaded: LoadedModel, split: corpus.Split, config: SolverConfig) -> KeyBank:
@@ -235,8 +242,3 @@ def _learned(
 
 def _head_name(layer: int, head: int, method: str) -> str:
     return f"layer {layer}, head {head}, {method}"
-
-
-def _tell(progress: Progress | None) -> None:
-    if progress is not None:
-        progress()

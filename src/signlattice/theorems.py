@@ -11,10 +11,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from IPython.display import Markdown
 
-from .claims import CHAPTERS, Claim
+from .claims import CHAPTERS, Claim, read_entries
 from .errors import InputError, IntegrityError
 from .files import PROJECT, shown
 
@@ -63,14 +62,7 @@ def load_theorems(claims: Mapping[str, Claim], path: Path = THEOREMS) -> dict[st
     does not exist, or is the paper's and has no name or no claim.
     """
     path = Path(path)
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the theorems {shown(path)} ({error.strerror})") from None
-    except yaml.YAMLError:
-        raise IntegrityError(f"{shown(path)} is not YAML") from None
-    if not isinstance(entries, list) or not entries:
-        raise IntegrityError(f"{shown(path)} must be a list of theorems")
+    entries = read_entries(path, "theorems")
     theorems: dict[str, Theorem] = {}
     for place, entry in enumerate(entries, start=1):
         try:
