@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # kernels run in Triton's interpreter; read when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from hypothesis import settings
 from transformers import LlamaConfig, OlmoeConfig, PreTrainedTokenizerFast
 from transformers import LlamaForCausalLM, OlmoeForCausalLM

@@ -41,6 +41,7 @@ EXTERNAL = {
     "transformers": WITH_MODELS,
     "tokenizers": WITH_MODELS,
     "triton": ("kernels",),
+    "numba": ("kernels",),
     "matplotlib": ("figures", "explorer"),
     "ipywidgets": ("figures", "explorer"),
     "anywidget": ("explorer",),

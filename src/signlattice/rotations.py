@@ -22,6 +22,8 @@ __all__ = [
     "MAX_HEAD_DIM",
     "MIN_HEAD_DIM",
     "hadamard",
+    "hadamard_core",
+    "hadamard_signs",
     "haar",
     "identity",
     "orthogonality_defect",
@@ -57,6 +59,32 @@ def supported_head_dims() -> tuple[int, ...]:
 def supported_head_dim(d: int) -> bool:
     """Whether ``d`` is k * 2**m with k in {1, 12, 20, 28} and 16 <= d <= 2048."""
     return not isinstance(d, bool) and d in supported_head_dims()
+
+
+def hadamard_core(n: int) -> int:
+    """Order of the seed of a Hadamard matrix of order ``n``: k of n = k * 2**m.
+
+    `hadamard` is Sylvester's matrix of order n / k times Paley's of order k (Kronecker product).
+
+    Raises:
+        InputError: if ``n`` has no such k.
+    """
+    for core in _PALEY_PRIME:
+        if n % core == 0 and _is_power_of_two(n // core):
+            return core
+    if n < 1 or not _is_power_of_two(n):
+        raise InputError(f"no Hadamard matrix of order {n} here: use k*2^m, k in {{1, 12, 20, 28}}")
+    return 1
+
+
+def hadamard_signs(n: int) -> Tensor:
+    """The Hadamard matrix of order ``n`` = k * 2**m as its +-1 entries, int8 [n, n]; any size.
+
+    Raises:
+        InputError: if ``n`` is of no supported form.
+    """
+    hadamard_core(n)
+    return _hadamard_signs(n).clone()
 
 
 def hadamard(d: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -208,7 +236,7 @@ def _generator(seed: int) -> torch.Generator:
 
 @functools.cache
 def _hadamard_signs(d: int) -> Tensor:
-    core = next((k for k in _PALEY_PRIME if d % k == 0 and _is_power_of_two(d // k)), 1)
+    core = hadamard_core(d)
     signs = _paley(core) if core > 1 else torch.ones(1, 1, dtype=torch.int8)
     step = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
     while signs.shape[0] < d:

@@ -1,0 +1,67 @@
+"""Decode attention on packed keys in torch: the definition that the kernels are held to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...bits import unpack_signs
+from ..layout import PackedKeys, PackedValues, WholeTokens
+
+
+def dequantise(keys: PackedKeys, rotation: Tensor, mean: Tensor | None = None) -> Tensor:
+    """The keys that the bits stand for: Rᵀ(scale · sign) + dc·e + mean, fp32 [B, H, C, D].
+
+    Args:
+        keys: C tokens; rotation: [H, D, D]; mean: [H, D] or None.
+    """
+    y = unpack_signs(keys.words) * keys.scale.float()[..., None]
+    x = y @ rotation.float()
+    if keys.dc is not None:
+        x = x + keys.dc.float()[..., None] / x.shape[-1] ** 0.5
+    return x if mean is None else x + mean.float()[:, None]
+
+
+def decode_attention(
+    query: Tensor,
+    keys: PackedKeys,
+    rotation: Tensor,
+    values: Tensor | PackedValues,
+    start: Tensor,
+    length: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    whole: WholeTokens | None = None,
+) -> Tensor:
+    """Attention of one new token per sequence, over packed keys and tokens kept whole.
+
+    Scores are scaling · q·k̂ with k̂ as `dequantise` has it without its mean, which is the same for
+    all keys and cancels; softcap · tanh(score / softcap) if a cap is given. Computed in fp32, or
+    fp64 for a fp64 query.
+
+    Args:
+        query: [B, Hq, D], not rotated; Hq is a multiple of H.
+        keys: C tokens of room, of which start[b] ≤ t < length[b] are attended to.
+        rotation: [H, D, D]; values: [B, H, C, Dv], or packed; start, length: int32 [B].
+
+    Returns:
+        [B, Hq, Dv] in the dtype of ``query``; zeros for a sequence with no token at all.
+    """
+    n_heads = rotation.shape[0]
+    q = query.to(torch.promote_types(query.dtype, torch.float32)).unflatten(1, (n_heads, -1))
+    k = dequantise(keys, rotation).to(q)
+    v = (values.read() if isinstance(values, PackedValues) else values).to(q)
+    t = torch.arange(k.shape[2], device=k.device)
+    there = (t >= start[:, None]) & (t < length[:, None])
+    if whole is not None:
+        e = torch.arange(whole.keys.shape[2], device=k.device)
+        there = torch.cat((there, e < whole.length[:, None]), -1)
+        k, v = torch.cat((k, whole.keys.to(q)), 2), torch.cat((v, whole.values.to(q)), 2)
+    there = there[:, None, None]  # [B, 1, 1, C + E]
+    scores = scaling * q @ k.mT  # [B, H, G, C + E]
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    weights = scores.masked_fill(~there, -torch.inf).softmax(-1)
+    weights = weights.masked_fill(~there, 0.0)  # also where nothing is there, and softmax is NaN
+    v = v.masked_fill(~there.squeeze(1).mT.unsqueeze(1), 0.0)  # room not yet used may hold anything
+    return (weights @ v).flatten(1, 2).to(query.dtype)

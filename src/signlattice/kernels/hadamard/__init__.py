@@ -1,0 +1,1 @@
+"""The (randomised) Hadamard transform."""

@@ -1,0 +1,56 @@
+"""Packing in torch: the definition that the kernel is held to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...bits import pack_signs
+from ..layout import PackedKeys
+
+RULES = ("mse", "norm", "unbiased")
+
+
+def pack_into(
+    packed: PackedKeys,
+    keys: Tensor,
+    rotation: Tensor,
+    positions: Tensor,
+    mean: Tensor | None = None,
+    temperature: Tensor | None = None,
+    rule: str = "unbiased",
+) -> None:
+    """Centre, rotate, take the signs and the scale of keys, and write them into a cache.
+
+    Of a key k less its head's static mean, dc = e·k with e = (1, …, 1)/√D, taken off where ``dc``
+    is kept; y = R (k − dc·e); the words hold sign(y) as in `bits`, and the scale is τ·α(y) by
+    ``rule``, as in `codec.token_scale`. Key t of sequence b goes to place ``positions[b] + t``.
+    Computed in fp32, or fp64 for fp64 keys.
+
+    Args:
+        packed: C tokens of room for each of [B, H]; written.
+        keys: [B, H, T, D]; rotation: [H, D, D], rows are the new axes.
+        positions: int32 [B]; mean: [H, D] or None; temperature: τ [H] or None.
+    """
+    x = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    d = x.shape[-1]
+    if mean is not None:
+        x = x - mean.to(x)[:, None]
+    along = x.sum(-1) / d**0.5
+    if packed.dc is not None:
+        x = x - x.mean(-1, keepdim=True)
+    y = x @ rotation.to(x).mT
+    total, energy = y.abs().sum(-1), y.square().sum(-1)
+    alpha = {
+        "mse": total / d,
+        "norm": (energy / d).sqrt(),
+        "unbiased": energy / total.clamp_min(torch.finfo(y.dtype).tiny),
+    }[rule]
+    if temperature is not None:
+        alpha = alpha * temperature.to(alpha)[:, None]
+    for b, at in enumerate(positions.tolist()):
+        place = slice(at, at + x.shape[2])
+        packed.words[b, :, place] = pack_signs(y[b])
+        packed.scale[b, :, place] = alpha[b].to(packed.scale.dtype)
+        if packed.dc is not None:
+            packed.dc[b, :, place] = along[b].to(packed.dc.dtype)

@@ -1,0 +1,130 @@
+"""Packing on a GPU: one launch from keys to words and scales, for a prompt or one new token."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import PackedKeys
+from ..runtime import INTERPRETED, Launch, as_seen, n_programs, padded
+
+
+@triton.jit
+def _pack(
+    keys, rotation, mean, temperature, words, scale, dc, positions,
+    s_batch, s_head, s_token, n_tokens, n_rows, capacity,
+    D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, PLANES: tl.constexpr,
+    ROWS: tl.constexpr, RULE: tl.constexpr, CENTRED: tl.constexpr, DC: tl.constexpr,
+    TEMPERED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Rows are tokens of all sequences of one head. A chunk of the rotation is PLANES bit planes of
+    # W coordinates each, a plane padded to WP; all eight stay on the chip where they fit.
+    h = tl.program_id(1)
+    i, w = tl.arange(0, DP), tl.arange(0, WP)
+    column = tl.arange(0, PLANES * WP)
+    inside, real = i < D, (column % WP) < W
+    r_head = rotation + h * D * D
+    if PLANES == 8:
+        at = ((column // WP) * W + column % WP)[None, :] * D + i[:, None]
+        whole = tl.load(r_head + at, mask=real[None, :] & inside[:, None], other=0.0).to(DOT)
+    for first in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        there = row < n_rows
+        b, t = (row // n_tokens).to(tl.int64), row % n_tokens
+        k = keys + (b * s_batch + h * s_head + t.to(tl.int64) * s_token)[:, None] + i[None, :]
+        x = tl.load(k, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        if CENTRED:
+            x -= tl.load(mean + h * D + i, mask=inside, other=0.0).to(tl.float32)[None, :]
+        along = tl.sum(x, 1)
+        if DC:
+            x = tl.where(inside[None, :], x - (tl.sum(x, 1) / D)[:, None], 0.0)
+        packed = tl.zeros([ROWS, WP], tl.int32)
+        total = tl.zeros([ROWS], tl.float32)
+        energy = tl.zeros([ROWS], tl.float32)
+        for chunk in tl.range(0, 8 // PLANES):
+            if PLANES == 8:
+                part = whole
+            else:
+                axis = (chunk * PLANES + column // WP) * W + column % WP
+                at = axis[None, :] * D + i[:, None]
+                part = tl.load(r_head + at, mask=real[None, :] & inside[:, None], other=0.0).to(DOT)
+            y = tl.dot(x.to(DOT), part, input_precision=PRECISION)  # [ROWS, PLANES·WP]
+            total += tl.sum(tl.abs(y), 1)
+            energy += tl.sum(y * y, 1)
+            place = (tl.arange(0, PLANES) + chunk * PLANES)[None, :, None]
+            bit = tl.reshape((y >= 0).to(tl.int32), [ROWS, PLANES, WP])
+            packed += tl.sum(bit << place, 1)
+        if RULE == "mse":
+            alpha = total / D
+        elif RULE == "norm":
+            alpha = tl.sqrt(energy / D)
+        else:
+            alpha = energy / tl.maximum(total, 1e-37)
+        if TEMPERED:
+            alpha *= tl.load(temperature + h).to(tl.float32)
+        to = t + tl.load(positions + b, mask=there, other=0)
+        cell = (b * tl.num_programs(1) + h) * capacity + to
+        fits = there & (to >= 0) & (to < capacity)  # never outside the cache, whatever a position
+        into = words + cell[:, None] * W + w[None, :]
+        tl.store(into, packed.to(tl.uint8), mask=fits[:, None] & (w < W)[None, :])
+        tl.store(scale + cell, alpha.to(scale.dtype.element_ty), mask=fits)
+        if DC:
+            tl.store(dc + cell, (along * (D**-0.5)).to(dc.dtype.element_ty), mask=fits)
+
+
+def pack_into(
+    packed: PackedKeys,
+    keys: Tensor,
+    rotation: Tensor,
+    positions: Tensor,
+    mean: Tensor | None = None,
+    temperature: Tensor | None = None,
+    rule: str = "unbiased",
+) -> None:
+    """As `reference.pack_into`, in one launch."""
+    n_batch, n_heads, n_tokens, d = keys.shape
+    n_rows = n_batch * n_tokens
+    if n_rows == 0:
+        return
+    x = as_seen(keys)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    launch = plan(
+        d, x.dtype, rule, few=n_rows <= 16, centred=mean is not None,
+        dc=packed.dc is not None,
+        tempered=temperature is not None,
+    )  # fmt: skip
+    matrix = rotation.contiguous()
+    absent = matrix  # a pointer for what the kernel is compiled not to read
+    grid = (n_programs(triton.cdiv(n_rows, launch.constants["ROWS"]), x.device, 2), n_heads)
+    launch(
+        grid, x, matrix, absent if mean is None else mean.contiguous(),
+        absent if temperature is None else temperature.contiguous(), packed.words, packed.scale,
+        absent if packed.dc is None else packed.dc, positions, *x.stride()[:3], n_tokens, n_rows,
+        packed.words.shape[2],
+    )  # fmt: skip
+
+
+def plan(
+    d: int, dtype: torch.dtype, rule: str, *, few: bool, centred: bool, dc: bool, tempered: bool
+) -> Launch:
+    """The launch for keys of ``d`` coordinates; ``few`` for a decode step's handful of rows."""
+    exact = dtype == torch.float32
+    words = d // 8
+    side = max(8, triton.next_power_of_2(words))
+    # chunks of at least 16 columns, as many planes as shared memory holds beside the keys
+    planes = {True: 8, False: 2}[d <= 128] if d <= 256 else 1
+    if exact and d > 64:
+        planes = min(planes, 2)
+    tile = 8192 if d <= 64 and not exact else 16384 if not exact or d <= 128 else 8192
+    rows = 16 if few else max(16, min(128, tile // padded(d)))
+    constants = {
+        "D": d, "DP": padded(d), "W": words, "WP": side, "PLANES": planes, "ROWS": rows,
+        "RULE": rule, "CENTRED": centred, "DC": dc, "TEMPERED": tempered,
+        "DOT": tl.float32 if exact else tl.float16,
+        "PRECISION": "ieee" if INTERPRETED else "tf32",
+    }  # fmt: skip
+    return Launch(_pack, constants, num_warps=8 if d > 256 else 4)
+
+
