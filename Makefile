@@ -3,14 +3,14 @@
 PYTHON ?= python3
 MODEL  ?= olmoe-mini
 # in this order: a lab may read what an earlier one has made
-LAB    ?= train ablation solvers convergence scores
+LAB    ?= train ablation solvers convergence scores kernels
 
 BIN      := .venv/bin
 STAMP    := .venv/.installed
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 BENCHES  := $(sort $(wildcard benchmarks/*.py))
 
-.PHONY: help book html pdf records lab test test-browser twice bench clean
+.PHONY: help book html pdf records lab test test-gpu test-browser cross-compile twice bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -41,6 +41,13 @@ lab: $(STAMP) ## rerun the heavy notebooks: make lab MODEL=olmoe-mini [LAB=ablat
 test: $(STAMP) ## unit, property, equation and style tests, then the chapters' outputs
 	$(BIN)/python -m pytest tests --ignore=tests/browser $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 
+test-gpu: $(STAMP) ## the kernels' tests on a CUDA device, which must be there
+	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: no CUDA device; make test runs these tests in an interpreter")'
+	$(BIN)/python -m pytest tests/kernels
+
+cross-compile: $(STAMP) ## compile every variant of every kernel for the A100 and the H100, without one
+	cd tests/kernels && ../../$(BIN)/python cross_compile.py 80 --all && ../../$(BIN)/python cross_compile.py 90 --all
+
 test-browser: $(STAMP) ## the built book in headless Chromium, cut off from the network
 	$(BIN)/python -m pytest tests/browser --confcutdir=tests/browser
 
@@ -50,7 +57,7 @@ twice: $(STAMP) ## execute the chapters as two other machines would, and compare
 	  $(BIN)/python -m pytest -q $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 
-bench: $(STAMP) ## time the solvers and whatever else is in benchmarks/
+bench: $(STAMP) ## time the solvers, and the kernels on the device at hand
 	@set -e; for bench in $(BENCHES); do echo "== $$bench"; $(BIN)/python $$bench; done
 
 clean: ## remove what a build leaves; the environment goes with: rm -r .venv

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -30,6 +30,7 @@ from signlattice.learn import (
     _stages,
     _State,
     learn_rotation,
+    learn_rotations,
     mean_cosine,
     polar,
     smoothed_gradient,
@@ -120,6 +121,7 @@ def test_large_keys_are_summed_as_small_ones(monkeypatch):
     keys, rotation = unit(gaussian(1000, 32, dtype=torch.float64)), haar(32, 0, dtype=torch.float64)
     whole = smoothed_gradient(keys, rotation, 0.0), mean_cosine(keys, rotation)
     monkeypatch.setattr("signlattice.learn._CHUNK", 32 * 7)
+    monkeypatch.setattr("signlattice.kernels.gradient.reference.CHUNK", 32 * 7)
     torch.testing.assert_close(smoothed_gradient(keys, rotation, 0.0), whole[0])
     assert mean_cosine(keys, rotation) == pytest.approx(whole[1], abs=1e-12)
 
@@ -135,11 +137,11 @@ def test_steps_commute_with_a_change_of_axes(solver, seed):
     start, axes = (haar(16, seed + i, dtype=torch.float64) for i in (1, 2))
     ends = []
     for seen, rotation in ((keys, start), (keys @ axes.T, start @ axes.T)):
-        task = _prepare(seen, None, replace(SHORT[solver], seed=seed))
-        state = _State(rotation, torch.zeros_like(rotation))
+        task = _prepare(seen, None, replace(SHORT[solver], seed=seed), "auto", "[N, d]")
+        state = _State.at(rotation[None])
         for stage in _stages(task.config):
             state = stage.move(task, state)
-        ends.append((state.rotation, mean_cosine(task.keys, state.rotation)))
+        ends.append((state.rotation[0], mean_cosine(task.keys[0], state.rotation[0])))
     torch.testing.assert_close(ends[0][0] @ axes.T, ends[1][0], atol=1e-7, rtol=0)
     assert ends[0][1] == pytest.approx(ends[1][1], abs=1e-7)
 
@@ -403,6 +405,115 @@ def test_checkpoint_that_cannot_be_written_is_told_first(tmp_path):
         learn_rotation(
             planted(2100, 16), checkpoint=tmp_path / "file" / "x", progress=Stop(1, AssertionError)
         )
+
+
+# Several heads at once, and other implementations.
+
+
+def heads_of(make: Callable[..., Tensor], n: int, d: int, n_heads: int = 3) -> Tensor:
+    return torch.stack([make(n, d, seed=seed) for seed in range(n_heads)])
+
+
+@BY_SOLVER
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_heads_learned_at_once_end_where_each_ends_alone(solver, impl):
+    keys, held_out = heads_of(anisotropic, 2100, 16), heads_of(planted, 300, 16)
+    config = replace(SHORT[solver], tolerance=1e-4, polish_steps=40, steps=40, trace_every=5)
+    together = learn_rotations(keys, config, held_out=held_out, impl=impl)
+    for head, learned in enumerate(together):
+        alone = learn_rotation(keys[head], config, held_out=held_out[head], impl="torch")
+        torch.testing.assert_close(learned.matrix, alone.matrix, atol=1e-5, rtol=0)
+        for ours, theirs in zip(learned.trace, alone.trace, strict=True):
+            assert (ours.step, ours.stage) == (theirs.step, theirs.stage)
+            assert ours.train_beta == pytest.approx(theirs.train_beta, abs=1e-6)
+            assert ours.held_out_beta == pytest.approx(theirs.held_out_beta, abs=1e-6)
+        assert learned.held_out_beta == pytest.approx(alone.held_out_beta, abs=1e-6)
+        assert (learned.n_keys, learned.config) == (alone.n_keys, alone.config)
+
+
+def test_a_head_that_has_settled_moves_no_more():
+    keys = heads_of(anisotropic, 2100, 16)
+    config = LearnConfig(solver="itq", tolerance=1e-4, trace_every=1)
+    learned = learn_rotations(keys, config)
+    last = [head.trace[-1].step for head in learned]
+    assert len(set(last)) > 1, "all settle at once: nothing is shown"
+    for head, steps in zip(learned, last):
+        climb = [point.train_beta for point in head.trace]
+        assert len(climb) == steps + 1 and head.train_beta == pytest.approx(climb[-1], abs=1e-6)
+
+
+def test_progress_of_several_heads_is_their_mean():
+    seen: list[TracePoint] = []
+    config = LearnConfig(solver="itq", tolerance=1e-4, trace_every=1000)
+    keys, held_out = heads_of(anisotropic, 2100, 16), heads_of(planted, 300, 16)
+    learned = learn_rotations(keys, config, held_out=held_out, progress=seen.append)
+    last = [head.trace[-1] for head in learned]
+    assert [point.step for point in seen] == sorted({0, *(point.step for point in last)})
+    for name in ("train_beta", "held_out_beta"):
+        mean = sum(getattr(point, name) for point in last) / len(last)
+        assert getattr(seen[-1], name) == pytest.approx(mean)
+
+
+@BY_SOLVER
+def test_heads_resume_as_one_does(solver, tmp_path):
+    keys, file = heads_of(anisotropic, 2100, 16), tmp_path / "run.safetensors"
+    config = replace(SHORT[solver], tolerance=1e-4, trace_every=4)
+    straight = learn_rotations(keys, config)
+    for call in (1, 3):
+        with pytest.raises(KeyboardInterrupt):
+            learn_rotations(keys, config, checkpoint=file, progress=Stop(call))
+    for resumed, whole in zip(learn_rotations(keys, config, checkpoint=file), straight):
+        assert_same(resumed, whole)
+    with pytest.raises(IntegrityError, match="other keys"):
+        learn_rotation(keys[0], config, checkpoint=file)
+
+
+def test_one_head_takes_the_reference_s_steps_on_a_processor():
+    keys = planted(2100, 16)
+    wanted, found = (learn_rotation(keys, SHORT["annealed"], impl=i) for i in ("torch", "auto"))
+    assert_same(found, wanted)
+
+
+def test_heads_on_several_cores_take_the_steps_of_one_core():
+    keys, config = heads_of(planted, 2100, 16), SHORT["annealed"]
+    alone = learn_rotations(keys, config, impl="torch")
+    torch.set_num_threads(2)
+    try:
+        shared = learn_rotations(keys, config, impl="cpu")
+        assert torch.get_num_threads() == 2, "the workers' single thread is theirs alone"
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(ours.matrix, theirs.matrix) for ours, theirs in zip(shared, alone))
+
+
+def test_kernels_of_a_gpu_find_the_same_lattice():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    keys = heads_of(planted, 2048, 16, n_heads=2).to(device)
+    config = LearnConfig(warm_steps=16, steps=20, batch=512, polish_steps=4, trace_every=1000)
+    reference, found = (learn_rotations(keys, config, impl=impl) for impl in ("torch", "triton"))
+    for ours, theirs in zip(found, reference):
+        assert ours.train_beta == pytest.approx(theirs.train_beta, abs=1e-4)
+        assert ours.train_beta > 0.9
+        assert orthogonality_defect(ours.matrix) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "message"),
+    [
+        (planted(2100, 16), {}, r"keys of shape \[2100, 16\]: expected \[H, N, d\]"),
+        (gaussian(2, 16)[:, None].expand(2, 9, 16), {}, "at least as many keys as dimensions"),
+        (heads_of(planted, 99, 16), {"held_out": planted(99, 16)}, r"expected \[H, N, d\]"),
+        (heads_of(planted, 99, 16), {"held_out": heads_of(planted, 9, 16, 2)},
+         r"held_out of shape \[2, 9, 16\]: expected \[3, M, 16\]"),
+        (heads_of(planted, 99, 16), {"impl": "fast"}, "impl='fast': gradient has auto, torch"),
+        (heads_of(planted, 99, 16).double(), {"impl": "triton"}, "float64 keys: use impl='torch'"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::signlattice.learn.CalibrationWarning")
+def test_what_cannot_be_learned_at_once_is_told(keys, options, message):
+    with pytest.raises(InputError, match=message) as refusal:
+        learn_rotations(keys, **options)
+    assert "\n" not in str(refusal.value)
 
 
 # What is refused, and what is warned of.

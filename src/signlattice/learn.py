@@ -26,28 +26,25 @@ A beta that was learned is an over-estimate on the very keys it was learned from
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from statistics import fmean
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import rotations
-from .errors import InputError, IntegrityError
-from .files import check_writable, shown
+from . import checkpoints, kernels, rotations
+from .errors import InputError
+from .files import check_writable
+from .kernels import Impl, polar
 
 __all__ = [
     "INITIALS",
@@ -59,6 +56,7 @@ __all__ = [
     "LearnedRotation",
     "TracePoint",
     "learn_rotation",
+    "learn_rotations",
     "mean_cosine",
     "polar",
     "smoothed_gradient",
@@ -79,7 +77,7 @@ _STEPS = {"annealed": 100, "itq": 300, "gradient": 500}
 _MILESTONES = (50, 200, 500)  # the steps at which the paper reports
 _PROXIMAL = 1e-5  # share of R in a polar factor, which is thus defined where keys lack a direction
 _CHUNK = 1 << 18  # numbers handled at once: they stay in the processor's cache
-_SCHEMA = 1
+_MATRICES = ("rotation", "velocity")
 
 
 class CalibrationWarning(UserWarning):
@@ -189,7 +187,8 @@ class TracePoint:
 class LearnedRotation:
     """A learned rotation: ``matrix`` [d, d], rows are the new axes, and how it came about.
 
-    ``config`` is the resolved one, with no None left for the solver to choose.
+    ``config`` is the resolved one, with no None left for the solver to choose. ``seconds`` is wall
+    time, that of all heads where several were learned at once.
     """
 
     matrix: Tensor
@@ -209,6 +208,7 @@ def learn_rotation(
     config: LearnConfig = LearnConfig(),
     *,
     held_out: Tensor | None = None,
+    impl: Impl = "auto",
     progress: ProgressReport | bool | None = None,
     checkpoint: Path | None = None,
 ) -> LearnedRotation:
@@ -220,38 +220,75 @@ def learn_rotation(
         config: solver, seed, start and budget.
         held_out: [M, d] keys of other documents, centred likewise, that the trace and the result
             report beta on. They have no influence on the rotation.
+        impl: "torch" is the reference, and "triton" is for a GPU. "cpu" is the reference with heads
+            shared out among cores, which changes nothing for a single head. "auto" is "triton" on a
+            GPU, but for fp64 keys, and "cpu" on a processor.
         progress: called with every `TracePoint`, or True for a progress bar.
         checkpoint: file to resume from if it is there, and to save the state to: every
             ``config.checkpoint_every`` steps, at the end, and when an exception such as
             KeyboardInterrupt ends the run. A run that was resumed ends with the same matrix, bit
-            for bit, as one that was not interrupted.
+            for bit, as one that was not interrupted, where ``impl`` and device are the same.
 
     Returns:
         The rotation, orthogonal to fp32 rounding.
 
     Raises:
         InputError: keys that are not [N, d], fewer than d, not finite or of zero norm; held-out
-            keys of another d; a d that the initial rotation does not support; a checkpoint that
-            cannot be written.
+            keys of another d; a d that the initial rotation does not support; an ``impl`` that is
+            unknown or cannot run; a checkpoint that cannot be written.
         IntegrityError: a checkpoint that is damaged, or of another config or other keys.
 
     Warns:
         CalibrationWarning: when N/d is below 128.
     """
-    task = _prepare(keys, held_out, config)
+    task = _prepare(keys, held_out, config, impl, "[N, d]")
+    return _learned(task, progress, checkpoint)[0]
+
+
+def learn_rotations(
+    keys: Tensor,
+    config: LearnConfig = LearnConfig(),
+    *,
+    held_out: Tensor | None = None,
+    impl: Impl = "auto",
+    progress: ProgressReport | bool | None = None,
+    checkpoint: Path | None = None,
+) -> tuple[LearnedRotation, ...]:
+    """Learn a rotation for each of H heads at once: of a layer, or of several.
+
+    The heads take their steps together, which is what fills a GPU; a head that has settled moves no
+    more. Each ends where `learn_rotation` would bring it alone, up to rounding.
+
+    Args:
+        keys: [H, N, d]; ``held_out``: [H, M, d].
+        progress: called whenever the trace of a head grows, with a point whose betas are the means
+            over heads.
+
+    The other arguments, and what is raised and warned of, are those of `learn_rotation`.
+    """
+    task = _prepare(keys, held_out, config, impl, "[H, N, d]")
+    return _learned(task, progress, checkpoint)
+
+
+def _learned(
+    task: _Task, progress: ProgressReport | bool | None, checkpoint: Path | None
+) -> tuple[LearnedRotation, ...]:
     stages = _stages(task.config)
     state = _started(task, checkpoint)
     clock = time.perf_counter() - state.seconds
+    moving = task
     with _reporting(progress, total=sum(stage.steps for stage in stages)) as report:
         try:
-            if not state.trace:
-                state = _traced(task, "start", state)
-                report(state.trace[-1])
+            if not any(state.traces):
+                state = _traced(task, "start", state, task.heads)
+                report(_mean_point(state))
             while state.stage < len(stages):
-                known = len(state.trace)
-                state = _advanced(task, stages, state, clock)
-                if len(state.trace) > known:
-                    report(state.trace[-1])
+                known = state.traces
+                if moving.heads != state.moving:
+                    moving = task.narrowed(state.moving)
+                state = _advanced(moving, stages, state, clock)
+                if state.traces != known:
+                    report(_mean_point(state))
                 if checkpoint is not None and state.total % task.config.checkpoint_every == 0:
                     _save(checkpoint, task, state)
         except BaseException:
@@ -260,15 +297,22 @@ def learn_rotation(
             raise
     if checkpoint is not None:
         _save(checkpoint, task, state)
-    matrix = polar(state.rotation.double()).to(state.rotation.dtype)
-    return LearnedRotation(
-        matrix=matrix,
-        trace=state.trace,
-        train_beta=mean_cosine(task.keys, matrix),
-        held_out_beta=None if task.held_out is None else mean_cosine(task.held_out, matrix),
-        seconds=state.seconds,
-        config=task.config,
-        n_keys=len(task.keys),
+    return _results(task, state)
+
+
+def _results(task: _Task, state: _State) -> tuple[LearnedRotation, ...]:
+    matrices = polar(state.rotation.double(), impl=task.impl).to(state.rotation.dtype)
+    return tuple(
+        LearnedRotation(
+            matrix=matrix,
+            trace=state.traces[head],
+            train_beta=mean_cosine(task.keys[head], matrix),
+            held_out_beta=task.judged(head, matrix),
+            seconds=state.seconds,
+            config=task.config,
+            n_keys=task.keys.shape[1],
+        )
+        for head, matrix in enumerate(matrices)
     )
 
 
@@ -280,50 +324,33 @@ def mean_cosine(keys: Tensor, rotation: Tensor) -> float:
 
     The same number as ``beta.beta``, by chunks and without its checks.
     """
-    total = sum((chunk @ rotation.T).abs().sum().item() for chunk in _chunks(keys))
-    return total / keys.numel()
+    total = sum((chunk @ rotation.T).abs().sum().double() for chunk in _chunks(keys))
+    return total.item() / keys.numel()
 
 
-def smoothed_gradient(keys: Tensor, rotation: Tensor, temperature: float) -> Tensor:
-    """Gradient [d, d] in R of the smoothed objective ``mean of T log cosh(y/T)``, y = R k.
+def smoothed_gradient(
+    keys: Tensor, rotation: Tensor, temperature: float, *, impl: Impl = "torch"
+) -> Tensor:
+    """Gradient [..., d, d] in R of the smoothed objective ``mean of T log cosh(y/T)``, y = R k.
 
-    The mean is over all coordinates of all keys [N, d], whose norms are sqrt(d). At ``temperature``
-    T = 0 the integrand is |y|: the objective is `mean_cosine`, and since it is homogeneous its
-    value is the inner product of this gradient with R.
+    The mean is over all coordinates of all keys [..., N, d], whose norms are sqrt(d). At
+    ``temperature`` T = 0 the integrand is |y|: the objective is `mean_cosine`, and since it is
+    homogeneous its value is the inner product of this gradient with R.
 
     For T well above 1, T log cosh(y/T) = y^2/2T - y^4/12T^3 + ..., where the first term has the
     same mean for every rotation: hot ascent minimises the fourth moment.
     """
-    gradient = torch.zeros_like(rotation)
-    for chunk in _chunks(keys):
-        y = chunk @ rotation.T
-        slope = y.sign_() if temperature == 0 else y.div_(temperature).tanh_()
-        gradient.addmm_(slope.T, chunk)
-    return gradient / keys.numel()
-
-
-def polar(matrix: Tensor) -> Tensor:
-    """Orthogonal polar factor [d, d]: the rotation of largest inner product with ``matrix``."""
-    u, _, v = torch.linalg.svd(matrix)
-    return u @ v
+    n_keys, d = keys.shape[-2:]
+    return kernels.sign_gemm(keys, rotation, temperature, impl=impl) / (n_keys * d)
 
 
 def _chunks(keys: Tensor) -> tuple[Tensor, ...]:
     return keys.split(max(1, _CHUNK // keys.shape[1]))
 
 
-def _best_rotation(gradient: Tensor, rotation: Tensor) -> Tensor:
-    """The ITQ step: where the linearised objective is largest.
-
-    Keys may lack a direction, as after ``dc`` centring; there the gradient vanishes and a little of
-    R itself decides. That adds a constant to the objective, so the step remains monotone.
-    """
-    return polar(gradient + _PROXIMAL / len(rotation) * rotation)
-
-
 def _turned(rotation: Tensor, tangent: Tensor) -> Tensor:
     """R turned along the skew matrix ``tangent``: Cayley's transform, orthogonal at any length."""
-    eye = torch.eye(len(rotation), dtype=rotation.dtype, device=rotation.device)
+    eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
     return torch.linalg.solve(eye - tangent / 2, (eye + tangent / 2) @ rotation)
 
 
@@ -332,31 +359,75 @@ def _turned(rotation: Tensor, tangent: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """Keys of norm sqrt(d) in shuffled order, their batches, and the resolved config."""
+    """Keys [H, N, d] of norm sqrt(d) in shuffled order, and the resolved config.
+
+    ``heads`` says which of a state's heads the first dimension holds.
+    """
 
     keys: Tensor
     held_out: Tensor | None
-    batches: tuple[Tensor, ...]
     config: LearnConfig
+    impl: Impl
+    heads: tuple[int, ...]
+
+    def narrowed(self, heads: tuple[int, ...]) -> _Task:
+        """The same for some of the heads."""
+        if heads == self.heads:
+            return self
+        some = torch.tensor(heads, device=self.keys.device)
+        held_out = None if self.held_out is None else self.held_out[some]
+        return replace(self, keys=self.keys[some], held_out=held_out, heads=heads)
+
+    def batch(self, step: int) -> Tensor:
+        """The keys [H, n, d] that a step reads: batches follow one another, round about."""
+        n_keys = self.keys.shape[1]
+        n_batches = max(1, n_keys // self.config.batch)
+        batches = self.keys.split(math.ceil(n_keys / n_batches), dim=1)
+        return batches[step % len(batches)]
+
+    def judged(self, place: int, rotation: Tensor) -> float | None:
+        """Held-out beta of the head at ``place`` in the first dimension, if there are such keys."""
+        return None if self.held_out is None else mean_cosine(self.held_out[place], rotation)
+
+    def best_rotation(self, gradient: Tensor, rotation: Tensor) -> Tensor:
+        """The ITQ step: where the linearised objective is largest.
+
+        Keys may lack a direction, as after ``dc`` centring; there the gradient vanishes and a
+        little of R itself decides. That adds a constant to the objective, so the step remains
+        monotone.
+        """
+        return polar(gradient + _PROXIMAL / rotation.shape[-1] * rotation, impl=self.impl)
 
 
 @dataclass(frozen=True, eq=False)
 class _State:
     """All that the next step depends on: the keys' order is fixed by the seed, once.
 
-    ``stage`` counts the stages that are done, ``step`` the steps within the present one, ``total``
-    all steps. ``value`` is the objective one step ago, where a stage measures it.
+    ``rotation`` and ``velocity`` [H, d, d]. ``stage`` counts the stages that are done, ``step`` the
+    steps within the present one, ``total`` all steps. ``values`` are the objectives one step ago,
+    where a stage measures them, ``settled`` the heads that gain nothing more in this stage.
     """
 
     rotation: Tensor
     velocity: Tensor
+    values: tuple[float, ...]
+    settled: tuple[bool, ...]
+    traces: tuple[tuple[TracePoint, ...], ...]
     stage: int = 0
     step: int = 0
     total: int = 0
-    value: float = 0.0
-    settled: bool = False
     seconds: float = 0.0
-    trace: tuple[TracePoint, ...] = ()
+
+    @classmethod
+    def at(cls, rotation: Tensor) -> _State:
+        """Before the first step, at ``rotation`` [H, d, d]."""
+        n = len(rotation)
+        return cls(rotation, torch.zeros_like(rotation), (0.0,) * n, (False,) * n, ((),) * n)
+
+    @property
+    def moving(self) -> tuple[int, ...]:
+        """The heads that have not settled."""
+        return tuple(head for head, settled in enumerate(self.settled) if not settled)
 
 
 @dataclass(frozen=True)
@@ -379,21 +450,23 @@ def _stages(config: LearnConfig) -> tuple[_Stage, ...]:
 
 
 def _gradient_step(task: _Task, state: _State) -> _State:
-    gradient = smoothed_gradient(task.keys, state.rotation, 0.0)
-    slope = gradient @ state.rotation.T
-    rate = task.config.learning_rate * len(slope)
-    return replace(state, rotation=_turned(state.rotation, rate * (slope - slope.T)))
+    gradient = smoothed_gradient(task.keys, state.rotation, 0.0, impl=task.impl)
+    slope = gradient @ state.rotation.mT
+    rate = task.config.learning_rate * slope.shape[-1]
+    return replace(state, rotation=_turned(state.rotation, rate * (slope - slope.mT)))
 
 
 def _itq_step(task: _Task, state: _State) -> _State:
-    gradient = smoothed_gradient(task.keys, state.rotation, 0.0)
-    value = (gradient * state.rotation).sum().item()
-    return replace(
-        state,
-        rotation=_best_rotation(gradient, state.rotation),
-        value=value,
-        settled=value - state.value < task.config.tolerance,
-    )
+    heads = list(task.heads)
+    here = state.rotation[heads]
+    gradient = smoothed_gradient(task.keys, here, 0.0, impl=task.impl)
+    rotation = state.rotation.clone()
+    rotation[heads] = task.best_rotation(gradient, here)
+    values, settled = list(state.values), list(state.settled)
+    for head, value in zip(heads, (gradient * here).sum((-2, -1)).tolist()):
+        settled[head] = value - values[head] < task.config.tolerance
+        values[head] = value
+    return replace(state, rotation=rotation, values=tuple(values), settled=tuple(settled))
 
 
 def _annealed_step(task: _Task, state: _State, cooling: bool) -> _State:
@@ -402,56 +475,85 @@ def _annealed_step(task: _Task, state: _State, cooling: bool) -> _State:
     temperature, angle = (
         hot * (cold / hot) ** cooled for hot, cold in (config.temperature, config.angle)
     )
-    batch = task.batches[state.total % len(task.batches)]
-    gradient = smoothed_gradient(batch, state.rotation, temperature)
+    rotation = state.rotation
+    gradient = smoothed_gradient(task.batch(state.total), rotation, temperature, impl=task.impl)
     # The ITQ direction, not the gradient's: where keys are far from isotropic, a gradient turns
     # little but the leading directions, while a polar factor turns all of them alike.
-    towards = _best_rotation(gradient, state.rotation) @ state.rotation.T
-    direction = (towards - towards.T) / 2
+    towards = task.best_rotation(gradient, rotation) @ rotation.mT
+    direction = (towards - towards.mT) / 2
     velocity = config.momentum * state.velocity + (1 - config.momentum) * direction
-    rms = velocity.norm().item() / math.sqrt(len(velocity))
-    tangent = velocity * (angle / max(rms, torch.finfo(velocity.dtype).tiny))
-    return replace(state, rotation=_turned(state.rotation, tangent), velocity=velocity)
+    norm = torch.linalg.vector_norm(velocity, dim=(-2, -1), keepdim=True).double()
+    rms = norm / math.sqrt(velocity.shape[-1])
+    length = rms.new_tensor(angle) / rms.clamp_min(torch.finfo(velocity.dtype).tiny)
+    turned = _turned(rotation, velocity * length.to(velocity.dtype))
+    return replace(state, rotation=turned, velocity=velocity)
 
 
 def _advanced(task: _Task, stages: tuple[_Stage, ...], state: _State, clock: float) -> _State:
-    """The state one step on, with a point more in its trace if one is due."""
+    """The state one step on, with a point more in the traces where one is due."""
     stage = stages[state.stage]
     state = stage.move(task, state)
     state = replace(
         state, step=state.step + 1, total=state.total + 1, seconds=time.perf_counter() - clock
     )
-    ended = state.settled or state.step == stage.steps
-    if ended or state.total % task.config.trace_every == 0 or state.total in _MILESTONES:
-        state = _traced(task, stage.name, state)
+    ended = all(state.settled) or state.step == stage.steps
+    due = ended or state.total % task.config.trace_every == 0 or state.total in _MILESTONES
+    seen = [head for head in task.heads if due or state.settled[head]]
+    state = _traced(task, stage.name, state, seen)
     if ended:
-        state = replace(state, stage=state.stage + 1, step=0, value=0.0, settled=False)
+        fresh = _State.at(state.rotation)
+        state = replace(
+            state, stage=state.stage + 1, step=0, values=fresh.values, settled=fresh.settled
+        )
     return state
 
 
-def _traced(task: _Task, stage: str, state: _State) -> _State:
-    point = TracePoint(
-        step=state.total,
-        stage=stage,
-        train_beta=mean_cosine(task.keys, state.rotation),
-        held_out_beta=None if task.held_out is None else mean_cosine(task.held_out, state.rotation),
-        seconds=state.seconds,
-    )
-    return replace(state, trace=(*state.trace, point))
+def _traced(task: _Task, stage: str, state: _State, heads: Iterable[int]) -> _State:
+    """The state with a point more in the traces of ``heads``, which are among the task's."""
+    traces = list(state.traces)
+    for head in heads:
+        here, rotation = task.heads.index(head), state.rotation[head]
+        point = TracePoint(
+            step=state.total,
+            stage=stage,
+            train_beta=mean_cosine(task.keys[here], rotation),
+            held_out_beta=task.judged(here, rotation),
+            seconds=state.seconds,
+        )
+        traces[head] = (*traces[head], point)
+    return replace(state, traces=tuple(traces))
+
+
+def _mean_point(state: _State) -> TracePoint:
+    """The last points of all heads in one: their mean betas, at the latest step."""
+    points = [trace[-1] for trace in state.traces]
+    latest = max(points, key=lambda point: point.step)
+    judged = None
+    if latest.held_out_beta is not None:
+        judged = fmean(point.held_out_beta for point in points)
+    train_beta = fmean(point.train_beta for point in points)
+    return replace(latest, train_beta=train_beta, held_out_beta=judged)
 
 
 # What comes in, and what goes out.
 
 
-def _prepare(keys: Tensor, held_out: Tensor | None, config: LearnConfig) -> _Task:
-    keys = _unit_keys(keys, "keys")
-    n, d = keys.shape
+def _prepare(
+    keys: Tensor, held_out: Tensor | None, config: LearnConfig, impl: Impl, axes: str
+) -> _Task:
+    keys = _unit_keys(keys, "keys", axes)
+    n, d = keys.shape[-2:]
     if n < d:
-        raise InputError(f"keys of shape [{n}, {d}]: expected at least as many keys as dimensions")
+        raise InputError(
+            f"keys of shape {list(keys.shape)}: expected at least as many keys as dimensions"
+        )
     if held_out is not None:
-        held_out = _unit_keys(held_out, "held_out").to(keys)
-        if held_out.shape[1] != d:
-            raise InputError(f"held_out of shape {list(held_out.shape)}: expected [M, {d}]")
+        shape = held_out.shape
+        held_out = _unit_keys(held_out, "held_out", axes).to(keys)
+        if shape[-1] != d or shape[:-2] != keys.shape[:-2]:
+            expected = ", ".join(map(str, (*keys.shape[:-2], "M", d)))
+            raise InputError(f"held_out of shape {list(shape)}: expected [{expected}]")
+    impl = _implementation(impl, keys)
     if n < SAFE_KEYS_PER_DIM * d:
         gap = OVERFIT * math.sqrt(d / n)
         warnings.warn(
@@ -464,23 +566,33 @@ def _prepare(keys: Tensor, held_out: Tensor | None, config: LearnConfig) -> _Tas
     config = config.resolved(d)
     # Keys come document after document; a batch should be a sample of all.
     order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
-    keys = keys[order.to(keys.device)]
-    n_batches = max(1, n // config.batch)
-    return _Task(keys, held_out, keys.split(math.ceil(n / n_batches)), config)
+    keys = keys.index_select(-2, order.to(keys.device)).view(-1, n, d)
+    if held_out is not None:
+        held_out = held_out.reshape(-1, *held_out.shape[-2:])
+    return _Task(keys, held_out, config, impl, tuple(range(len(keys))))
 
 
-def _unit_keys(keys: Tensor, name: str) -> Tensor:
+def _implementation(impl: Impl, keys: Tensor) -> Impl:
+    """What "auto" means here; ``InputError`` on what is unknown or cannot take the keys."""
+    if keys.dtype == torch.float64 and impl == "triton":
+        raise InputError("impl='triton' on float64 keys: use impl='torch', or float32 keys")
+    if keys.dtype == torch.float64 and impl == "auto":
+        return "torch"
+    return kernels.chosen("gradient", impl, keys.device)
+
+
+def _unit_keys(keys: Tensor, name: str, axes: str) -> Tensor:
     """Keys scaled to norm sqrt(d), hence to coordinates of rms one."""
-    if keys.ndim != 2 or not keys.numel():
-        raise InputError(f"{name} of shape {list(keys.shape)}: expected [N, d], not empty")
+    if keys.ndim != len(axes.split(",")) or not keys.numel():
+        raise InputError(f"{name} of shape {list(keys.shape)}: expected {axes}, not empty")
     keys = keys.detach().to(torch.promote_types(keys.dtype, torch.float32))
-    peak = keys.abs().amax(dim=1, keepdim=True)  # taken out first, so that no square overflows
+    peak = keys.abs().amax(dim=-1, keepdim=True)  # taken out first, so that no square overflows
     if not peak.isfinite().all():
         raise InputError(f"{name} hold NaN or infinite values: expected finite keys")
     if n_zero := int((peak == 0).sum()):
         raise InputError(f"{name} hold {n_zero} keys of zero norm: leave them out")
     keys = keys / peak
-    return keys * (math.sqrt(keys.shape[1]) / keys.norm(dim=1, keepdim=True))
+    return keys * (math.sqrt(keys.shape[-1]) / keys.norm(dim=-1, keepdim=True))
 
 
 def _started(task: _Task, checkpoint: Path | None) -> _State:
@@ -488,13 +600,13 @@ def _started(task: _Task, checkpoint: Path | None) -> _State:
         check_writable(checkpoint.parent)
         if checkpoint.exists():
             return _load(checkpoint, task)
-    d = task.keys.shape[1]
+    d = task.keys.shape[-1]
     rotation = {
         "srht": lambda: rotations.srht(d, task.config.seed),
         "haar": lambda: rotations.haar(d, task.config.seed),
         "identity": lambda: rotations.identity(d),
     }[task.config.initial]().to(task.keys)
-    return _State(rotation, torch.zeros_like(rotation))
+    return _State.at(rotation.repeat(len(task.keys), 1, 1))
 
 
 @contextmanager
@@ -517,61 +629,27 @@ def _reporting(progress: ProgressReport | bool | None, total: int) -> Iterator[P
         bar.refresh()
 
 
-# Checkpoints: one safetensors file, the matrices as tensors and the rest as JSON in its header.
+# Checkpoints: of a single head the matrices themselves are kept, [d, d].
 
 
 def _save(path: Path, task: _Task, state: _State) -> None:
-    plain = {**vars(state), "trace": [asdict(point) for point in state.trace]}
-    tensors = {name: plain.pop(name).contiguous() for name in ("rotation", "velocity")}
-    header = {
-        "schema": _SCHEMA,
-        "config": asdict(task.config),
-        "keys": _fingerprint(task),
-        "state": plain,
-    }
-    part = path.with_name(f".{path.name}.part")
-    try:
-        save_file(tensors, part, metadata={"signlattice.learn": json.dumps(header)})
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write the checkpoint {shown(path)}: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    plain = vars(state) | {"traces": [list(map(asdict, trace)) for trace in state.traces]}
+    tensors = {name: plain.pop(name).squeeze(0).contiguous() for name in _MATRICES}
+    checkpoints.save(path, tensors, plain, **_identity(task))
 
 
 def _load(path: Path, task: _Task) -> _State:
-    remedy = "delete it to start anew, or give another path"
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["signlattice.learn"])
-            # Cloned, since tensors read from a file are not aligned as others are, and matrix
-            # products may round differently on such.
-            tensors = {name: file.get_tensor(name).clone().to(task.keys) for name in file.keys()}
-        if header["schema"] != _SCHEMA:
-            raise ValueError(f"schema {header['schema']}, this version reads {_SCHEMA}")
-        trace = tuple(TracePoint(**point) for point in header["state"].pop("trace"))
-        state = _State(**tensors, **header["state"], trace=trace)
-        config, fingerprint = header["config"], header["keys"]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(
-            f"{shown(path)} is no checkpoint of learn_rotation ({error}): {remedy}"
-        ) from None
-    ours = json.loads(json.dumps(asdict(task.config)))
-    if different := sorted(name for name in ours if config.get(name) != ours[name]):
-        name = different[0]
-        raise IntegrityError(
-            f"{shown(path)} was made with {name}={config.get(name)!r}, not {ours[name]!r}: {remedy}"
-        )
-    if fingerprint != _fingerprint(task):
-        raise IntegrityError(f"{shown(path)} was made from other keys: {remedy}")
-    return state
+    tensors, plain = checkpoints.load(path, **_identity(task))
+    points = (map(lambda point: TracePoint(**point), trace) for trace in plain.pop("traces"))
+    d = task.keys.shape[-1]
+    return _State(
+        **{name: tensors[name].to(task.keys).view(-1, d, d) for name in _MATRICES},
+        **{name: tuple(plain.pop(name)) for name in ("values", "settled")},
+        **plain,
+        traces=tuple(map(tuple, points)),
+    )
 
 
-def _fingerprint(task: _Task) -> str:
-    digest = hashlib.sha256()
-    for keys in (task.keys, task.held_out):
-        if keys is not None:
-            digest.update(str((keys.dtype, tuple(keys.shape))).encode())
-            for chunk in _chunks(keys):
-                digest.update(chunk.cpu().numpy().tobytes())
-    return digest.hexdigest()
+def _identity(task: _Task) -> dict[str, Any]:
+    keys = [task.keys] if task.held_out is None else [task.keys, task.held_out]
+    return {"config": asdict(task.config), "fingerprint": checkpoints.fingerprint(keys)}

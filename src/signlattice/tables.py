@@ -50,7 +50,7 @@ def recorded(
     """
     path = records_path(lab, model)
     if not path.exists():
-        command = f"make lab LAB={lab} MODEL={model}"
+        command = _command(lab, model)
         return Markdown(
             f"**Not run.** There is no record `{shown(path)}` yet; `{command}` makes it, and the "
             "next run of this page shows its table here."
@@ -91,14 +91,22 @@ def stamp(record: RunRecord) -> str:
     return f"{record.started[:16].replace('T', ' ')} UTC"
 
 
-_COMMANDS = {"bench_solvers": "make bench", "run_times": "make book TIMES=1"}
+_COMMANDS = {
+    "bench_kernels": "make bench",
+    "bench_solvers": "make bench",
+    "run_times": "make book TIMES=1",
+}
+
+
+def _command(lab: str, model: str) -> str:
+    return _COMMANDS.get(lab, f"make lab LAB={lab} MODEL={model}")
 
 
 def _origin(record: RunRecord) -> str:
     path, lab = _paths(record)
     name = record.lab.replace("_", " ")
     page = f"[{name}](/{lab})" if (PROJECT / lab).exists() else name
-    command = _COMMANDS.get(record.lab, f"make lab LAB={record.lab} MODEL={record.model}")
+    command = _command(record.lab, record.model)
     source = f"commit `{record.commit[:10]}`" if record.commit else "no commit"
     if record.dirty:
         source += ", with changes to it"

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 
 import torch
 
 from signlattice import kernels
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-ORDERS = (16, 48, 64, 80, 96, 112, 128, 192, 256, 320, 512, 1024, 2048, 5120, 6144, 7168, 8192)
+ORDERS = sorted(
+    core << power for core in (1, 12, 20, 28) for power in range(14) if 16 <= core << power <= 8192
+)
+"""Every order of the Hadamard transform."""
+
+EVERY = ", centred"
+"""Marks a case that takes off a mean and the dc, and has a temperature where there is one."""
 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _hadamard(n: int, dtype: torch.dtype) -> None:
-    kernels.hadamard_transform(torch.zeros(64, n, dtype=dtype), torch.ones(n), impl="triton")
+def _hadamard(n: int, dtype: torch.dtype, signed: bool) -> None:
+    signs = torch.ones(n) if signed else None
+    kernels.hadamard_transform(torch.zeros(64, n, dtype=dtype), signs, impl="triton")
 
 
 def _pack(d: int, dtype: torch.dtype, n_tokens: int, rule: str, every: bool) -> None:
@@ -31,37 +39,89 @@ def _pack(d: int, dtype: torch.dtype, n_tokens: int, rule: str, every: bool) -> 
     )  # fmt: skip
 
 
-def _attention(d: int, group: int, dtype: torch.dtype, bits: int, softcap: float | None) -> None:
-    shape, tokens = (1, 2), 512
-    packed = kernels.PackedKeys.empty(*shape, tokens, d, dc=softcap is not None)
-    values = torch.zeros(*shape, tokens, d, dtype=dtype)
-    whole = torch.zeros(*shape, 32, d, dtype=dtype)
+def _dequantise(d: int, dtype: torch.dtype, every: bool) -> None:
+    packed = kernels.PackedKeys.empty(2, 4, 250, d, dc=every)
+    mean = torch.zeros(4, d) if every else None
+    kernels.dequantise(packed, torch.zeros(4, d, d), mean, dtype=dtype, impl="triton")
+
+
+def _attention(
+    d: int, group: int, dtype: torch.dtype, bits: int, every: bool, dv: int | None = None
+) -> None:
+    shape, tokens, dv = (1, 2), 512, dv or d
+    packed = kernels.PackedKeys.empty(*shape, tokens, d, dc=every)
+    values = torch.zeros(*shape, tokens, dv, dtype=dtype)
+    sinks = kernels.WholeTokens(
+        torch.zeros(*shape, 32, d, dtype=dtype), torch.zeros(*shape, 32, dv, dtype=dtype),
+        torch.zeros(1, dtype=torch.int32),
+    )  # fmt: skip
     kernels.decode_attention(
         torch.zeros(1, 2 * group, d, dtype=dtype), packed, torch.zeros(2, d, d),
-        values if bits == 16 else kernels.PackedValues.empty(*shape, tokens, d, bits),
-        scaling=1.0, softcap=softcap, impl="triton",
-        whole=kernels.WholeTokens(whole, whole, torch.zeros(1, dtype=torch.int32)),
+        values if bits == 16 else kernels.PackedValues.empty(*shape, tokens, dv, bits),
+        scaling=1.0, softcap=30.0 if every else None, whole=sinks, impl="triton",
     )  # fmt: skip
 
 
+def _sign_gemm(d: int, dtype: torch.dtype, temperature: float) -> None:
+    keys = torch.zeros(2, 4096, d, dtype=dtype)
+    kernels.sign_gemm(keys, torch.zeros(2, d, d), temperature, impl="triton")
+
+
 CASES = {
-    f"hadamard, n={n}, {_short(dtype)}": functools.partial(_hadamard, n, dtype)
-    for n, dtype in itertools.product(ORDERS, FLOATS)
+    f"hadamard, n={n}, {_short(dtype)}{signed * ', signs'}": functools.partial(
+        _hadamard, n, dtype, signed
+    )
+    for n, dtype, signed in itertools.product(ORDERS, FLOATS, (False, True))
 }
 CASES |= {
-    f"pack, d={d}, {_short(dtype)}, T={n_tokens}, {rule}": functools.partial(
-        _pack, d, dtype, n_tokens, rule, rule == "unbiased"
+    f"pack, d={d}, {_short(dtype)}, T={n_tokens}, {rule}{every * EVERY}": functools.partial(
+        _pack, d, dtype, n_tokens, rule, every
     )
-    for d, dtype, n_tokens, rule in itertools.product(
-        kernels.HEAD_DIMS, FLOATS, (1, 256), ("mse", "unbiased")
+    for d, dtype, n_tokens, rule, every in itertools.product(
+        kernels.HEAD_DIMS, FLOATS, (1, 255, 256), ("mse", "unbiased"), (False, True)
     )
+}
+CASES |= {
+    f"dequantise, d={d}, {_short(dtype)}{every * EVERY}": functools.partial(
+        _dequantise, d, dtype, every
+    )
+    for d, dtype, every in itertools.product(kernels.HEAD_DIMS, FLOATS, (False, True))
 }
 CASES |= {
     f"attention, d={d}, group={group}, {_short(dtype)}, V {bits} bits": functools.partial(
-        _attention, d, group, dtype, bits, None if bits == 16 else 30.0
+        _attention, d, group, dtype, bits, group == 32
     )
     for d, group, dtype, bits in (
         *itertools.product(kernels.HEAD_DIMS, (1, 32), FLOATS, (16,)),
-        *itertools.product((64, 80, 128, 256, 512), (4,), FLOATS, (8, 4, 2)),
+        *itertools.product((64, 80, 128, 256, 512), (1, 32), FLOATS, (8, 4, 2)),
     )
 }
+CASES |= {
+    f"attention, d={d}, Dv={dv}, {_short(dtype)}": functools.partial(
+        _attention, d, 32, dtype, 16, True, dv
+    )
+    for (d, dv), dtype in itertools.product(((64, 128), (128, 512), (512, 80)), FLOATS)
+}
+CASES |= {
+    f"sign_gemm, d={d}, {_short(dtype)}, T={temperature}": functools.partial(
+        _sign_gemm, d, dtype, temperature
+    )
+    for d, dtype, temperature in itertools.product(
+        (16, 32, 64, 80, 96, 112, 128, 256), FLOATS, (0.0, 0.5)
+    )
+    if d * dtype.itemsize <= 512  # larger ones are torch's products
+}
+
+_DEFAULT = (
+    r"hadamard, n=(16|28|128|320|7168|8192), \w+, signs",
+    r"pack, d=(16|80|128|512), \w+, T=(1|255), unbiased, centred",
+    r"dequantise, d=(16|80|128|512), \w+, centred",
+    r"attention, d=64, group=1, bfloat16, V 16 bits",
+    r"attention, d=128, group=\d+, float16, V (16|4) bits",
+    r"attention, d=256, group=32, float16, V 16 bits",
+    r"sign_gemm, d=(64|80|256), float16, T=0.5",
+)
+DEFAULT = tuple(
+    name for name in CASES if any(re.fullmatch(pattern, name) for pattern in _DEFAULT)
+)
+"""What is compiled in every run of the tests: each kernel at small, large and awkward sizes."""

@@ -1,19 +1,25 @@
 """Compile every kernel for GPUs that are not here, and print what each takes of one, as JSON.
 
-Run without TRITON_INTERPRET: ``python cross_compile.py 90``. The wrappers are called as a user
-would call them, on CPU tensors; in place of a launch the kernel is compiled for the architecture,
-specialised as Triton would specialise it on these arguments.
+``python cross_compile.py 90`` compiles the cases in `cases.DEFAULT` for sm_90, ``--all`` after it
+all cases, and a word after it those whose name holds it. The exit status is 1 if any case fails,
+spills registers, or needs more shared memory than there is.
+
+The wrappers are called as a user would call them, on CPU tensors; in place of a launch the kernel
+is compiled for the architecture, specialised as Triton would specialise it on these arguments.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when triton is first imported
 
 import torch
 import triton
@@ -25,6 +31,8 @@ import cases
 from signlattice.kernels import runtime
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory that one program can have, by architecture."""
 _TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8",
     torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
@@ -64,22 +72,40 @@ def compiled(launch: runtime.Launch, arguments: tuple, arch: int) -> dict[str, i
     return {"registers": registers, "spilled": stack + local, "shared": binary.metadata.shared}
 
 
-def main(arch: int, wanted: str = "") -> None:
-    """Print one line of JSON for every case whose name holds ``wanted``."""
+def report(name: str, arch: int) -> dict:
+    """What the launches of a case take, or the error that compiling them ended with."""
+    launches = []
+    runtime.Launch.__call__ = lambda launch, grid, *arguments: launches.append(
+        {"kernel": launch.kernel.__name__} | compiled(launch, arguments, arch)
+    )
+    try:
+        cases.CASES[name]()
+    except Exception as error:  # a kernel that does not compile is a finding, not a crash
+        return {"case": name, "error": f"{type(error).__name__}: {error}"[:2000]}
+    return {"case": name, "launches": launches}
+
+
+def fits(line: dict, arch: int) -> bool:
+    """Whether a case compiled, without spills, in the shared memory that there is."""
+    return bool(line.get("launches")) and all(
+        launch["spilled"] == 0 and launch["shared"] <= SHARED[arch] for launch in line["launches"]
+    )
+
+
+def main(arch: int, wanted: str | None = None) -> int:
+    """Print one line of JSON for every case that is asked for; return the exit status."""
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
-    for name, call in cases.CASES.items():
-        if wanted not in name:
-            continue
-        launches = []
-        runtime.Launch.__call__ = lambda launch, grid, *arguments: launches.append(
-            {"kernel": launch.kernel.__name__} | compiled(launch, arguments, arch)
-        )
-        try:
-            call()
-            print(json.dumps({"case": name, "launches": launches}), flush=True)
-        except Exception as error:  # a kernel that does not compile is a finding, not a crash
-            print(json.dumps({"case": name, "error": f"{type(error).__name__}: {error}"[:2000]}))
+    runtime._check_device = lambda devices: None
+    names = cases.DEFAULT
+    if wanted is not None:
+        names = [name for name in cases.CASES if wanted == "--all" or wanted in name]
+    failed = not names
+    for name in names:
+        line = report(name, arch)
+        failed |= not fits(line, arch)
+        print(json.dumps({"arch": arch} | line | {"fits": fits(line, arch)}), flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    sys.exit(main(int(sys.argv[1]), *sys.argv[2:]))

@@ -75,25 +75,36 @@ class PackedValues:
         """Quantise values [B, H, T, D] into places ``positions[b]`` onward, each token by itself.
 
         The least coordinate of a token is code 0 and the greatest the last, as KIVI does for
-        values (Liu et al. 2024). Raises ``InputError`` on values that do not fit.
+        values (Liu et al. 2024). A coordinate is read back within half a step of ``scale``, plus
+        what half precision loses of the token's least one. Raises ``InputError`` on values that do
+        not fit the room, or half precision.
         """
-        room = self.words.shape[2]
-        if values.shape[:2] != self.words.shape[:2] or values.shape[-1] != self.head_dim:
+        n_batch, n_heads, room = self.scale.shape
+        expected = (n_batch, n_heads, *values.shape[2:3], self.head_dim)
+        if values.shape != expected:
             raise InputError(
                 f"values of shape {list(values.shape)}: expected "
-                f"[{self.words.shape[0]}, {self.words.shape[1]}, T, {self.head_dim}]"
+                f"[{n_batch}, {n_heads}, T, {self.head_dim}]"
             )
-        if values.shape[2] > room:
-            raise InputError(f"{values.shape[2]} values do not fit a cache of {room}")
-        x = values.float()
+        places = positions.tolist()
+        if len(places) != n_batch or not all(0 <= at <= room - expected[2] for at in places):
+            raise InputError(f"{expected[2]} values at {places} do not fit a cache of {room}")
+        x, last = values.float(), 2**self.bits - 1
         low, high = x.aminmax(dim=-1)
-        zero, scale = low.half(), ((high - low) / (2**self.bits - 1)).half()
+        zero = low.half()
+        scale = ((high - zero.float()).clamp_min(0) / last).half()
+        if not (zero.isfinite() & scale.isfinite()).all():
+            raise InputError(
+                "values that are not finite or too large: a token's least coordinate and its step "
+                "are kept in half precision, which ends at 65504"
+            )
+        # a scale that is 0 stands for a token whose coordinates half precision cannot tell apart
         steps = (x - zero.float()[..., None]) / scale.float()[..., None].clamp_min(1e-8)
-        codes = steps.round().clamp(0, 2**self.bits - 1).to(torch.uint8)
+        codes = steps.round().clamp(0, last).to(torch.uint8)
         planes = codes.unflatten(-1, (8 // self.bits, -1))
         shift = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=x.device)[:, None]
         words = (planes << shift).sum(-2, dtype=torch.uint8)
-        for b, at in enumerate(positions.tolist()):
+        for b, at in enumerate(places):
             place = slice(at, at + values.shape[2])
             self.words[b, :, place] = words[b]
             self.scale[b, :, place], self.zero[b, :, place] = scale[b], zero[b]
@@ -109,8 +120,8 @@ class PackedValues:
 class WholeTokens:
     """Tokens whose keys and values are kept as they are: sinks, and a recent window.
 
-    ``keys`` and ``values`` [B, H, E, D], not rotated; ``length`` int32 [B], how many of the E are
-    there.
+    ``keys`` [B, H, E, D], not rotated, less the static mean if one is taken off the packed keys;
+    ``values`` [B, H, E, Dv]; ``length`` int32 [B], how many of the E are there.
     """
 
     keys: Tensor

@@ -55,7 +55,7 @@ def padded(n: int) -> int:
 
 def n_programs(tiles: int, device: torch.device, per_core: int = 4) -> int:
     """How many persistent programs share so many tiles: a few per multiprocessor."""
-    if INTERPRETED:
+    if INTERPRETED or device.type != "cuda":  # the launch will say what is wrong with the latter
         return min(tiles, 2)
     cores = torch.cuda.get_device_properties(device).multi_processor_count
     return min(tiles, per_core * cores)

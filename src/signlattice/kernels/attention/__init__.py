@@ -1,0 +1,1 @@
+"""Attention of one new token on packed keys: a definition, and one implementation a device."""

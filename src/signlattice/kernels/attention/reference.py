@@ -5,21 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...bits import unpack_signs
+from ..unpack.reference import dequantise
 from ..layout import PackedKeys, PackedValues, WholeTokens
-
-
-def dequantise(keys: PackedKeys, rotation: Tensor, mean: Tensor | None = None) -> Tensor:
-    """The keys that the bits stand for: Rᵀ(scale · sign) + dc·e + mean, fp32 [B, H, C, D].
-
-    Args:
-        keys: C tokens; rotation: [H, D, D]; mean: [H, D] or None.
-    """
-    y = unpack_signs(keys.words) * keys.scale.float()[..., None]
-    x = y @ rotation.float()
-    if keys.dc is not None:
-        x = x + keys.dc.float()[..., None] / x.shape[-1] ** 0.5
-    return x if mean is None else x + mean.float()[:, None]
 
 
 def decode_attention(
@@ -35,9 +22,10 @@ def decode_attention(
 ) -> Tensor:
     """Attention of one new token per sequence, over packed keys and tokens kept whole.
 
-    Scores are scaling · q·k̂ with k̂ as `dequantise` has it without its mean, which is the same for
-    all keys and cancels; softcap · tanh(score / softcap) if a cap is given. Computed in fp32, or
-    fp64 for a fp64 query.
+    Scores are scaling · q·k̂ with k̂ as `dequantise` has it without its mean; with a cap,
+    softcap · tanh(score / softcap). A static mean adds the same to all scores and cancels, so whole
+    keys are to come without it too; under a cap it does not cancel, and keys are to be packed
+    without one. Computed in fp32, or fp64 for a fp64 query.
 
     Args:
         query: [B, Hq, D], not rotated; Hq is a multiple of H.
@@ -49,8 +37,8 @@ def decode_attention(
     """
     n_heads = rotation.shape[0]
     q = query.to(torch.promote_types(query.dtype, torch.float32)).unflatten(1, (n_heads, -1))
-    k = dequantise(keys, rotation).to(q)
-    v = (values.read() if isinstance(values, PackedValues) else values).to(q)
+    k = dequantise(keys, rotation, dtype=q.dtype)
+    v = values.read(q.dtype) if isinstance(values, PackedValues) else values.to(q)
     t = torch.arange(k.shape[2], device=k.device)
     there = (t >= start[:, None]) & (t < length[:, None])
     if whole is not None:

@@ -13,7 +13,7 @@ from ...rotations import hadamard_core, hadamard_signs
 from ..runtime import INTERPRETED, Launch, as_seen, n_programs, padded
 
 MAX_DENSE = {2: 128, 4: 64}
-"""Up to this order, by bytes of an element, the matrix stays on the chip and meets rows by the tile."""
+"""Up to this order, by bytes of an element, a tile of rows meets the whole matrix, on the chip."""
 MAX_ROW_BYTES = 16384
 """A longer row does not fit on the chip beside the matrices that it meets."""
 
@@ -38,7 +38,7 @@ def _times_signs(x, h, PRECISION: tl.constexpr):
 
 @triton.jit
 def _dense(
-    x, signs, table, y, n_rows, scale,
+    x, signs, table, y, n_rows,
     N: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     SIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -55,13 +55,13 @@ def _dense(
         rows = tl.load(x + at, mask=mask, other=0.0)  # [ROWS, P]
         if SIGNED:
             rows = (rows.to(tl.float32) * s[None, :]).to(x.dtype.element_ty)
-        out = _times_signs(rows, h, PRECISION) * scale
+        out = _times_signs(rows, h, PRECISION) * N**-0.5
         tl.store(y + at, out.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _kronecker(
-    x, signs, left, right, y, n_rows, scale,
+    x, signs, left, right, y, n_rows,
     N1: tl.constexpr, P1: tl.constexpr, N2: tl.constexpr, P2: tl.constexpr,
     SIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -79,8 +79,8 @@ def _kronecker(
         row = tl.load(x + base + at, mask=mask, other=0.0)
         if SIGNED:
             row = (row.to(tl.float32) * s).to(dtype)
-        half = (_times_signs(row, b, PRECISION) * scale).to(dtype)
-        out = tl.trans(_times_signs(tl.trans(half), a, PRECISION))
+        half = (_times_signs(row, b, PRECISION) * N2**-0.5).to(dtype)
+        out = tl.trans(_times_signs(tl.trans(half), a, PRECISION) * N1**-0.5)
         tl.store(y + base + at, out.to(y.dtype.element_ty), mask=mask)
 
 
@@ -88,7 +88,7 @@ def hadamard_transform(x: Tensor, signs: Tensor | None = None) -> Tensor:
     """As `reference.hadamard_transform`, in one launch; long float32 rows in two halves."""
     n = x.shape[-1]
     rows = as_seen(x).contiguous()
-    s = None if signs is None else signs.to(rows.device, torch.float32).contiguous()
+    s = None if signs is None else signs.float().contiguous()
     if n * rows.element_size() > MAX_ROW_BYTES:
         flat = rows if s is None else rows * s
         halves = _transformed(flat.unflatten(-1, (2, n // 2)), None)
@@ -104,10 +104,10 @@ def _transformed(rows: Tensor, signs: Tensor | None) -> Tensor:
     if n_rows == 0:
         return out
     launch = plan(n, rows.dtype, signed=signs is not None)
-    tables = [table.to(rows.device) for table in _tables(*_orders(n, rows.dtype))]
+    tables = _tables(_orders(n, rows.dtype), rows.device)
     tiles = triton.cdiv(n_rows, launch.constants.get("ROWS", 1))
     grid = (n_programs(tiles, rows.device),)
-    launch(grid, rows, rows if signs is None else signs, *tables, out, n_rows, n**-0.5)
+    launch(grid, rows, rows if signs is None else signs, *tables, out, n_rows)
     return out
 
 
@@ -134,10 +134,10 @@ def _orders(n: int, dtype: torch.dtype) -> tuple[int, ...]:
 
 
 @functools.cache
-def _tables(*orders: int) -> tuple[Tensor, ...]:
+def _tables(orders: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
     """The ±1 factors of the matrix, each padded by zeros to a legal side of a dot."""
     padding = (padded(order) - order for order in orders)
     return tuple(
-        torch.nn.functional.pad(hadamard_signs(order).float(), (0, pad, 0, pad))
+        torch.nn.functional.pad(hadamard_signs(order).float(), (0, pad, 0, pad)).to(device)
         for order, pad in zip(orders, padding)
     )

@@ -1,0 +1,1 @@
+"""Keys to packed signs and scales."""

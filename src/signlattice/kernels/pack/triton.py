@@ -21,7 +21,7 @@ def _pack(
 ):  # fmt: skip
     # Rows are tokens of all sequences of one head. A chunk of the rotation is PLANES bit planes of
     # W coordinates each, a plane padded to WP; all eight stay on the chip where they fit.
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)  # a head's keys may begin beyond 2^31 numbers
     i, w = tl.arange(0, DP), tl.arange(0, WP)
     column = tl.arange(0, PLANES * WP)
     inside, real = i < D, (column % WP) < W
@@ -32,14 +32,14 @@ def _pack(
     for first in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         there = row < n_rows
-        b, t = (row // n_tokens).to(tl.int64), row % n_tokens
-        k = keys + (b * s_batch + h * s_head + t.to(tl.int64) * s_token)[:, None] + i[None, :]
+        b, t = (row // n_tokens).to(tl.int64), (row % n_tokens).to(tl.int64)
+        k = keys + (b * s_batch + h * s_head + t * s_token)[:, None] + i[None, :]
         x = tl.load(k, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
         if CENTRED:
             x -= tl.load(mean + h * D + i, mask=inside, other=0.0).to(tl.float32)[None, :]
         along = tl.sum(x, 1)
-        if DC:
-            x = tl.where(inside[None, :], x - (tl.sum(x, 1) / D)[:, None], 0.0)
+        if DC:  # also beyond D, where the rotation is zero
+            x -= (along / D)[:, None]
         packed = tl.zeros([ROWS, WP], tl.int32)
         total = tl.zeros([ROWS], tl.float32)
         energy = tl.zeros([ROWS], tl.float32)
@@ -83,7 +83,11 @@ def pack_into(
     temperature: Tensor | None = None,
     rule: str = "unbiased",
 ) -> None:
-    """As `reference.pack_into`, in one launch."""
+    """As `reference.pack_into`, in one launch; a place outside the cache is not written.
+
+    Keys of 16 bits are centred in fp32 and rotated in fp16; fp32 keys are rotated in tf32. Both
+    keep 11 bits of a number: signs are exact where |y| is beyond 2^-10 of the key's length.
+    """
     n_batch, n_heads, n_tokens, d = keys.shape
     n_rows = n_batch * n_tokens
     if n_rows == 0:
@@ -92,15 +96,16 @@ def pack_into(
     x = x if x.stride(-1) == 1 else x.contiguous()
     launch = plan(
         d, x.dtype, rule, few=n_rows <= 16, centred=mean is not None,
-        dc=packed.dc is not None,
-        tempered=temperature is not None,
+        dc=packed.dc is not None, tempered=temperature is not None,
     )  # fmt: skip
-    matrix = rotation.contiguous()
+    matrix = as_seen(rotation).contiguous()
     absent = matrix  # a pointer for what the kernel is compiled not to read
-    grid = (n_programs(triton.cdiv(n_rows, launch.constants["ROWS"]), x.device, 2), n_heads)
+    tiles = triton.cdiv(n_rows, launch.constants["ROWS"]) * n_heads
+    grid = (triton.cdiv(n_programs(tiles, x.device, 2), n_heads), n_heads)
     launch(
-        grid, x, matrix, absent if mean is None else mean.contiguous(),
-        absent if temperature is None else temperature.contiguous(), packed.words, packed.scale,
+        grid, x, matrix, absent if mean is None else as_seen(mean).contiguous(),
+        absent if temperature is None else as_seen(temperature).contiguous(),
+        packed.words, packed.scale,
         absent if packed.dc is None else packed.dc, positions, *x.stride()[:3], n_tokens, n_rows,
         packed.words.shape[2],
     )  # fmt: skip
@@ -112,19 +117,22 @@ def plan(
     """The launch for keys of ``d`` coordinates; ``few`` for a decode step's handful of rows."""
     exact = dtype == torch.float32
     words = d // 8
-    side = max(8, triton.next_power_of_2(words))
-    # chunks of at least 16 columns, as many planes as shared memory holds beside the keys
-    planes = {True: 8, False: 2}[d <= 128] if d <= 256 else 1
-    if exact and d > 64:
-        planes = min(planes, 2)
-    tile = 8192 if d <= 64 and not exact else 16384 if not exact or d <= 128 else 8192
-    rows = 16 if few else max(16, min(128, tile // padded(d)))
+    # eight planes where the rotation fits on the chip beside two tiles of keys
+    if d <= 64:
+        planes, rows, warps = 8, 128, 4
+    elif d <= 128:
+        planes, rows, warps = 8, 64, 8 if exact else 4
+    elif d <= 256:
+        planes, rows, warps = (1, 64, 8) if exact else (2, 128, 8)
+    else:
+        planes, rows, warps = 1, 16 if exact else 32, 8
     constants = {
-        "D": d, "DP": padded(d), "W": words, "WP": side, "PLANES": planes, "ROWS": rows,
+        "D": d, "DP": padded(d), "W": words, "WP": max(8, triton.next_power_of_2(words)),
+        "PLANES": planes, "ROWS": 16 if few else rows,
         "RULE": rule, "CENTRED": centred, "DC": dc, "TEMPERED": tempered,
         "DOT": tl.float32 if exact else tl.float16,
         "PRECISION": "ieee" if INTERPRETED else "tf32",
     }  # fmt: skip
-    return Launch(_pack, constants, num_warps=8 if d > 256 else 4)
+    return Launch(_pack, constants, num_warps=warps)
 
 

@@ -1,0 +1,60 @@
+"""The control of the CPU path: its loop, softmax and values and all, on keys in bfloat16.
+
+What packed keys gain on a CPU is measured against this, and not against a loop of other making.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from ..layout import PackedValues
+from . import vectors
+from .cpu_loop import LOG2E, as_bits, attend, compiled, merged, rows_of
+
+_FOUR, _ONE = vectors.bfloat16_dots(4), vectors.bfloat16_dots(1)
+
+
+@compiled
+def _scores(keys, row, first, n, scores):
+    stored, queries = keys
+    group, d = queries.shape[1:]
+    found = np.empty(vectors.LANES, np.float32)
+    padded = np.zeros((vectors.LANES, d), np.uint16)
+    g = 0
+    while g < group:
+        n_rows = 4 if group - g >= 4 else 1
+        step = vectors.LANES // n_rows
+        for t in range(0, n, step):
+            there = min(step, n - t)
+            here = stored[row, first + t :]
+            if there < step:
+                padded[:there] = here[:there]
+                here = padded
+            if n_rows == 4:
+                _FOUR(queries[row, g:].ctypes.data, here.ctypes.data, found.ctypes.data, d)
+            else:
+                _ONE(queries[row, g:].ctypes.data, here.ctypes.data, found.ctypes.data, d)
+            for r in range(n_rows):
+                for j in range(there):
+                    scores[g + r, t + j] = found[r * step + j]
+        g += n_rows
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor | PackedValues,
+    start: Tensor,
+    length: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """As `reference.decode_attention`, for keys [B, H, C, D] in bfloat16 with D a multiple of 16.
+
+    Returns [B, Hq, Dv] in the dtype of ``query``.
+    """
+    q = query.float().unflatten(1, (keys.shape[1], -1)) * (scaling * LOG2E)
+    arrays = rows_of(as_bits(keys)), rows_of(q)
+    out = merged(*attend(_scores, arrays, values, start, length, q.shape[2], softcap))
+    return out.flatten(1, 2).to(query.dtype)

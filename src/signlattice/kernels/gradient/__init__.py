@@ -1,0 +1,1 @@
+"""The gradient of the L1 norm of rotated keys: what the trainer computes at every step."""

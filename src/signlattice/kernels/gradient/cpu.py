@@ -1,0 +1,18 @@
+"""The gradient of the L1 norm on a processor: heads shared out among its cores."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+
+from ..cores import shared_out
+from . import reference
+
+
+def sign_gemm(keys: Tensor, rotation: Tensor, temperature: float = 0.0) -> Tensor:
+    """As `reference.sign_gemm`, a head to a core. A single head goes the reference's way."""
+    if keys.shape[:-2].numel() < 2:
+        return reference.sign_gemm(keys, rotation, temperature)
+    work = functools.partial(reference.sign_gemm, temperature=temperature)
+    return shared_out(work, keys, rotation)

@@ -1,0 +1,1 @@
+"""The orthogonal polar factor of small matrices."""

@@ -1,0 +1,15 @@
+"""The polar factor on a processor: decompositions shared out among its cores."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..cores import shared_out
+from . import reference
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """As `reference.polar`, a matrix to a core. A single one goes the reference's way."""
+    if matrix.shape[:-2].numel() < 2:
+        return reference.polar(matrix)
+    return shared_out(reference.polar, matrix)

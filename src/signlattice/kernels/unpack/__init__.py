@@ -1,0 +1,1 @@
+"""Packed keys back to numbers, for prefill."""

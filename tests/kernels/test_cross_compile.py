@@ -1,0 +1,68 @@
+"""Every kernel compiles for the GPUs it is made for, without spills, in the memory there is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cases
+
+ARCHITECTURES = (80, 90)
+SCRIPT = Path(__file__).with_name("cross_compile.py")
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[int, dict[str, dict]]:
+    """What the default cases take of each architecture, compiled side by side by two processes."""
+    outside = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    running = {
+        arch: subprocess.Popen(
+            [sys.executable, SCRIPT, str(arch)], env=outside | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, text=True,
+        )
+        for arch in ARCHITECTURES
+    }  # fmt: skip
+    lines = {arch: process.communicate()[0].splitlines() for arch, process in running.items()}
+    return {
+        arch: {line["case"]: line for line in map(json.loads, found)}
+        for arch, found in lines.items()
+    }
+
+
+@pytest.mark.parametrize("name", cases.DEFAULT)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernel_compiles_without_spills_in_the_shared_memory_there_is(compiled, arch, name):
+    line = compiled[arch][name]
+    assert line.get("launches"), line.get("error", "nothing was launched")
+    assert line["fits"], line["launches"]
+
+
+@pytest.mark.parametrize("kernel", sorted({name.partition(",")[0] for name in cases.CASES}))
+def test_default_cases_have_every_kernel(kernel):
+    assert any(name.startswith(f"{kernel}, ") for name in cases.DEFAULT)
+
+
+def test_a_kernel_that_does_not_compile_is_reported_and_fails_the_run(tmp_path):
+    broken = tmp_path / "cases.py"
+    broken.write_text(
+        "import torch\n"
+        "from signlattice import kernels\n"
+        "def wrong(): kernels.hadamard_transform(torch.zeros(2, 17), impl='triton')\n"
+        "def right(): kernels.hadamard_transform(torch.zeros(2, 16), impl='triton')\n"
+        "CASES = {'wrong': wrong, 'right': right}\n"
+        "DEFAULT = ('wrong', 'right')\n",
+        encoding="utf-8",
+    )
+    # the script's own folder comes first on its path, so it is copied beside the other cases
+    script = tmp_path / SCRIPT.name
+    script.write_text(SCRIPT.read_text(encoding="utf-8"), encoding="utf-8")
+    run = subprocess.run([sys.executable, script, "90"], capture_output=True, text=True)
+    wrong, right = map(json.loads, run.stdout.splitlines())
+    assert run.returncode == 1
+    assert "InputError" in wrong["error"] and not wrong["fits"]
+    assert right["fits"]

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from signlattice import corpus, evaluate, fidelity, rotations, scores
+
+CONFIG = fidelity.FidelityConfig(
+    passages=1, dtypes=("float32", "float16"), value_bits=(16, 4), sinks=2, recent=3
+)
+
+
+@pytest.fixture
+def steps(olmoe, small_corpus):
+    small_corpus(8)
+    read = evaluate.passages(olmoe, corpus.documents("evaluation"), 1)
+    passages = scores.whole_passages(read, olmoe.context, CONFIG.passages)
+    return fidelity.decode_steps(olmoe, passages, CONFIG)
+
+
+def test_the_reference_is_as_near_as_its_dtype_allows(steps):
+    rows = fidelity.attention_rows(steps, ("torch",), CONFIG)
+    assert len(rows) == 2 * 2 * 2  # layers, dtypes, bits
+    for row in rows:
+        assert row["error"] <= 2 * row["plain"] + 1e-6, row
+        assert 0 < row["plain"] < (1e-5 if row["dtype"] == "float32" else 1e-2), row
+
+
+def test_fewer_digits_flip_more_signs_and_only_near_zero():
+    keys = torch.randn(1, 2, 1000, 16)
+    turned = torch.stack([rotations.srht(16, head) for head in range(2)])
+    step = fidelity.Step(keys[:, :, 0], keys, keys, turned)
+    rows = fidelity.pack_rows({0: step}, ("torch",), fidelity.FidelityConfig())
+    flipped = {row["dtype"]: row["flipped"] for row in rows}
+    assert flipped["float32"] <= flipped["float16"] < flipped["bfloat16"] < 0.005
+
+
+def test_worst_is_the_largest_of_each_group():
+    rows = [{"a": 1, "b": 2.0, "c": 9}, {"a": 1, "b": 1.0, "c": 10}, {"a": 2, "b": 0.5, "c": 1}]
+    assert fidelity.worst(rows, ["a"], ["b", "c"]) == [
+        {"a": 1, "b": 2.0, "c": 10},
+        {"a": 2, "b": 0.5, "c": 1},
+    ]
+
+
+def test_nan_is_no_small_error():
+    assert fidelity.relative_error(torch.tensor([torch.nan, 1.0]), torch.ones(2)) == torch.inf

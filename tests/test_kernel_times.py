@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+
+from signlattice import kernel_times
+from signlattice.kernel_times import Decode, KernelTimesConfig
+
+TINY = KernelTimesConfig(
+    device="cpu", decode=(Decode(tokens=256, head_dim=64, n_heads=2),),
+    transforms=((64, 64), (48, 64)), trainer=((16, 2048, 2),), rounds=2, trainer_rounds=1, peers=False,
+)  # fmt: skip
+
+
+def test_decode_is_timed_beside_whole_keys_and_counts_its_bytes():
+    ticks = []
+    rows = kernel_times.decode_rows(TINY, lambda: ticks.append(1))
+    by_name = {row["contender"]: row for row in rows}
+    cells, d = 2 * 256, 64
+    assert by_name["1-bit K, bf16 V"]["bytes"] == cells * (d // 8 + 2 + 2 * d)
+    assert by_name["1-bit K, 4-bit V"]["bytes"] == cells * (d // 8 + 2 + d // 2 + 4)
+    assert by_name["SDPA bf16"]["bytes"] == cells * 4 * d
+    over = by_name["SDPA bf16"]["over"]
+    assert by_name[over]["speed_up"] == 1
+    assert len(ticks) == TINY.rounds
+
+
+def test_transforms_are_beside_a_copy():
+    rows = kernel_times.transform_rows(TINY)
+    copies = [row for row in rows if row["contender"] == "copy"]
+    assert {(row["kernel"], row["n"]) for row in copies} == {
+        ("Hadamard", 64), ("Hadamard", 48), ("pack", 64),
+    }  # fmt: skip
+    assert all(row["of_copy"] == pytest.approx(1) for row in copies)
+
+
+def test_the_trainer_is_beside_its_reference_and_says_what_it_reached():
+    rows = kernel_times.trainer_rows(TINY)
+    assert [row["impl"] for row in rows] == ["torch", "cpu"]
+    assert rows[0]["speed_up"] == 1
+    assert all(row["held_out_beta"] > row["optimum"] - 0.02 for row in rows)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_progress_is_counted_rightly_for_every_device(device):
+    config = KernelTimesConfig.for_device(device)
+    assert config.n_rounds > 0
+    assert all(case.cached >= 4096 for case in config.decode)
+
+
+def test_the_gpu_goes_from_4k_to_4m_cached_keys():
+    cached = [case.cached for case in KernelTimesConfig.for_device("cuda").decode]
+    assert (min(cached), max(cached)) == (2**12, 2**22)
