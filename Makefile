@@ -46,7 +46,8 @@ test-gpu: $(STAMP) ## the kernels' tests on a CUDA device, which must be there
 	$(BIN)/python -m pytest tests/kernels
 
 cross-compile: $(STAMP) ## compile every variant of every kernel for the A100 and the H100, without one
-	cd tests/kernels && ../../$(BIN)/python cross_compile.py 80 --all && ../../$(BIN)/python cross_compile.py 90 --all
+	@cd tests/kernels && status=0; for arch in 80 90; do \
+	  ../../$(BIN)/python cross_compile.py $$arch --all || status=1; done; exit $$status
 
 test-browser: $(STAMP) ## the built book in headless Chromium, cut off from the network
 	$(BIN)/python -m pytest tests/browser --confcutdir=tests/browser

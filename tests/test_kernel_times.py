@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from signlattice import kernel_times
@@ -38,6 +40,19 @@ def test_the_trainer_is_beside_its_reference_and_says_what_it_reached():
     assert [row["impl"] for row in rows] == ["torch", "cpu"]
     assert rows[0]["speed_up"] == 1
     assert all(row["held_out_beta"] > row["optimum"] - 0.02 for row in rows)
+
+
+def test_the_contest_of_a_gpu_runs_in_the_interpreter():
+    rows = kernel_times.decode_rows(replace(TINY, gpu=True, decode=(Decode(64, 64, n_heads=1),)))
+    names = [row["contender"] for row in rows]
+    assert names == [
+        "1-bit K, fp16 V", "1-bit K, 8-bit V", "1-bit K, 4-bit V", "1-bit K, 2-bit V", "SDPA fp16",
+        "copy",
+    ]  # fmt: skip
+    rows = kernel_times.transform_rows(replace(TINY, gpu=True, transforms=((64, 64),)))
+    assert [(row["kernel"], row["contender"]) for row in rows] == [
+        (kernel, name) for kernel in ("Hadamard", "pack") for name in ("torch", "triton", "copy")
+    ]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

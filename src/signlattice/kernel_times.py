@@ -47,12 +47,16 @@ class Decode:
 
 @dataclass(frozen=True)
 class KernelTimesConfig:
-    """What is timed, on which device, and in how many rounds."""
+    """What is timed, on which device, and in how many rounds.
+
+    With ``gpu`` the kernels of a GPU are timed, beside what stands against them there.
+    """
 
     device: str
     decode: tuple[Decode, ...]
     transforms: tuple[tuple[int, int], ...]
     trainer: tuple[tuple[int, int, int], ...]
+    gpu: bool = False
     rounds: int = 15
     trainer_rounds: int = 3
     peers: bool = True
@@ -61,6 +65,7 @@ class KernelTimesConfig:
     def for_device(cls, device: str) -> KernelTimesConfig:
         """The cases of the record: on a GPU from 4k to 4M cached keys, fewer on a CPU.
 
+        A CPU has no kernels of its own for the transforms, hence none of them to time.
         ``transforms`` are pairs (n, rows), ``trainer`` triples (d, keys of a head, heads).
         """
         if device == "cuda":
@@ -70,11 +75,10 @@ class KernelTimesConfig:
             shapes += [replace(large, group=group) for group in (1, 2, 8, 16, 32)]
             transforms = tuple((n, 2**28 // n) for n in (64, 128, 256, 1024, 8192))
             trainer = ((128, 2**15, 128), (2048, 2**17, 1))
-            return cls(device, (*sizes, *shapes), transforms, trainer, rounds=30)
+            return cls(device, (*sizes, *shapes), transforms, trainer, gpu=True, rounds=30)
         sizes = tuple(Decode(tokens=tokens) for tokens in (8192, 32768, 65536))
         shapes = (Decode(32768, head_dim=64), Decode(32768, head_dim=256), Decode(32768, group=1))
-        transforms = tuple((n, 2**22 // n) for n in (64, 128, 1024))
-        return cls(device, (*sizes, *shapes), transforms, ((64, 2**14, 8), (128, 2**15, 8)))
+        return cls(device, (*sizes, *shapes), (), ((64, 2**14, 8), (128, 2**15, 8)))
 
     @property
     def n_rounds(self) -> int:
@@ -116,7 +120,7 @@ def transform_rows(config: KernelTimesConfig, progress: Tick | None = None) -> l
             if kernel == "pack" and n not in kernels.HEAD_DIMS:
                 _skip(config.rounds, progress)
                 continue
-            contenders, moved = make(n, n_rows, config.device)
+            contenders, moved = make(n, n_rows, config)
             times = side_by_side(
                 contenders, rounds=config.rounds, device=config.device, progress=progress
             )
@@ -137,7 +141,7 @@ def trainer_rows(config: KernelTimesConfig, progress: Tick | None = None) -> lis
 
     ``speed_up`` is per head: on a GPU the reference learns a single one.
     """
-    fast = "triton" if config.device == "cuda" else "cpu"
+    fast = "triton" if config.gpu else "cpu"
     rows: list[Row] = []
     for d, n_keys, n_heads in config.trainer:
         sets = [planted_keys(d, n_keys, seed) for seed in range(n_heads)]
@@ -145,7 +149,7 @@ def trainer_rows(config: KernelTimesConfig, progress: Tick | None = None) -> lis
             torch.stack([getattr(each, name) for each in sets]).to(config.device)
             for name in ("keys", "held_out")
         )
-        alone = 1 if config.device == "cuda" else n_heads
+        alone = 1 if config.gpu else n_heads
         learned = {}
 
         def one_by_one() -> None:
@@ -177,7 +181,7 @@ def trainer_rows(config: KernelTimesConfig, progress: Tick | None = None) -> lis
 def memory_rows(config: KernelTimesConfig) -> list[Row]:
     """Most memory that one decode step takes on a GPU beyond the cache itself, per contender."""
     rows: list[Row] = []
-    for case in config.decode if config.device == "cuda" else ():
+    for case in config.decode if config.gpu else ():
         contenders, held = _decode_contenders(case, replace(config, peers=False))
         for name, call in contenders.items():
             call()
@@ -204,14 +208,17 @@ def _decode_contenders(
     """Calls that each do the same attention, and the bytes of cache that each reads."""
     device, d = config.device, case.head_dim
     cells = (case.batch, case.n_heads, case.tokens)
-    half = torch.float16 if device == "cuda" else torch.bfloat16  # what each attends to fastest
+    half = torch.float16 if config.gpu else torch.bfloat16  # what each attends to fastest
     keys, values = (torch.randn(*cells, d, device=device, dtype=half) for _ in range(2))
     grouped = torch.randn(case.batch, case.n_heads, case.group, d, device=device, dtype=half)
     query, scaling = grouped.flatten(1, 2), d**-0.5
     first, last = (torch.full((case.batch,), at, dtype=torch.int32) for at in (0, case.tokens))
     packed, rotation = _packed(keys)
-    attend = partial(kernels.decode_attention, query, packed, rotation, scaling=scaling)
-    name = "fp16" if device == "cuda" else "bf16"
+    attend = partial(
+        kernels.decode_attention, query, packed, rotation, scaling=scaling,
+        impl="triton" if config.gpu else "cpu",
+    )  # fmt: skip
+    name = "fp16" if config.gpu else "bf16"
     contenders: dict[str, Contender] = {f"1-bit K, {name} V": partial(attend, values)}
     held = {f"1-bit K, {name} V": _bytes(packed) + values.nbytes}
     for bits in (8, 4, 2):
@@ -223,7 +230,7 @@ def _decode_contenders(
         scaled_dot_product_attention, grouped, keys, values, scale=scaling
     )
     held[f"SDPA {name}"] = keys.nbytes + values.nbytes
-    if device == "cpu":
+    if not config.gpu:
         wide = [x.float() for x in (grouped, keys, values)]
         contenders["SDPA fp32"] = partial(scaled_dot_product_attention, *wide, scale=scaling)
         held["SDPA fp32"] = wide[1].nbytes + wide[2].nbytes
@@ -288,17 +295,14 @@ def _dequantised_attention(layer: QuantizedLayer, query: Tensor, scaling: float)
 
 
 def _hadamard_contenders(
-    n: int, n_rows: int, device: str
+    n: int, n_rows: int, config: KernelTimesConfig
 ) -> tuple[dict[str, Contender], dict[str, int]]:
-    x = torch.randn(n_rows, n, device=device, dtype=torch.float16)
-    signs = torch.randint(0, 2, (n,), device=device).float() * 2 - 1
-    impls = ("torch", "triton") if device == "cuda" else ("torch",)
+    x = torch.randn(n_rows, n, device=config.device, dtype=torch.float16)
+    signs = torch.randint(0, 2, (n,), device=config.device).float() * 2 - 1
     contenders: dict[str, Contender] = {
-        impl: partial(kernels.hadamard_transform, x, signs, impl=impl) for impl in impls
+        impl: partial(kernels.hadamard_transform, x, signs, impl=impl) for impl in _impls(config)
     }
-    if device == "cuda":
-        contenders |= _fast_hadamard(x)
-    return _with_copy(contenders, x, 2 * x.nbytes)
+    return _with_copy(contenders | _fast_hadamard(x), x, 2 * x.nbytes)
 
 
 def _fast_hadamard(x: Tensor) -> dict[str, Contender]:
@@ -311,17 +315,20 @@ def _fast_hadamard(x: Tensor) -> dict[str, Contender]:
 
 
 def _pack_contenders(
-    d: int, n_rows: int, device: str
+    d: int, n_rows: int, config: KernelTimesConfig
 ) -> tuple[dict[str, Contender], dict[str, int]]:
-    keys = torch.randn(1, 8, n_rows // 8, d, device=device, dtype=torch.float16)
+    keys = torch.randn(1, 8, n_rows // 8, d, device=config.device, dtype=torch.float16)
     packed, rotation = _packed(keys)
-    places = torch.zeros(1, dtype=torch.int32, device=device)
-    impls = ("torch", "triton") if device == "cuda" else ("torch",)
+    places = torch.zeros(1, dtype=torch.int32, device=config.device)
     contenders: dict[str, Contender] = {
         impl: partial(kernels.pack_into, packed, keys, rotation, places, impl=impl)
-        for impl in impls
+        for impl in _impls(config)
     }
     return _with_copy(contenders, keys, keys.nbytes + _bytes(packed))
+
+
+def _impls(config: KernelTimesConfig) -> tuple[str, ...]:
+    return ("torch", "triton") if config.gpu else ("torch",)
 
 
 def _with_copy(

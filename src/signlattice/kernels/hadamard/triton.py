@@ -47,14 +47,14 @@ def _dense(
     inside = i < N
     h = tl.load(table + i[None, :] * P + i[:, None]).to(x.dtype.element_ty)  # transposed
     if SIGNED:
-        s = tl.load(signs + i, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(signs + i, mask=inside, other=0.0).to(x.dtype.element_ty)
     for first in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
         r = first + tl.arange(0, ROWS)
         at = r.to(tl.int64)[:, None] * N + i[None, :]
         mask = (r < n_rows)[:, None] & inside[None, :]
         rows = tl.load(x + at, mask=mask, other=0.0)  # [ROWS, P]
         if SIGNED:
-            rows = (rows.to(tl.float32) * s[None, :]).to(x.dtype.element_ty)
+            rows *= s[None, :]  # ±1 is exact in every dtype
         out = _times_signs(rows, h, PRECISION) * N**-0.5
         tl.store(y + at, out.to(y.dtype.element_ty), mask=mask)
 
@@ -72,13 +72,15 @@ def _kronecker(
     b = tl.load(right + j[None, :] * P2 + j[:, None]).to(dtype)  # [P2, P2], transposed
     at = i[:, None] * N2 + j[None, :]
     mask = (i < N1)[:, None] & (j < N2)[None, :]
-    if SIGNED:
-        s = tl.load(signs + at, mask=mask, other=0.0).to(tl.float32)
+    if SIGNED and dtype != tl.float32:
+        s = tl.load(signs + at, mask=mask, other=0.0).to(dtype)
     for r in tl.range(tl.program_id(0), n_rows, tl.num_programs(0)):
         base = tl.cast(r, tl.int64) * (N1 * N2)
         row = tl.load(x + base + at, mask=mask, other=0.0)
         if SIGNED:
-            row = (row.to(tl.float32) * s).to(dtype)
+            if dtype == tl.float32:  # which leaves no registers to keep the signs in
+                s = tl.load(signs + at, mask=mask, other=0.0)
+            row *= s
         half = (_times_signs(row, b, PRECISION) * N2**-0.5).to(dtype)
         out = tl.trans(_times_signs(tl.trans(half), a, PRECISION) * N1**-0.5)
         tl.store(y + base + at, out.to(y.dtype.element_ty), mask=mask)
