@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ from .style import COLOURS, Figure, styled
 
 _LINES = (
     ("blue", "o-"), ("green", "s-"), ("purple", "D-"), ("sky", "^-"), ("vermilion", "o--"),
-    ("orange", "s--"), ("grey", "D--"), ("black", "^--"),
+    ("orange", "s--"), ("grey", "D--"), ("black", "^--"), ("black", "v:"),
 )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def fig_decode_times(rows: Sequence[Row], **case: int) -> Figure:
     names = list(dict.fromkeys(row["contender"] for row in chosen))
     figure = Figure(figsize=(6.6, 4.4))
     axes = figure.subplots()
-    for name, (colour, line) in zip(names, _LINES * 2):
+    for name, (colour, line) in zip(names, itertools.cycle(_LINES)):
         mine = select(chosen, contender=name)
         middle, low, high = (
             1e3 * np.array([row[key] for row in mine])
