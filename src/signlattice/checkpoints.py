@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import InputError, IntegrityError
-from .files import shown
+from .errors import IntegrityError
+from .files import shown, write_tensors
 
 _SCHEMA = 2
 _HEADER = "signlattice.learn"
@@ -33,14 +31,7 @@ def save(
     Raises ``InputError`` where it cannot be written.
     """
     header = {"schema": _SCHEMA, "config": config, "keys": fingerprint, "state": state}
-    part = path.with_name(f".{path.name}.part")
-    try:
-        save_file(dict(tensors), part, metadata={_HEADER: json.dumps(header)})
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write the checkpoint {shown(path)}: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    write_tensors(path, tensors, metadata={_HEADER: json.dumps(header)})
 
 
 def load(

@@ -91,7 +91,7 @@ def attention_rows(
             arguments, options = _attention_call(step, getattr(torch, dtype), bits, config)
             query, *rest = arguments
             exact = reference.decode_attention(query.double(), *rest, **options)
-            plain = relative_error(plain_attention(*arguments, **options), exact)
+            plain = reference.attention_in(query.dtype, *arguments, **options)
             for impl in impls:
                 got = kernels.decode_attention(
                     query, *rest[:3], start=rest[3], length=rest[4], impl=impl, **options
@@ -99,7 +99,7 @@ def attention_rows(
                 rows.append(
                     {
                         "layer": layer, "dtype": dtype, "value_bits": bits, "impl": impl,
-                        "error": relative_error(got, exact), "plain": plain,
+                        "error": relative_error(got, exact), "plain": relative_error(plain, exact),
                     }
                 )  # fmt: skip
                 progress()
@@ -173,39 +173,6 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     """‖got − exact‖ / ‖exact‖ in fp64, NaN counted as infinite."""
     difference = (got.double() - exact.double()).norm() / exact.double().norm()
     return difference.nan_to_num(torch.inf).item()
-
-
-def plain_attention(
-    query: Tensor,
-    keys: PackedKeys,
-    rotation: Tensor,
-    values: Tensor | PackedValues,
-    start: Tensor,
-    length: Tensor,
-    scaling: float,
-    softcap: float | None = None,
-    whole: WholeTokens | None = None,
-) -> Tensor:
-    """`kernels.decode_attention` as a model in the query's dtype would do it: no step wider.
-
-    Shapes are those of `kernels.attention.reference.decode_attention`.
-    """
-    dtype = query.dtype
-    q = query.unflatten(1, (len(rotation), -1))
-    k = kernels.dequantise(keys, rotation, impl="torch").to(dtype)
-    v = (values.read() if isinstance(values, PackedValues) else values).to(dtype)
-    t = torch.arange(k.shape[2], device=k.device)
-    there = (t >= start[:, None]) & (t < length[:, None])
-    if whole is not None:
-        e = torch.arange(whole.keys.shape[2], device=k.device)
-        there = torch.cat((there, e < whole.length[:, None]), -1)
-        k, v = torch.cat((k, whole.keys.to(dtype)), 2), torch.cat((v, whole.values.to(dtype)), 2)
-    scores = (q @ k.mT) * scaling
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    scores = scores.masked_fill(~there[:, None, None], -torch.inf)
-    v = v.masked_fill(~there[:, None, :, None], 0.0)
-    return (scores.softmax(-1) @ v).flatten(1, 2)
 
 
 def _packed(keys: Tensor, rotation: Tensor, impl: str, config: FidelityConfig) -> PackedKeys:

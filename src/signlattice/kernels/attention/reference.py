@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..unpack.reference import dequantise
 from ..layout import PackedKeys, PackedValues, WholeTokens
+from ..unpack.reference import dequantise
 
 
 def decode_attention(
@@ -35,10 +35,33 @@ def decode_attention(
     Returns:
         [B, Hq, Dv] in the dtype of ``query``; zeros for a sequence with no token at all.
     """
-    n_heads = rotation.shape[0]
-    q = query.to(torch.promote_types(query.dtype, torch.float32)).unflatten(1, (n_heads, -1))
-    k = dequantise(keys, rotation, dtype=q.dtype)
-    v = values.read(q.dtype) if isinstance(values, PackedValues) else values.to(q)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return attention_in(
+        wide, query, keys, rotation, values, start, length, scaling, softcap, whole
+    ).to(query.dtype)
+
+
+def attention_in(
+    dtype: torch.dtype,
+    query: Tensor,
+    keys: PackedKeys,
+    rotation: Tensor,
+    values: Tensor | PackedValues,
+    start: Tensor,
+    length: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    whole: WholeTokens | None = None,
+) -> Tensor:
+    """`decode_attention` with every step in ``dtype``.
+
+    In the dtype of a half-precision query it is what a model without our kernels would compute, and
+    what their errors are told beside.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    q = query.to(dtype).unflatten(1, (len(rotation), -1))
+    k = dequantise(keys, rotation, dtype=wide).to(dtype)
+    v = (values.read(wide) if isinstance(values, PackedValues) else values).to(dtype)
     t = torch.arange(k.shape[2], device=k.device)
     there = (t >= start[:, None]) & (t < length[:, None])
     if whole is not None:
@@ -52,4 +75,4 @@ def decode_attention(
     weights = scores.masked_fill(~there, -torch.inf).softmax(-1)
     weights = weights.masked_fill(~there, 0.0)  # also where nothing is there, and softmax is NaN
     v = v.masked_fill(~there.squeeze(1).mT.unsqueeze(1), 0.0)  # room not yet used may hold anything
-    return (weights @ v).flatten(1, 2).to(query.dtype)
+    return (weights @ v).flatten(1, 2)
