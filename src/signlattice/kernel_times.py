@@ -7,6 +7,7 @@ of a kernel depends on them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ from transformers.cache_utils import HQQQuantizedLayer, QuantizedLayer, QuantoQu
 
 from . import kernels
 from .kernels.attention import bf16_loop
-from .learn import learn_rotation, learn_rotations
+from .learn import LearnConfig, learn_rotation, learn_rotations
 from .records import Metric, Row
 from .rotations import haar
 from .solvers import planted_keys
@@ -27,6 +28,9 @@ from .timing import Times, side_by_side
 
 Contender = Callable[[], object]
 Tick = Callable[[], object]
+
+FEW_STEPS = LearnConfig(warm_steps=8, steps=8, polish_steps=4)
+"""For a large d, whose rotation takes hours to learn: a time of the same steps, and no lattice."""
 
 
 @dataclass(frozen=True)
@@ -150,16 +154,17 @@ def trainer_rows(config: KernelTimesConfig, progress: Tick | None = None) -> lis
             for name in ("keys", "held_out")
         )
         alone = 1 if config.gpu else n_heads
+        settings = LearnConfig() if d <= 512 else FEW_STEPS
         learned = {}
 
         def one_by_one() -> None:
             learned["torch"] = [
-                learn_rotation(k, held_out=h, impl="torch")
+                learn_rotation(k, settings, held_out=h, impl="torch")
                 for k, h in zip(keys[:alone], held_out)
             ]
 
         def together() -> None:
-            learned[fast] = learn_rotations(keys, held_out=held_out, impl=fast)
+            learned[fast] = learn_rotations(keys, settings, held_out=held_out, impl=fast)
 
         times = side_by_side(
             {"torch": one_by_one, fast: together}, rounds=config.trainer_rounds, warm_up=1,
@@ -244,14 +249,16 @@ def _decode_contenders(
         held |= dict.fromkeys((*flash, "copy"), 2 * keys.nbytes)
     for peer, layer in _peers(keys, values) if config.peers else ():
         contenders[peer] = partial(_dequantised_attention, layer, grouped, scaling)
-        held[peer] = 2 * keys.numel() * 4 // 8
+        held[peer] = 2 * keys.numel() * 9 // 16  # four bits, and a scale and zero for each 64
     return contenders, held
 
 
 def _flash_attention(
     query: Tensor, keys: Tensor, values: Tensor, scaling: float
 ) -> dict[str, Contender]:
-    """FlashAttention's own split decoding, where that library is installed."""
+    """FlashAttention's own split decoding, where that library is installed and takes the size."""
+    if keys.shape[-1] > 256:
+        return {}
     try:
         from flash_attn import flash_attn_with_kvcache
     except ImportError:
@@ -283,7 +290,12 @@ def _peers(keys: Tensor, values: Tensor) -> Iterator[tuple[str, QuantizedLayer]]
         ("HQQ", HQQQuantizedLayer, 1),
     ):
         layer = kind(nbits=4, axis_key=axis, axis_value=axis, q_group_size=64)
-        layer.update(keys, values)
+        try:
+            layer.update(keys, values)
+            layer._dequantize(layer._quantized_keys)
+        except Exception as error:  # they build code of their own, for which a compiler may lack
+            warnings.warn(f"{name} cannot be timed here: {error}", stacklevel=2)
+            continue
         yield f"{name} 4-bit K and V", layer
 
 

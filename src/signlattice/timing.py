@@ -1,7 +1,13 @@
-"""Times side by side: the contenders take turns, so that a noisy machine disturbs all alike."""
+"""Times side by side: the contenders take turns, so that a noisy machine disturbs all alike.
+
+Every round has an order of its own, drawn from a seed, and before each call memory that no
+contender knows is read: none finds in the cache what another has left there. In a model it is the
+other layers that are read in between.
+"""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +20,10 @@ from .records import Metric
 
 WARM_UP = 2
 """Calls of each contender before the first round: they compile, and fill caches."""
+
+
+FLUSHED = 1 << 29
+"""Bytes that are read before each call: more than the caches near a core or a GPU hold."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,15 @@ def side_by_side(
     *,
     rounds: int,
     warm_up: int = WARM_UP,
+    flush: int = FLUSHED,
     device: torch.device | str = "cpu",
     progress: Callable[[], object] | None = None,
 ) -> dict[str, Times]:
-    """Time every contender once in each of ``rounds`` rounds, each round in another order.
+    """Time every contender once in each of ``rounds`` rounds, each round in another random order.
 
-    On a GPU a call is timed from its launch until the device is idle again. ``progress`` is called
-    after each round. Raises ``InputError`` if there are no rounds or no contenders.
+    On a GPU a call is timed from its launch until the device is idle again. ``flush`` bytes of
+    other memory are read before each call, none if 0. ``progress`` is called after each round.
+    Raises ``InputError`` if there are no rounds or no contenders.
     """
     if rounds < 1 or not contenders:
         raise InputError(f"{len(contenders)} contenders, {rounds} rounds: use one or more of each")
@@ -59,11 +71,12 @@ def side_by_side(
     for call in contenders.values():
         for _ in range(warm_up):
             call()
-    names = list(contenders)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    other = torch.ones(flush // 4, device=device)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(contenders), len(contenders)):
+            other.sum()
             wait()
             start = time.perf_counter()
             contenders[name]()

@@ -7,15 +7,14 @@ values, the split over threads and the merge are here.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
+from ..cores import by_all
 from ..layout import PackedValues
 from . import vectors
 
@@ -222,11 +221,7 @@ def attend(
         for piece in left:
             loop(piece, keys, arrays, cap, rows_of(parts), rows_of(lse))
 
-    n_others = min(torch.get_num_threads(), len(pieces)) - 1
-    others = [_pool(os.getpid(), n_others).submit(work) for _ in range(n_others)]
-    work()
-    for other in others:
-        other.result()
+    by_all(work, min(torch.get_num_threads(), len(pieces)))
     return parts, lse
 
 
@@ -282,9 +277,3 @@ def _pieces(start: Tensor, length: Tensor, room: int, n_heads: int) -> list[np.n
             pieces[at].append((row, slot, first, stop))
             done, first, slot = done + stop - first, stop, slot + 1
     return [np.array(x, np.int64).reshape(-1, 4) for x in pieces]
-
-
-@functools.cache
-def _pool(_process: int, n: int) -> ThreadPoolExecutor:
-    # by process, because threads do not survive a fork
-    return ThreadPoolExecutor(n, thread_name_prefix="signlattice")

@@ -8,6 +8,8 @@ of the query that meets bit plane p is scaled beforehand so that every set bit c
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -288,6 +290,12 @@ def plane_shape(d: int) -> tuple[int, int, int]:
     return words, padded(words), 8 // folded
 
 
+@functools.cache
+def _plane_scales(device: torch.device) -> Tensor:
+    """What each plane of a query is scaled by, fp32 [8, 1]: sent to a GPU once, not every step."""
+    return torch.tensor(_PLANE_POWER, dtype=torch.float32, device=device).exp2()[:, None]
+
+
 def arranged_query(
     query: Tensor, rotation: Tensor, factor: float, *, fine: bool
 ) -> tuple[Tensor, Tensor]:
@@ -307,7 +315,7 @@ def arranged_query(
     folded, columns = 8 // n_planes, padded(group)
     rotated = query @ rotation.mT
     unit = rotated.abs().amax(-1, keepdim=True).clamp_min(1e-20)
-    power = rotated.new_tensor(_PLANE_POWER[:n_planes]).exp2()[:, None]
+    power = _plane_scales(rotated.device)[:n_planes]
     exact = (rotated / unit).unflatten(-1, (folded, n_planes, words)) * power
     planes = exact.half()
     # the correction is the sum of what the tensor cores will see, so that rounding cancels

@@ -75,9 +75,10 @@ def sign_gemm(keys: Tensor, rotation: Tensor, temperature: float = 0.0) -> Tenso
 
 
 def plan(d: int, dtype: torch.dtype, *, smooth: bool) -> Launch:
-    """The launch for keys of ``d`` coordinates: all axes in one program up to d = 128.
+    """The launch for keys of ``d`` coordinates: in 16 bits all axes in one program up to d = 128.
 
-    fp32 keys take smaller tiles, since three products need the parts of every number in registers.
+    fp32 keys take fewer axes and smaller tiles, since three products need the parts of every number
+    in registers.
     """
     side = padded(d)
     exact = dtype == torch.float32

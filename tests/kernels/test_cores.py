@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from signlattice.kernels import cores
+
+
+@pytest.fixture(params=["torch's threads", "threads of our own"])
+def either_pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "threads of our own":
+        monkeypatch.setattr(cores, "_openmp", lambda: None)
+    elif cores._openmp() is None:
+        pytest.skip("torch's OpenMP has another interface here")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_work_is_done_by_so_many_threads_at_once(n: int, either_pool: None) -> None:
+    meeting, seen = threading.Barrier(n, timeout=20), []
+
+    def work() -> None:
+        meeting.wait()  # passes only if all are there together
+        seen.append(threading.get_ident())
+
+    cores.by_all(work, n)
+    assert len(set(seen)) == n and threading.get_ident() in seen
+
+
+def test_an_exception_of_any_thread_is_raised_and_the_next_call_works(either_pool: None) -> None:
+    here = threading.get_ident()
+    started = threading.Barrier(2, timeout=20)
+
+    def work() -> None:
+        started.wait()
+        if threading.get_ident() != here:
+            raise ValueError("from another thread")
+
+    with pytest.raises(ValueError, match="from another thread"):
+        cores.by_all(work, 2)
+    done = []
+    cores.by_all(lambda: done.append(1), 2)
+    assert len(done) == 2
+
+
+def test_torch_computes_as_before_after_its_threads_were_borrowed(either_pool: None) -> None:
+    a = torch.randn(600, 600, generator=torch.Generator().manual_seed(0))
+    before = a @ a
+    cores.by_all(lambda: None, torch.get_num_threads())
+    assert torch.equal(a @ a, before)
+
+
+def test_threads_to_come_compute_with_as_many_threads_as_before() -> None:
+    n = torch.get_num_threads()
+    cores.shared_out(torch.linalg.inv, torch.eye(3).expand(4, 3, 3))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == n
