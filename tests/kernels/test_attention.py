@@ -346,6 +346,14 @@ def test_values_of_any_size(size: float, bits: int) -> None:
     _judge(_triton(x), x)
 
 
+def test_steps_too_small_for_half_precision_keep_their_digits() -> None:
+    """A bfloat16 query's values are added up in half precision, which has no number below 6e-8."""
+    x = _inputs(Case(bits=4, dtype=torch.bfloat16))
+    v = x.values
+    small = replace(v, scale=(v.scale.float() * 4e-6).half(), zero=(v.zero.float() * 4e-6).half())
+    _judge(_triton(replace(x, values=small)), replace(x, values=small))
+
+
 def _far_end(x: Inputs, room: int) -> Inputs:
     """The same tokens at the end of a cache so large that the system gives it no memory yet."""
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 40 * 2**30:
