@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from signlattice import kernel_times
 from signlattice.kernel_times import Decode, KernelTimesConfig
@@ -42,17 +43,19 @@ def test_the_trainer_is_beside_its_reference_and_says_what_it_reached():
     assert all(row["held_out_beta"] > row["optimum"] - 0.02 for row in rows)
 
 
-def test_the_contest_of_a_gpu_runs_in_the_interpreter():
-    rows = kernel_times.decode_rows(replace(TINY, gpu=True, decode=(Decode(64, 64, n_heads=1),)))
+def test_the_contest_of_a_gpu_runs_there_or_in_the_interpreter():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tiny = replace(TINY, gpu=True, device=device, transforms=((64, 64),))
+    rows = kernel_times.decode_rows(replace(tiny, decode=(Decode(64, 64, n_heads=1),)))
     names = [row["contender"] for row in rows]
-    assert names == [
+    assert [name for name in names if name != "SDPA of FlashAttention"] == [
         "1-bit K, fp16 V", "1-bit K, 8-bit V", "1-bit K, 4-bit V", "1-bit K, 2-bit V", "SDPA fp16",
         "copy",
     ]  # fmt: skip
-    rows = kernel_times.transform_rows(replace(TINY, gpu=True, transforms=((64, 64),)))
-    assert [(row["kernel"], row["contender"]) for row in rows] == [
+    rows = kernel_times.transform_rows(tiny)
+    assert {(row["kernel"], row["contender"]) for row in rows} >= {
         (kernel, name) for kernel in ("Hadamard", "pack") for name in ("torch", "triton", "copy")
-    ]
+    }
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
