@@ -16,7 +16,7 @@ BENCHES  := $(sort $(wildcard benchmarks/*.py))
 help: ## this list
 	@echo "signlattice: one-bit keys for the KV cache, and the paper about them, recomputed"
 	@echo
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-19s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-21s %s\n", $$1, $$2}'
 	@echo
 	@echo "  MODEL=$(MODEL)   LAB=\"$(LAB)\"   PYTHON=$(PYTHON)"
 
