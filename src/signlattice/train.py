@@ -93,7 +93,8 @@ def train(
 
     torch.manual_seed(config.seed)
     model = spec.build().to(config.device)
-    model.config.output_router_logits = hasattr(model.config, "num_experts")
+    balanced = hasattr(model.config, "output_router_logits")  # a loss that evens out the experts
+    model.config.output_router_logits = balanced
     optimizer = _optimizer(model, config)
     losses = _resume(scratch, identity, model, optimizer)
 
@@ -121,7 +122,8 @@ def train(
             progress(point)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             _save_state(scratch, identity, model, optimizer, losses)
-    model.config.output_router_logits = False
+    if balanced:
+        model.config.output_router_logits = False
     return Trained(model.eval(), tokenizer, tuple(losses), losses[-1].seconds)
 
 
