@@ -11,12 +11,13 @@ from signlattice.train import TrainConfig, save_checkpoint, train
 
 TINY = ModelSpec(
     name="tiny",
+    model_type="olmoe",
+    like="OLMoE-1B-7B",
     context=16,
     vocab_size=270,
     config=dict(
         hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_experts=2, num_experts_per_tok=1, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=0, eos_token_id=0,
     ),
 )  # fmt: skip
 CONFIG = TrainConfig(

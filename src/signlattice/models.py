@@ -34,7 +34,7 @@ class ModelSpec:
     """A small model of a real architecture: its transformers configuration and its context.
 
     ``model_type`` is transformers' name of the architecture, ``like`` the full-size model whose
-    layout it copies.
+    layout it copies, ``steps`` how long it is trained (`train.TrainConfig`).
     """
 
     name: str
@@ -43,6 +43,7 @@ class ModelSpec:
     context: int
     vocab_size: int
     config: dict = field(repr=False)
+    steps: int = 1800
 
     def build(self) -> PreTrainedModel:
         """The untrained model; its weights follow torch's global seed."""
@@ -113,6 +114,7 @@ GEMMA4_E4B_MINI = ModelSpec(
     context=512,
     vocab_size=2048,
     config=_GEMMA4 | _PER_LAYER | dict(num_key_value_heads=2, intermediate_size=384),
+    steps=1000,
 )
 
 GEMMA4_MOE_MINI = ModelSpec(
@@ -133,6 +135,7 @@ GEMMA4_MOE_MINI = ModelSpec(
         top_k_experts=2,
         moe_intermediate_size=48,
     ),
+    steps=1000,
 )
 
 MINIS = {
