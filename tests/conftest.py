@@ -13,8 +13,8 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter; read w
     os.environ["TRITON_INTERPRET"] = "1"
 
 from hypothesis import settings
-from transformers import LlamaConfig, OlmoeConfig, PreTrainedTokenizerFast
-from transformers import LlamaForCausalLM, OlmoeForCausalLM
+from transformers import Gemma4ForCausalLM, LlamaForCausalLM, OlmoeForCausalLM
+from transformers import Gemma4TextConfig, LlamaConfig, OlmoeConfig, PreTrainedTokenizerFast
 
 from signlattice import corpus
 from signlattice.models import LoadedModel, load_model
@@ -89,6 +89,53 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return _save(LlamaForCausalLM(config), tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense Gemma-4 checkpoint: heads of 16 (a window of 8 tokens) and of 32, one KV head.
+
+    Layers 3 and 4 read the keys of layers 1 and 2.
+    """
+    torch.manual_seed(2)
+    config = Gemma4TextConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=5,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention",
+                     "sliding_attention", "full_attention"],
+        sliding_window=8, num_attention_heads=4, num_key_value_heads=1, head_dim=16,
+        global_head_dim=32, num_kv_shared_layers=2, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=300, max_position_embeddings=64,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return _save(Gemma4ForCausalLM(config), tmp_path_factory.mktemp("tiny") / "gemma")
+
+
+@pytest.fixture(scope="session")
+def gemma_moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Gemma-4 mixture: two KV heads of 16 under a window, one of 32 whose keys are values."""
+    torch.manual_seed(3)
+    config = Gemma4TextConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=32, num_hidden_layers=3,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        sliding_window=8, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_global_key_value_heads=1, global_head_dim=32, attention_k_eq_v=True,
+        hidden_size_per_layer_input=0, num_kv_shared_layers=0, enable_moe_block=True,
+        num_experts=4, top_k_experts=2, moe_intermediate_size=32, max_position_embeddings=64,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return _save(Gemma4ForCausalLM(config), tmp_path_factory.mktemp("tiny") / "gemma_moe")
+
+
+@pytest.fixture
+def gemma(gemma_folder: Path) -> LoadedModel:
+    """The tiny dense Gemma-4, loaded."""
+    return load_model(gemma_folder)
+
+
+@pytest.fixture
+def gemma_moe(gemma_moe_folder: Path) -> LoadedModel:
+    """The tiny Gemma-4 mixture, loaded."""
+    return load_model(gemma_moe_folder)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from signlattice import rotations
+from signlattice.attention import AttentionLayer, attention_layers
 from signlattice.beta import haar_beta
 from signlattice.capture import capture_keys
 from signlattice.centering import Centering
@@ -204,7 +205,8 @@ def test_a_perfect_code_loses_nothing(loaded, method):
     rotation = torch.stack([rotations.haar(16, h) for h in range(heads)])
     bank = lattice_bank(rotation)
     mean = torch.zeros(heads, 16) if method == "token_mean" else None
-    quality = head_quality(LayerCodec(rotation, Centering(method, mean), "mse"), bank, 0, 0.25)
+    layer = AttentionLayer(0, 0, heads, heads, 16, scaling=0.25)
+    quality = head_quality(LayerCodec(rotation, Centering(method, mean), "mse"), bank, layer)
     if method == "dc":
         assert (quality.beta < 1).all()  # taking the dc off moves keys away from the lattice
     else:
@@ -232,11 +234,11 @@ def test_the_temperature_is_the_best_of_its_neighbours(loaded):
     ids = torch.randint(1, 300, (4, 60), generator=torch.Generator().manual_seed(3))
     with capture_keys(loaded.model) as bank:
         loaded.model(ids)
-    layer = codec.layers[1]
-    tau = fit_temperature(layer, bank, 1, 0.25)
+    layer, attention = codec.layers[1], attention_layers(loaded.model)[1]
+    tau = fit_temperature(layer, bank, attention)
     kl = {
         factor: head_quality(
-            LayerCodec(layer.rotation, layer.centering, "mse", tau * factor), bank, 1, 0.25
+            LayerCodec(layer.rotation, layer.centering, "mse", tau * factor), bank, attention
         ).kl
         for factor in (0.9, 1.0, 1.1)
     }

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from . import __version__, corpus, rotations
-from .attention import score_scaling
+from .attention import attention_layers
 from .beta import elliptical_ceiling
 from .capture import KeyBank, capture_keys
 from .centering import CENTERING_METHODS, Centering
@@ -240,9 +240,9 @@ def _tempered(
     layers: dict[int, LayerCodec], bank: KeyBank, loaded: LoadedModel, file: Path
 ) -> dict[int, LayerCodec]:
     """The same codes with a temperature per head, fitted on ``bank`` or remembered."""
-    scaling = score_scaling(loaded.model)
+    attention = attention_layers(loaded.model)
     taus = _remembered(
-        file, lambda: {k: fit_temperature(code, bank, k, scaling[k]) for k, code in layers.items()}
+        file, lambda: {k: fit_temperature(code, bank, attention[k]) for k, code in layers.items()}
     )
     return {layer: replace(code, temperature=taus[layer]) for layer, code in layers.items()}
 
@@ -280,9 +280,9 @@ def _row(
     losses: TokenLosses,
     exact: TokenLosses,
 ) -> Row:
-    scaling = score_scaling(loaded.model)
+    attention = attention_layers(loaded.model)
     quality = [
-        head_quality(code, text.held_out, layer, scaling[layer])
+        head_quality(code, text.held_out, attention[layer])
         for layer, code in codec.layers.items()
     ]
     gap = perplexity_gap(losses, exact)

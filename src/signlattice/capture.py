@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import keys_seen_by
+from .attention import attention_layers, keys_seen_by
 from .errors import InputError, IntegrityError
 from .files import write_tensors, write_text
 
@@ -133,7 +133,8 @@ def capture_keys(
     ``post_rope``: as attention sees them. ``pre_rope``: the output of the key norm, or of the key
     projection where there is none. With ``folder``, rows go to safetensors shards there and memory
     stays bounded by ``shard_tokens`` per layer. Call the model on whole sequences, padded or not,
-    without a cache that already holds tokens.
+    without a cache that already holds tokens. A layer that shares the keys of another has none of
+    its own, and is left out.
 
     Raises ``InputError`` on an unknown stage, a model without decoder attention or (``pre_rope``)
     without separate key projections, and a folder that holds a capture already.
@@ -150,8 +151,11 @@ def capture_keys(
     batch = _Batch(bank)
     with batch.watch(model):
         if stage == "post_rope":
+            owners = {i for i, layer in attention_layers(model).items() if layer.owns_keys}
 
             def record(layer: int, query: Tensor, key: Tensor) -> Tensor:
+                if layer not in owners:
+                    return key
                 batch.record("keys", layer, key)
                 if queries:
                     batch.record("queries", layer, query)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -96,6 +96,17 @@ class LayerCodec:
     def head_dim(self) -> int:
         """Coordinates of a key."""
         return self.rotation.shape[-1]
+
+    def to(self, device: torch.device) -> LayerCodec:
+        """The same code on another device."""
+        if self.rotation.device == device:
+            return self
+        moved = {"rotation": self.rotation.to(device)}
+        if self.centering.mean is not None:
+            moved["centering"] = replace(self.centering, mean=self.centering.mean.to(device))
+        if self.temperature is not None:
+            moved["temperature"] = self.temperature.to(device)
+        return replace(self, **moved)
 
     def rotated(self, keys: Tensor) -> Tensor:
         """Centred and rotated keys, [..., H, T, D] as given: what the signs are taken of."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .attention import keys_seen_by
+from .attention import AttentionLayer, attention_layers, keys_seen_by
 from .beta import beta, relative_distortion
 from .capture import KeyBank
 from .codec import KeyCodec, LayerCodec
@@ -21,6 +21,9 @@ from .corpus import Document, windows
 from .errors import InputError
 from .learn import CalibrationWarning, LearnConfig, learn_rotation
 from .models import LoadedModel
+
+BATCH = 16
+"""Passages that a model reads at once."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def passages(
 
 
 def batches(
-    pieces: Sequence[Passage], size: int = 16
+    pieces: Sequence[Passage], size: int = BATCH
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """``(indices, input ids, attention mask)`` [B, T], like lengths together, padded right."""
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i].ids))
@@ -84,19 +87,35 @@ def batches(
 def one_bit_keys(model: PreTrainedModel, codec: KeyCodec) -> Iterator[KeyCount]:
     """While open, attention sees every key of the codec's layers only through its sign code.
 
-    The count says how many keys were compressed; an evaluation must compare it with what it fed.
+    A layer that reads the keys of another sees them through that layer's code. The count says how
+    many keys were compressed; an evaluation must compare it with what it fed.
     """
     count = KeyCount()
+    readers = readers_of(model, codec)
 
     def through_the_code(layer: int, query: Tensor, key: Tensor) -> Tensor:
-        if layer not in codec.layers:
+        if layer not in readers:
             return key
-        packed = codec.layers[layer].encode(key)
+        code = codec.layers[readers[layer]].to(key.device)
+        packed = code.encode(key)
         count.compressed += packed.n_keys
-        return codec.layers[layer].decode(packed).to(key.dtype)
+        return code.decode(packed).to(key.dtype)
 
     with keys_seen_by(model, through_the_code):
         yield count
+
+
+def readers_of(model: PreTrainedModel, codec: KeyCodec) -> dict[int, int]:
+    """The layers that attend to coded keys, each with the layer whose code it reads.
+
+    Raises ``InputError`` if the codec has a layer that the model lacks, or that has no keys of its
+    own.
+    """
+    layers = attention_layers(model)
+    owners = [index for index, layer in layers.items() if layer.owns_keys]
+    if missing := sorted(set(codec.layers) - set(owners)):
+        raise InputError(f"the codec has layers {missing}: the model has keys in layers {owners}")
+    return {i: layer.source for i, layer in layers.items() if layer.source in codec.layers}
 
 
 @dataclass(frozen=True)
@@ -121,10 +140,13 @@ def token_losses(
     pieces: Sequence[Passage],
     codec: KeyCodec | None = None,
     exact_logits: Sequence[Tensor] | None = None,
+    *,
+    batch_size: int = BATCH,
 ) -> TokenLosses:
     """Teacher-forced losses of each passage, with exact keys or through ``codec``.
 
-    ``exact_logits`` (from `logits_of`, per passage) adds KL and agreement. Raises
+    ``exact_logits`` (from `logits_of`, per passage) adds KL and agreement. ``batch_size`` passages
+    are read at once; their logits are what takes memory. Raises
     ``IntegrityError`` if the codec is of another model, ``RuntimeError`` if it left a key
     uncompressed: an evaluation that compressed nothing would look perfect.
     """
@@ -132,19 +154,20 @@ def token_losses(
     n_tokens = np.array([len(piece.ids) - 1 for piece in pieces])
     n_fed = 0
     with _attention(loaded, codec) as count:
-        for chosen, ids, mask in batches(pieces):
+        for chosen, ids, mask in batches(pieces, batch_size):
             n_fed += ids.numel()
             logits = _logits(loaded, ids, mask)
             for row, index in enumerate(chosen):
-                target = pieces[index].ids[1:]
+                target = pieces[index].ids[1:].to(logits.device)
                 log_p = logits[row, : len(target)].log_softmax(-1)
-                nll[index] = -log_p.gather(-1, target[:, None]).sum()
+                nll[index] = -log_p.gather(-1, target[:, None]).sum().item()
                 if exact_logits is not None:
-                    exact = exact_logits[index].log_softmax(-1)
-                    kl[index] = (exact.exp() * (exact - log_p)).sum()
-                    agree[index] = (exact.argmax(-1) == log_p.argmax(-1)).sum()
+                    exact = exact_logits[index].to(logits.device).log_softmax(-1)
+                    kl[index] = (exact.exp() * (exact - log_p)).sum().item()
+                    agree[index] = (exact.argmax(-1) == log_p.argmax(-1)).sum().item()
     if codec is not None:
-        expected = n_fed * sum(layer.n_heads for layer in codec.layers.values())
+        read = readers_of(loaded.model, codec).values()
+        expected = n_fed * sum(codec.layers[source].n_heads for source in read)
         if count.compressed != expected:
             raise RuntimeError(f"compressed {count.compressed} keys, expected {expected}")
     return TokenLosses(tuple(pieces), nll, n_tokens, kl, agree, count.compressed)
@@ -152,10 +175,10 @@ def token_losses(
 
 @torch.no_grad()
 def logits_of(loaded: LoadedModel, pieces: Sequence[Passage]) -> list[Tensor]:
-    """Next-token logits [T - 1, vocabulary] of each passage with exact keys."""
+    """Next-token logits [T - 1, vocabulary] of each passage with exact keys, in memory."""
     found: dict[int, Tensor] = {}
     for chosen, ids, mask in batches(pieces):
-        logits = _logits(loaded, ids, mask)
+        logits = _logits(loaded, ids, mask).cpu()
         for row, index in enumerate(chosen):
             found[index] = logits[row, : len(pieces[index].ids) - 1].clone()
     return [found[index] for index in range(len(pieces))]
@@ -174,7 +197,7 @@ def _attention(loaded: LoadedModel, codec: KeyCodec | None) -> Iterator[KeyCount
 def _logits(loaded: LoadedModel, ids: Tensor, mask: Tensor) -> Tensor:
     device = next(loaded.model.parameters()).device
     output = loaded.model(ids.to(device), attention_mask=mask.to(device), use_cache=False)
-    return output.logits.float().cpu()
+    return output.logits.float()
 
 
 def bootstrap(
@@ -265,12 +288,13 @@ class HeadQuality:
 
 
 @torch.no_grad()
-def head_quality(codec: LayerCodec, bank: KeyBank, layer: int, scaling: float) -> HeadQuality:
+def head_quality(codec: LayerCodec, bank: KeyBank, layer: AttentionLayer) -> HeadQuality:
     """Measure a layer's code on the held-out keys and queries of ``bank``.
 
-    ``scaling`` multiplies the scores before softmax (1/√D in most models).
+    Its attention is that of ``layer``: window, scaling and soft-cap included, and of a layer whose
+    keys others read as well that of its own queries.
     """
-    keys = bank.keys(layer)
+    keys = bank.keys(layer.index)
     packed = codec.encode(keys[None])
     y = codec.rotated(keys)
     decoded = codec.decode(packed)[0]
@@ -278,9 +302,9 @@ def head_quality(codec: LayerCodec, bank: KeyBank, layer: int, scaling: float) -
         plain = LayerCodec(codec.rotation, codec.centering, codec.scale_rule)
         decoded = plain.decode(plain.encode(keys[None]))[0]
     kl, top1, n_queries = torch.zeros(codec.n_heads), torch.zeros(codec.n_heads), 0
-    for query, key in bank.sequences(layer):
-        exact = _causal_log_weights(_scores(query, key) * scaling)
-        coded = _causal_log_weights(codec.scores(query[None], codec.encode(key[None]))[0] * scaling)
+    for query, key in bank.sequences(layer.index):
+        exact = layer.log_weights(_scores(query, key))
+        coded = layer.log_weights(codec.scores(query[None], codec.encode(key[None]))[0])
         difference = (exact.exp() * (exact - coded).nan_to_num(0.0)).sum(-1)
         same = (exact.argmax(-1) == coded.argmax(-1)).float()
         groups = (codec.n_heads, -1)
@@ -297,28 +321,35 @@ def head_quality(codec: LayerCodec, bank: KeyBank, layer: int, scaling: float) -
 
 @torch.no_grad()
 def fit_temperature(
-    codec: LayerCodec, bank: KeyBank, layer: int, scaling: float, newton_steps: int = 12
+    codec: LayerCodec, bank: KeyBank, layer: AttentionLayer, newton_steps: int = 12
 ) -> Tensor:
     """The temperature per KV head [H] that brings coded attention closest to exact attention.
 
     Minimises KL(exact ‖ coded) over one gain τ per head on calibration queries. With coded scores
     τ a + b the objective is convex in τ: its slope is E_coded[a] − E_exact[a] and its curvature
     Var_coded[a], so Newton's method needs no step size. Clamped to [0.1, 4].
+
+    Raises ``InputError`` on a layer with a soft-cap, under which the objective is not convex.
     """
+    if layer.softcap is not None:
+        raise InputError(
+            f"layer {layer.index} has a soft-cap of {layer.softcap}: its temperature stays at one"
+        )
     plain = LayerCodec(codec.rotation, codec.centering, codec.scale_rule)
     pairs = []
-    for query, key in bank.sequences(layer):
+    for query, key in bank.sequences(layer.index):
         packed = plain.encode(key[None])
-        full = plain.scores(query[None], packed)[0] * scaling
-        fixed = _fixed_scores(plain, query, key, packed) * scaling
-        weights = _causal_log_weights(_scores(query, key) * scaling).exp()
+        full = plain.scores(query[None], packed)[0]
+        fixed = _fixed_scores(plain, query, key, packed)
+        weights = layer.log_weights(_scores(query, key)).exp()
         pairs.append((full - fixed, fixed, weights))
     tau = torch.ones(codec.n_heads)
     for _ in range(newton_steps):
         slope, curvature = torch.zeros_like(tau), torch.zeros_like(tau)
         for a, fixed, exact in pairs:
             per_query = tau.repeat_interleave(len(a) // codec.n_heads)[:, None, None]
-            coded = _causal_log_weights(per_query * a + fixed).exp()
+            coded = layer.log_weights(per_query * a + fixed).exp()
+            a = a * layer.scaling
             mean = (coded * a).sum(-1)
             variance = (coded * a.square()).sum(-1) - mean.square()
             groups = (codec.n_heads, -1)
@@ -337,12 +368,6 @@ def _fixed_scores(codec: LayerCodec, query: Tensor, key: Tensor, packed) -> Tens
 def _scores(query: Tensor, key: Tensor) -> Tensor:
     """Exact scores [Hq, T, T] of queries [Hq, T, D] and keys [H, T, D]."""
     return query @ key.repeat_interleave(len(query) // len(key), 0).mT
-
-
-def _causal_log_weights(scores: Tensor) -> Tensor:
-    """Log attention weights of a causal sequence, [..., T, T]."""
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, -math.inf).log_softmax(-1)
 
 
 def noise_null(n_keys: int, d: int, config: LearnConfig, seed: int = 0) -> tuple[float, float]:

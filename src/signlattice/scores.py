@@ -19,7 +19,7 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from .ablation import rotate_heads
-from .attention import keys_seen_by, score_scaling
+from .attention import attention_layers, keys_seen_by, score_scaling
 from .beta import cosine
 from .bits import sign
 from .codec import KeyCodec, token_scale
@@ -101,8 +101,15 @@ def attention_states(
 ) -> dict[int, States]:
     """What attention sees of one sequence ``ids`` [T] in every layer, keys through ``codec``.
 
-    Raises ``InputError`` if the model has no separate value projections.
+    Raises ``InputError`` if the model has no separate value projections, or layers that do not see
+    all tokens before a query, or share keys, or cap their scores.
     """
+    for layer in attention_layers(loaded.model).values():
+        if not layer.owns_keys or layer.window or layer.softcap or layer.sinks:
+            raise InputError(
+                f"layer {layer.index} of {loaded.name} has a window, a soft-cap, sinks or the keys "
+                "of another layer: scores are measured on models whose layers see all tokens"
+            )
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     values: dict[int, Tensor] = {}
 

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from signlattice.attention import AttentionLayer, attention_layers, keys_seen_by
+from signlattice.capture import capture_keys
+from signlattice.errors import InputError
+
+IDS = torch.randint(1, 300, (2, 24), generator=torch.Generator().manual_seed(0))
+SMALL = dict(
+    vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16, pad_token_id=0,
+)  # fmt: skip
+SPECIAL = {
+    "gemma2": dict(attn_logit_softcapping=5.0, sliding_window=8, query_pre_attn_scalar=9),
+    "gpt_oss": dict(num_local_experts=2, num_experts_per_tok=1, sliding_window=8),
+}
+
+
+@pytest.fixture(params=SPECIAL)
+def special(request):
+    """A model with a soft-cap, and one with sink logits, each with a window of 8 on a layer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(request.param, **SMALL, **SPECIAL[request.param])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for module in model.modules():
+        if hasattr(module, "sinks"):
+            torch.nn.init.normal_(module.sinks)
+    return model
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+def captured(model, attention: str):
+    """Queries and keys of a model, and the weights that its own ``attention`` gives them."""
+    with capture_keys(model) as bank:
+        model(IDS, use_cache=False)
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        return bank, model(IDS, use_cache=False, output_attentions=True).attentions
+
+
+def assert_weights_are_the_models_own(model):
+    bank, theirs = captured(model, "eager")
+    for index, layer in attention_layers(model).items():
+        if not layer.owns_keys:
+            continue
+        for row, (query, key) in enumerate(bank.sequences(index)):
+            key = key.repeat_interleave(layer.n_query_heads // layer.n_heads, 0)
+            ours = layer.log_weights(query @ key.mT).exp()
+            wanted = theirs[index][row]
+            if layer.sinks:  # ours are the weights among the tokens
+                wanted = wanted / wanted.sum(-1, keepdim=True)
+            torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_weights_under_windows_and_shared_keys_are_the_models_own(gemma, gemma_moe):
+    for loaded in (gemma, gemma_moe):
+        assert_weights_are_the_models_own(loaded.model)
+
+
+def test_weights_under_a_soft_cap_or_sinks_are_the_models_own(special):
+    layers = attention_layers(special).values()
+    assert {layer.window for layer in layers} == {8, None}
+    assert all(layer.softcap == 5.0 or layer.sinks for layer in layers)
+    assert_weights_are_the_models_own(special)
+
+
+def test_looking_at_the_keys_changes_nothing(gemma, gemma_moe, special):
+    for model in (gemma.model, gemma_moe.model, special):
+        before = logits(model)
+        with keys_seen_by(model, lambda layer, query, key: key):
+            torch.testing.assert_close(logits(model), before, atol=2e-5, rtol=1e-4)
+        assert torch.equal(logits(model), before)
+
+
+def test_layers_read_the_keys_that_gemma_says_they_share(gemma):
+    layers = attention_layers(gemma.model)
+    assert [layers[i].source for i in range(5)] == [0, 1, 2, 1, 2]
+    assert [layers[i].head_dim for i in range(5)] == [16, 16, 32, 16, 32]
+    seen = {}
+    with keys_seen_by(gemma.model, lambda layer, query, key: seen.setdefault(layer, key)):
+        logits(gemma.model)
+    for layer in layers.values():
+        assert torch.equal(seen[layer.index], seen[layer.source])
+
+
+def test_keys_and_values_that_are_one_projection_are_told_by_their_shape(gemma_moe):
+    layers = attention_layers(gemma_moe.model)
+    assert [(layer.n_heads, layer.head_dim) for layer in layers.values()] == [
+        (2, 16), (2, 16), (1, 32),
+    ]  # fmt: skip
+
+
+def test_heads_without_groups_are_as_many_as_queries():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=300))
+    assert attention_layers(model) == {0: AttentionLayer(0, 0, 2, 2, 8, 8**-0.5)}
+
+
+def test_a_window_lets_a_query_see_that_many_tokens():
+    layer = AttentionLayer(0, 0, 1, 1, 8, 1.0, window=3)
+    weights = layer.log_weights(torch.zeros(6, 6)).exp()
+    assert (weights > 0).sum(-1).tolist() == [1, 2, 3, 3, 3, 3]
+
+
+def test_a_model_without_attention_of_a_decoder_is_told():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(InputError, match="Linear has no decoder attention"):
+        attention_layers(model)
+    bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                intermediate_size=16, vocab_size=30))  # fmt: skip
+    with pytest.raises(InputError, match="BertModel has no decoder attention"):
+        attention_layers(bert)
