@@ -23,14 +23,14 @@ LAYERS = (
     ("checkpoints", "learn"),
     ("curvature",),
     ("codec",),
-    ("models", "corpus", "capture", "attention", "cache"),
+    ("models", "corpus", "capture", "attention", "cache", "hub", "texts", "fullsize"),
     ("evaluate", "train"),
     ("ablation", "solvers", "convergence", "scores", "compounding", "snapshots", "fidelity",
      "kernel_times"),
     ("cli",),
 )
 # Leaves know nothing of the layers but errors and files, so that every layer may use them.
-LEAVES = ("records", "memory", "notebooks", "roofline", "timing")
+LEAVES = ("records", "memory", "notebooks", "roofline", "scale", "timing")
 # What shows results reads records, closed forms and the sign convention; it runs no model.
 READERS = ("figures", "explorer", "tables", "claims", "theorems")
 READABLE = ("errors", "files", "records", "memory", "roofline", "beta", "densities", "bits", *READERS)
@@ -39,10 +39,14 @@ AUDITORS = ("provenance",)
 
 WITH_MODELS = (
     "models", "corpus", "capture", "attention", "cache", "evaluate", "train", "kernel_times",
+    "fullsize",
 )  # fmt: skip
 EXTERNAL = {
     "transformers": WITH_MODELS,
     "tokenizers": WITH_MODELS,
+    "accelerate": ("fullsize",),
+    "huggingface_hub": ("hub", "texts", "fullsize"),
+    "datasets": ("texts",),
     "triton": ("kernels",),
     "numba": ("kernels",),
     "llvmlite": ("kernels",),
@@ -240,7 +244,7 @@ def test_every_requirement_is_pinned_and_without_an_address() -> None:
 
 def test_what_the_package_imports_is_pinned() -> None:
     names = {name for module in MODULES for name, ours in imports(module) if not ours}
-    distributions = {"yaml": "pyyaml"}
+    distributions = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
     names -= sys.stdlib_module_names | OPTIONAL
     external = {distributions.get(name, name).lower() for name in names}
     assert external - set(PINS) == set()

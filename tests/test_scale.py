@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+
+from signlattice import scale
+from signlattice.errors import InputError
+from signlattice.learn import LearnConfig, learn_rotation
+from signlattice.scale import A100, ETHERNET, H100, Keys, Schedule
+
+PAPER = Keys(n_layers=16, n_heads=1, dim=2048, n_tokens=16_000_000)
+
+
+def resolved(dim: int) -> Schedule:
+    config = LearnConfig().resolved(dim)
+    return Schedule(config.warm_steps, config.steps, config.batch, config.polish_steps)
+
+
+@pytest.mark.filterwarnings("ignore::signlattice.learn.CalibrationWarning")
+def test_operations_are_those_that_training_does():
+    dim, n_keys = 32, 20_000
+    keys = torch.randn(n_keys, dim, generator=torch.Generator().manual_seed(0)) ** 3
+    config = LearnConfig(warm_steps=7, steps=11, batch=6000, polish_steps=9, trace_every=5)
+    # An addition in place, which the gradient makes, is a product that the counter does not know.
+    in_place = {torch.ops.aten.addmm_: lambda c, a, b, out_shape=None, **_: addmm_flop(c, a, b)}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        learned = learn_rotation(keys, config, impl="torch")
+    done = learned.trace[-1].step - 18
+    schedule = Schedule(7, 11, 6000, done, 5)
+    # Counted: products alone, one of them in each polar factor, which decomposes on a processor.
+    matrices = scale.matrix_flops(schedule, dim, polar=2, turn=4)
+    expected = scale.key_flops(schedule, n_keys, dim) + matrices
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+def test_the_appendix_case_by_hand():
+    assert PAPER.n_bytes() == 16 * 16_000_000 * 2048 * 2 == 1_048_576_000_000
+    assert PAPER.state_bytes() == 16 * 2 * 2048**2 * 4
+    schedule = resolved(2048)
+    assert (schedule.warm_steps, schedule.batch) == (1024, 3 * 2048**2 // 8)
+    one_pass = scale.step_flops(PAPER.n_tokens, PAPER.dim)
+    assert one_pass == 4 * 16_000_000 * 2048**2
+    polish = 16 * 300 * one_pass
+    assert polish < scale.training_flops(schedule, PAPER) < 2 * polish
+
+
+def test_heads_of_a_layer_hold_the_same_bytes_and_cost_less_to_learn():
+    heads = dataclasses.replace(PAPER, n_heads=16, dim=128)
+    assert heads.n_bytes() == PAPER.n_bytes()
+    per_head = scale.training_flops(resolved(128), heads)
+    assert per_head < scale.training_flops(resolved(2048), PAPER) / 10
+
+
+def test_a_layer_that_does_not_fit_is_read_at_every_pass():
+    large = dataclasses.replace(PAPER, n_tokens=20_000_000)
+    one, eight = (
+        scale.hours(1_300_000_000, large, resolved(2048), H100, n) for n in (1, 8)
+    )
+    assert eight.disk == pytest.approx(2 * large.n_bytes() / H100.disk / 3600)
+    assert one.disk > 100 * eight.disk
+
+
+def test_eight_gpus_are_quicker_but_no_more_than_eight_times():
+    for machine in (A100, H100):
+        one, eight = (
+            scale.hours(1_300_000_000, PAPER, resolved(2048), machine, n) for n in (1, 8)
+        )
+        assert one.learning / 8 < eight.learning < one.learning
+        assert eight.capture == pytest.approx(one.capture / 8)
+        assert one.communication == 0 < eight.communication
+
+
+def test_a_slower_link_takes_longer_in_proportion():
+    times = [
+        scale.hours(10**9, PAPER, resolved(2048), A100, 8, link).communication
+        for link in (A100.nvlink, A100.pcie, ETHERNET)
+    ]
+    sent = scale.all_reduce_bytes(2048, 8) * 16 * resolved(2048).total
+    assert times == pytest.approx([sent / link / 3600 for link in (300e9, 32e9, 12.5e9)])
+
+
+@given(dim=st.integers(1, 4096), n_gpus=st.integers(1, 64))
+def test_a_ring_sends_each_gradient_less_than_twice(dim, n_gpus):
+    sent = scale.all_reduce_bytes(dim, n_gpus)
+    assert sent * n_gpus == pytest.approx(2 * (n_gpus - 1) * dim**2 * 8)
+
+
+def test_the_half_precision_and_tf32_rates_are_of_one_data_sheet():
+    for machine in (A100, H100):
+        assert machine.tf32 == pytest.approx(machine.device.flops / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("change", [{"dim": 0}, {"n_tokens": 1.5}, {"n_layers": True}])
+def test_sizes_that_are_none_are_told(change):
+    with pytest.raises(InputError, match="expected an integer of at least 1"):
+        dataclasses.replace(PAPER, **change)
+
+
+@pytest.mark.parametrize("change", [{"efficiency": 1.5}, {"tf32": 0.0}])
+def test_a_machine_that_cannot_be_is_told(change):
+    with pytest.raises(InputError, match="efficiency of at most 1"):
+        dataclasses.replace(H100, **change)
+
+
+def test_no_gpu_is_told():
+    with pytest.raises(InputError, match="n_gpus=0"):
+        scale.all_reduce_bytes(128, 0)
