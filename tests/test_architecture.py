@@ -20,19 +20,19 @@ LAYERS = (
     ("files",),
     ("beta", "densities", "centering", "rotations", "bits"),
     ("kernels",),
-    ("checkpoints", "learn"),
+    ("checkpoints", "sources", "shards", "learn", "spread"),
     ("curvature",),
     ("codec",),
     ("models", "corpus", "capture", "attention", "cache", "hub", "texts", "fullsize"),
     ("evaluate", "train"),
     ("ablation", "solvers", "convergence", "scores", "compounding", "snapshots", "fidelity",
-     "kernel_times"),
+     "kernel_times", "architectures"),
     ("cli",),
 )
 # Leaves know nothing of the layers but errors and files, so that every layer may use them.
 LEAVES = ("records", "memory", "notebooks", "roofline", "scale", "timing")
 # What shows results reads records, closed forms and the sign convention; it runs no model.
-READERS = ("figures", "explorer", "tables", "claims", "theorems")
+READERS = ("figures", "explorer", "tables", "claims", "theorems", "four_models")
 READABLE = ("errors", "files", "records", "memory", "roofline", "beta", "densities", "bits", *READERS)
 # Stands above all, since it compares labs, records and models; nothing imports it but `cli`.
 AUDITORS = ("provenance",)
@@ -56,7 +56,7 @@ EXTERNAL = {
     "ipywidgets": ("figures", "explorer"),
     "anywidget": ("explorer",),
     "traitlets": ("explorer",),
-    "IPython": ("claims", "tables", "theorems", "explorer"),
+    "IPython": ("claims", "tables", "theorems", "explorer", "four_models"),
     "yaml": ("claims", "notebooks"),
     "papermill": ("notebooks",),
     "nbformat": ("notebooks",),

@@ -20,6 +20,9 @@ No solver is the best on all keys. On keys of which half the directions are two-
 are not, ``annealed`` can end some thousandths of beta below ``itq``: where that matters, run both
 and keep the one with the larger ``train_beta``.
 
+Solvers read keys through a `KeySource`: a tensor in memory, or a folder of shards on disk that
+several processes share (`spread`).
+
 A beta that was learned is an over-estimate on the very keys it was learned from, by about
 0.22 sqrt(d/N) on keys without structure: judge by held-out keys.
 """
@@ -29,13 +32,13 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -45,6 +48,7 @@ from . import checkpoints, kernels, rotations
 from .errors import InputError
 from .files import check_writable
 from .kernels import Impl, polar
+from .sources import KeySource, unit_keys
 
 __all__ = [
     "INITIALS",
@@ -78,6 +82,7 @@ _MILESTONES = (50, 200, 500)  # the steps at which the paper reports
 _PROXIMAL = 1e-5  # share of R in a polar factor, which is thus defined where keys lack a direction
 _CHUNK = 1 << 18  # numbers handled at once: they stay in the processor's cache
 _MATRICES = ("rotation", "velocity")
+_T = TypeVar("_T")
 
 
 class CalibrationWarning(UserWarning):
@@ -246,10 +251,10 @@ def learn_rotation(
 
 
 def learn_rotations(
-    keys: Tensor,
+    keys: Tensor | KeySource,
     config: LearnConfig = LearnConfig(),
     *,
-    held_out: Tensor | None = None,
+    held_out: Tensor | KeySource | None = None,
     impl: Impl = "auto",
     progress: ProgressReport | bool | None = None,
     checkpoint: Path | None = None,
@@ -260,7 +265,9 @@ def learn_rotations(
     more. Each ends where `learn_rotation` would bring it alone, up to rounding.
 
     Args:
-        keys: [H, N, d]; ``held_out``: [H, M, d].
+        keys: [H, N, d]; ``held_out``: [H, M, d]. Either may be a `KeySource` instead, whose keys
+            are centred and of norm sqrt(d). Where processes share one, all of them call this, and
+            the one that leads reports to ``progress`` and keeps the ``checkpoint``.
         progress: called whenever the trace of a head grows, with a point whose betas are the means
             over heads.
 
@@ -274,7 +281,9 @@ def _learned(
     task: _Task, progress: ProgressReport | bool | None, checkpoint: Path | None
 ) -> tuple[LearnedRotation, ...]:
     stages = _stages(task.config)
-    state = _started(task, checkpoint)
+    state = task.keys.led(lambda: _started(task, checkpoint)).on(task.keys)
+    if not task.keys.leads:
+        progress = checkpoint = None
     clock = time.perf_counter() - state.seconds
     moving = task
     with _reporting(progress, total=sum(stage.steps for stage in stages)) as report:
@@ -302,17 +311,18 @@ def _learned(
 
 def _results(task: _Task, state: _State) -> tuple[LearnedRotation, ...]:
     matrices = polar(state.rotation.double(), impl=task.impl).to(state.rotation.dtype)
+    betas = task.betas(matrices, task.heads)
     return tuple(
         LearnedRotation(
             matrix=matrix,
-            trace=state.traces[head],
-            train_beta=mean_cosine(task.keys[head], matrix),
-            held_out_beta=task.judged(head, matrix),
+            trace=trace,
+            train_beta=train_beta,
+            held_out_beta=held_out_beta,
             seconds=state.seconds,
             config=task.config,
-            n_keys=task.keys.shape[1],
+            n_keys=task.keys.n_keys,
         )
-        for head, matrix in enumerate(matrices)
+        for matrix, trace, (train_beta, held_out_beta) in zip(matrices, state.traces, betas)
     )
 
 
@@ -358,14 +368,71 @@ def _turned(rotation: Tensor, tangent: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Task:
-    """Keys [H, N, d] of norm sqrt(d) in shuffled order, and the resolved config.
-
-    ``heads`` says which of a state's heads the first dimension holds.
-    """
+class _InMemory:
+    """A `KeySource` of one process: keys [H, N, d] in a tensor."""
 
     keys: Tensor
-    held_out: Tensor | None
+
+    leads = True
+
+    def __getitem__(self, head: int) -> Tensor:
+        return self.keys[head]
+
+    @property
+    def heads(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def n_keys(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def dim(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys.dtype
+
+    def dealt(self, seed: int) -> _InMemory:
+        # Keys come document after document; a batch should be a sample of all.
+        order = torch.randperm(self.n_keys, generator=torch.Generator().manual_seed(seed))
+        return _InMemory(self.keys.index_select(1, order.to(self.device)))
+
+    def batch(self, step: int, size: int) -> _InMemory:
+        n_batches = max(1, self.n_keys // size)
+        batches = self.keys.split(math.ceil(self.n_keys / n_batches), dim=1)
+        return _InMemory(batches[step % len(batches)])
+
+    def narrowed(self, heads: Sequence[int]) -> _InMemory:
+        return _InMemory(self.keys[torch.tensor(heads, device=self.device)])
+
+    def gradient(self, rotation: Tensor, temperature: float, impl: Impl) -> Tensor:
+        return smoothed_gradient(self.keys, rotation, temperature, impl=impl)
+
+    def cosines(self, rotation: Tensor, heads: Sequence[int]) -> list[float]:
+        return [mean_cosine(self.keys[head], matrix) for head, matrix in zip(heads, rotation)]
+
+    def identity(self) -> Tensor:
+        return self.keys
+
+    def led(self, work: Callable[[], _T]) -> _T:
+        return work()
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """Keys in dealt order, and the resolved config.
+
+    ``heads`` says which of a state's heads the keys are those of.
+    """
+
+    keys: KeySource
+    held_out: KeySource | None
     config: LearnConfig
     impl: Impl
     heads: tuple[int, ...]
@@ -374,20 +441,16 @@ class _Task:
         """The same for some of the heads."""
         if heads == self.heads:
             return self
-        some = torch.tensor(heads, device=self.keys.device)
-        held_out = None if self.held_out is None else self.held_out[some]
-        return replace(self, keys=self.keys[some], held_out=held_out, heads=heads)
+        held_out = None if self.held_out is None else self.held_out.narrowed(heads)
+        return replace(self, keys=self.keys.narrowed(heads), held_out=held_out, heads=heads)
 
-    def batch(self, step: int) -> Tensor:
-        """The keys [H, n, d] that a step reads: batches follow one another, round about."""
-        n_keys = self.keys.shape[1]
-        n_batches = max(1, n_keys // self.config.batch)
-        batches = self.keys.split(math.ceil(n_keys / n_batches), dim=1)
-        return batches[step % len(batches)]
-
-    def judged(self, place: int, rotation: Tensor) -> float | None:
-        """Held-out beta of the head at ``place`` in the first dimension, if there are such keys."""
-        return None if self.held_out is None else mean_cosine(self.held_out[place], rotation)
+    def betas(self, rotation: Tensor, heads: Sequence[int]) -> list[tuple[float, float | None]]:
+        """Of each of ``heads``, at its ``rotation`` [n, d, d]: beta, and beta of held-out keys."""
+        places = [self.heads.index(head) for head in heads]
+        judged: list[float | None] = [None] * len(places)
+        if self.held_out is not None:
+            judged = self.held_out.cosines(rotation, places)
+        return list(zip(self.keys.cosines(rotation, places), judged))
 
     def best_rotation(self, gradient: Tensor, rotation: Tensor) -> Tensor:
         """The ITQ step: where the linearised objective is largest.
@@ -424,6 +487,11 @@ class _State:
         n = len(rotation)
         return cls(rotation, torch.zeros_like(rotation), (0.0,) * n, (False,) * n, ((),) * n)
 
+    def on(self, keys: KeySource) -> _State:
+        """The same, its matrices where those keys are computed with."""
+        matrices = {name: getattr(self, name).to(keys.device, keys.dtype) for name in _MATRICES}
+        return replace(self, **matrices)
+
     @property
     def moving(self) -> tuple[int, ...]:
         """The heads that have not settled."""
@@ -450,7 +518,7 @@ def _stages(config: LearnConfig) -> tuple[_Stage, ...]:
 
 
 def _gradient_step(task: _Task, state: _State) -> _State:
-    gradient = smoothed_gradient(task.keys, state.rotation, 0.0, impl=task.impl)
+    gradient = task.keys.gradient(state.rotation, 0.0, task.impl)
     slope = gradient @ state.rotation.mT
     rate = task.config.learning_rate * slope.shape[-1]
     return replace(state, rotation=_turned(state.rotation, rate * (slope - slope.mT)))
@@ -459,7 +527,7 @@ def _gradient_step(task: _Task, state: _State) -> _State:
 def _itq_step(task: _Task, state: _State) -> _State:
     heads = list(task.heads)
     here = state.rotation[heads]
-    gradient = smoothed_gradient(task.keys, here, 0.0, impl=task.impl)
+    gradient = task.keys.gradient(here, 0.0, task.impl)
     rotation = state.rotation.clone()
     rotation[heads] = task.best_rotation(gradient, here)
     values, settled = list(state.values), list(state.settled)
@@ -476,7 +544,8 @@ def _annealed_step(task: _Task, state: _State, cooling: bool) -> _State:
         hot * (cold / hot) ** cooled for hot, cold in (config.temperature, config.angle)
     )
     rotation = state.rotation
-    gradient = smoothed_gradient(task.batch(state.total), rotation, temperature, impl=task.impl)
+    batch = task.keys.batch(state.total, config.batch)
+    gradient = batch.gradient(rotation, temperature, task.impl)
     # The ITQ direction, not the gradient's: where keys are far from isotropic, a gradient turns
     # little but the leading directions, while a polar factor turns all of them alike.
     towards = task.best_rotation(gradient, rotation) @ rotation.mT
@@ -508,18 +577,14 @@ def _advanced(task: _Task, stages: tuple[_Stage, ...], state: _State, clock: flo
     return state
 
 
-def _traced(task: _Task, stage: str, state: _State, heads: Iterable[int]) -> _State:
+def _traced(task: _Task, stage: str, state: _State, heads: Sequence[int]) -> _State:
     """The state with a point more in the traces of ``heads``, which are among the task's."""
+    if not heads:
+        return state
     traces = list(state.traces)
-    for head in heads:
-        here, rotation = task.heads.index(head), state.rotation[head]
-        point = TracePoint(
-            step=state.total,
-            stage=stage,
-            train_beta=mean_cosine(task.keys[here], rotation),
-            held_out_beta=task.judged(here, rotation),
-            seconds=state.seconds,
-        )
+    betas = task.betas(state.rotation[list(heads)], heads)
+    for head, (train_beta, held_out_beta) in zip(heads, betas):
+        point = TracePoint(state.total, stage, train_beta, held_out_beta, state.seconds)
         traces[head] = (*traces[head], point)
     return replace(state, traces=tuple(traces))
 
@@ -539,22 +604,21 @@ def _mean_point(state: _State) -> TracePoint:
 
 
 def _prepare(
-    keys: Tensor, held_out: Tensor | None, config: LearnConfig, impl: Impl, axes: str
+    keys: Tensor | KeySource,
+    held_out: Tensor | KeySource | None,
+    config: LearnConfig,
+    impl: Impl,
+    axes: str,
 ) -> _Task:
-    keys = _unit_keys(keys, "keys", axes)
-    n, d = keys.shape[-2:]
+    source = _source(keys, "keys", axes)
+    n, d = source.n_keys, source.dim
     if n < d:
         raise InputError(
-            f"keys of shape {list(keys.shape)}: expected at least as many keys as dimensions"
+            f"{n} keys of {d} dimensions: expected at least as many keys as dimensions"
         )
-    if held_out is not None:
-        shape = held_out.shape
-        held_out = _unit_keys(held_out, "held_out", axes).to(keys)
-        if shape[-1] != d or shape[:-2] != keys.shape[:-2]:
-            expected = ", ".join(map(str, (*keys.shape[:-2], "M", d)))
-            raise InputError(f"held_out of shape {list(shape)}: expected [{expected}]")
-    impl = _implementation(impl, keys)
-    if n < SAFE_KEYS_PER_DIM * d:
+    judged = None if held_out is None else _judged(held_out, source, axes)
+    impl = _implementation(impl, source)
+    if n < SAFE_KEYS_PER_DIM * d and source.leads:
         gap = OVERFIT * math.sqrt(d / n)
         warnings.warn(
             f"{n} keys are {n / d:.3g} per dimension, less than {SAFE_KEYS_PER_DIM}: on "
@@ -564,15 +628,29 @@ def _prepare(
             stacklevel=3,
         )
     config = config.resolved(d)
-    # Keys come document after document; a batch should be a sample of all.
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
-    keys = keys.index_select(-2, order.to(keys.device)).view(-1, n, d)
-    if held_out is not None:
-        held_out = held_out.reshape(-1, *held_out.shape[-2:])
-    return _Task(keys, held_out, config, impl, tuple(range(len(keys))))
+    return _Task(source.dealt(config.seed), judged, config, impl, tuple(range(source.heads)))
 
 
-def _implementation(impl: Impl, keys: Tensor) -> Impl:
+def _source(keys: Tensor | KeySource, name: str, axes: str) -> KeySource:
+    if not isinstance(keys, Tensor):
+        return keys
+    return _InMemory(unit_keys(keys, name, axes).view(-1, *keys.shape[-2:]))
+
+
+def _judged(held_out: Tensor | KeySource, source: KeySource, axes: str) -> KeySource:
+    """Held-out keys as a source beside that of the keys; ``InputError`` on what does not fit."""
+    judged = _source(held_out, "held_out", axes)
+    if (judged.heads, judged.dim) != (source.heads, source.dim):
+        heads = [source.heads] if "H" in axes else []
+        found = [*([judged.heads] if heads else []), judged.n_keys, judged.dim]
+        expected = ", ".join(map(str, (*heads, "M", source.dim)))
+        raise InputError(f"held_out of shape {found}: expected [{expected}]")
+    if isinstance(judged, _InMemory):
+        return _InMemory(judged.keys.to(source.device, source.dtype))
+    return judged
+
+
+def _implementation(impl: Impl, keys: KeySource) -> Impl:
     """What "auto" means here; ``InputError`` on what is unknown or cannot take the keys."""
     if keys.dtype == torch.float64 and impl == "triton":
         raise InputError("impl='triton' on float64 keys: use impl='torch', or float32 keys")
@@ -581,32 +659,18 @@ def _implementation(impl: Impl, keys: Tensor) -> Impl:
     return kernels.chosen("gradient", impl, keys.device)
 
 
-def _unit_keys(keys: Tensor, name: str, axes: str) -> Tensor:
-    """Keys scaled to norm sqrt(d), hence to coordinates of rms one."""
-    if keys.ndim != len(axes.split(",")) or not keys.numel():
-        raise InputError(f"{name} of shape {list(keys.shape)}: expected {axes}, not empty")
-    keys = keys.detach().to(torch.promote_types(keys.dtype, torch.float32))
-    peak = keys.abs().amax(dim=-1, keepdim=True)  # taken out first, so that no square overflows
-    if not peak.isfinite().all():
-        raise InputError(f"{name} hold NaN or infinite values: expected finite keys")
-    if n_zero := int((peak == 0).sum()):
-        raise InputError(f"{name} hold {n_zero} keys of zero norm: leave them out")
-    keys = keys / peak
-    return keys * (math.sqrt(keys.shape[-1]) / keys.norm(dim=-1, keepdim=True))
-
-
 def _started(task: _Task, checkpoint: Path | None) -> _State:
     if checkpoint is not None:
         check_writable(checkpoint.parent)
         if checkpoint.exists():
             return _load(checkpoint, task)
-    d = task.keys.shape[-1]
+    d = task.keys.dim
     rotation = {
         "srht": lambda: rotations.srht(d, task.config.seed),
         "haar": lambda: rotations.haar(d, task.config.seed),
         "identity": lambda: rotations.identity(d),
-    }[task.config.initial]().to(task.keys)
-    return _State.at(rotation.repeat(len(task.keys), 1, 1))
+    }[task.config.initial]()
+    return _State.at(rotation.repeat(task.keys.heads, 1, 1))
 
 
 @contextmanager
@@ -641,9 +705,9 @@ def _save(path: Path, task: _Task, state: _State) -> None:
 def _load(path: Path, task: _Task) -> _State:
     tensors, plain = checkpoints.load(path, **_identity(task))
     points = (map(lambda point: TracePoint(**point), trace) for trace in plain.pop("traces"))
-    d = task.keys.shape[-1]
+    d = task.keys.dim
     return _State(
-        **{name: tensors[name].to(task.keys).view(-1, d, d) for name in _MATRICES},
+        **{name: tensors[name].view(-1, d, d) for name in _MATRICES},
         **{name: tuple(plain.pop(name)) for name in ("values", "settled")},
         **plain,
         traces=tuple(map(tuple, points)),
@@ -651,5 +715,6 @@ def _load(path: Path, task: _Task) -> _State:
 
 
 def _identity(task: _Task) -> dict[str, Any]:
-    keys = [task.keys] if task.held_out is None else [task.keys, task.held_out]
+    sources = [task.keys] if task.held_out is None else [task.keys, task.held_out]
+    keys = (source.identity() for source in sources)
     return {"config": asdict(task.config), "fingerprint": checkpoints.fingerprint(keys)}
