@@ -1,7 +1,7 @@
 """What a calibration costs in bytes, operations and hours, before it is run: pure arithmetic.
 
 A calibration captures the keys of a model, learns a rotation of each of its heads by steps that
-read the keys once, and may share both out among GPUs. All times are bounds by data sheet times an
+read the keys once, and may share both out among GPUs. All times are rates of data sheets times an
 assumed efficiency, and no measurements.
 """
 
@@ -16,13 +16,23 @@ from .errors import InputError
 HALF, SINGLE, DOUBLE = 2, 4, 8
 """Bytes of a number."""
 
-POLAR = 50
-"""Polar factor of [d, d], in d³ operations: a round of seven quintic and two cubic iterations, of
-three and two products of 2·d³ each (`kernels.polar_factor.triton`; some matrices need a second).
+POLAR = 56
+"""Polar factor of [d, d], in d³ operations: 28 products of 2·d³ (`kernels.polar_factor.triton`).
+Two bound the largest singular value, a round has seven quintic iterations of three and two cubic
+ones of two, and one checks the result; what fails the check takes another round and another check.
 """
 TURN = 20 / 3
 """What else an annealed step does with [d, d], in d³ operations: two products, and the Cayley
 transform's factorisation (2/3) with its two triangular solves (2)."""
+
+KERNEL_DIM = 128
+"""Largest d at which a gradient on fp32 keys is a kernel of ours, with three tf32 products in the
+place of one of fp32 (`kernels.gradient.triton.MAX_DIM`). All other products are torch's, in fp32.
+"""
+
+LAID_DOWN = 5
+"""Times that the keys cross to or from the disk before learning reads them: captured, read, dealt
+out at random, read, written in that order (`shards.write_shards`)."""
 
 MILESTONES = (50, 200, 500)
 """Steps at which a trace always has a point (`learn.LearnConfig.trace_every`)."""
@@ -34,8 +44,8 @@ class Machine:
 
     Attributes:
         device: memory bandwidth, and half-precision operations per second.
-        tf32: operations per second of tensor cores on tf32 (dense). A product of fp32 accuracy is
-            made of three of them.
+        fp32: operations per second without tensor cores, torch's way to a product of fp32.
+        tf32: operations per second of tensor cores on tf32 (dense).
         memory: bytes.
         nvlink, pcie: bytes per second in one direction.
         efficiency: assumed share of these rates that is reached.
@@ -43,6 +53,7 @@ class Machine:
     """
 
     device: roofline.Device
+    fp32: float
     tf32: float
     memory: float
     nvlink: float
@@ -55,16 +66,15 @@ class Machine:
         if not min(rates) > 0 or self.efficiency > 1:
             raise InputError(f"{self}: expected rates above 0 and an efficiency of at most 1")
 
-    @property
-    def exact(self) -> float:
-        """Operations per second of products of fp32 accuracy."""
-        return self.tf32 / 3
+    def gradient_rate(self, dim: int) -> float:
+        """Operations per second of a gradient on fp32 keys [N, dim]."""
+        return self.tf32 / 3 if dim <= KERNEL_DIM else self.fp32
 
 
 # NVIDIA A100 80 GB and H100 data sheets, SXM: tf32 is half of the rate given "with sparsity", and
 # NVLink (600 and 900 GB/s) and PCIe (64 and 128 GB/s) count both directions.
-A100 = Machine(roofline.A100, 156e12, 80e9, 300e9, 32e9)
-H100 = Machine(roofline.H100, 494.5e12, 80e9, 450e9, 64e9)
+A100 = Machine(roofline.A100, 19.5e12, 156e12, 80e9, 300e9, 32e9)
+H100 = Machine(roofline.H100, 67e12, 494.5e12, 80e9, 450e9, 64e9)
 ETHERNET = 12.5e9
 """Bytes per second in one direction of 100 Gbit/s."""
 
@@ -161,12 +171,20 @@ def matrix_flops(schedule: Schedule, dim: int, polar: float = POLAR, turn: float
     return (schedule.total * polar + schedule.annealed * turn) * dim**3
 
 
-def key_flops(schedule: Schedule, n_tokens: int, dim: int) -> int:
-    """Of what training does with keys [N, d], for one rotation: gradients, and beta (one product).
-    """
+def gradient_flops(schedule: Schedule, n_tokens: int, dim: int) -> int:
+    """Of all gradients that training one rotation takes: on batches, and on all keys [N, d]."""
     batches = schedule.annealed * step_flops(schedule.batch_of(n_tokens), dim)
-    polish = schedule.polish_steps * step_flops(n_tokens, dim)
-    return batches + polish + schedule.judged * 2 * n_tokens * dim**2
+    return batches + schedule.polish_steps * step_flops(n_tokens, dim)
+
+
+def beta_flops(schedule: Schedule, n_tokens: int, dim: int) -> int:
+    """Of beta of all keys [N, d] as often as training one rotation computes it: a product each."""
+    return schedule.judged * 2 * n_tokens * dim**2
+
+
+def key_flops(schedule: Schedule, n_tokens: int, dim: int) -> int:
+    """Of all that training does with keys [N, d], for one rotation."""
+    return gradient_flops(schedule, n_tokens, dim) + beta_flops(schedule, n_tokens, dim)
 
 
 def training_flops(schedule: Schedule, keys: Keys) -> float:
@@ -200,34 +218,55 @@ class Hours:
         return self.capture + self.learning + self.communication + self.disk
 
 
+def heads_at_once(keys: Keys, machine: Machine, n_gpus: int = 1, itemsize: int = HALF) -> int:
+    """Rotations of a layer for which 90 % of the GPUs' memory has room, 0 for none: the tokens are
+    shared out, and the solver's state is on each GPU."""
+    state = 2 * keys.dim**2 * SINGLE
+    each = keys.n_tokens * keys.dim * itemsize / n_gpus + state
+    return min(keys.n_heads, int((_room(keys, machine) + state) // each))
+
+
+def _room(keys: Keys, machine: Machine) -> float:
+    """Bytes for keys on a GPU, beside the state of one rotation."""
+    return 0.9 * machine.memory - 2 * keys.dim**2 * SINGLE
+
+
 def hours(
     active: int, keys: Keys, schedule: Schedule, machine: Machine, n_gpus: int = 1,
-    link: float | None = None,
+    link: float | None = None, itemsize: int = HALF,
 ) -> Hours:  # fmt: skip
     """How long a calibration takes on ``n_gpus`` GPUs of one computer, the tokens shared out.
 
-    Keys are kept in half precision. Those of a layer are read from disk once where they fit into
-    90 % of the GPUs' memory, and at each pass where they do not. Every GPU does the work on [d, d]
-    matrices itself.
+    Learning reads a layer's keys from disk once if all its heads fit into the GPUs' memory, and
+    once for each group of heads if some do. If none does, what exceeds memory is read at each pass.
+    Every GPU does the work on [d, d] matrices itself. The parts come one after another; the latency
+    of links, the launching of kernels and held-out keys are left out.
 
     Args:
         active: parameters that a token meets.
         link: bytes per second between GPUs in one direction; NVLink if None.
+        itemsize: bytes of a number of the keys, on disk and in memory. They are computed with in
+            fp32 whatever it is.
 
     Raises:
         InputError: on fewer than one GPU.
     """
     sent = all_reduce_bytes(keys.dim, n_gpus) * keys.rotations * schedule.total
-    layer = keys.n_bytes() / keys.n_layers
-    fits = layer + keys.state_bytes() / keys.n_layers <= 0.9 * n_gpus * machine.memory
-    passes = 1.0 if fits else schedule.keys_read(keys.n_tokens) / keys.n_tokens
-    shared = key_flops(schedule, keys.n_tokens, keys.dim) / n_gpus
-    arithmetic = keys.rotations * (shared + matrix_flops(schedule, keys.dim)) / machine.exact
-    read = schedule.keys_read(keys.n_tokens) * keys.rotations * keys.dim * HALF / n_gpus
+    read = schedule.keys_read(keys.n_tokens)
+    at_once = heads_at_once(keys, machine, n_gpus, itemsize)
+    each = keys.n_tokens * keys.dim * itemsize / n_gpus
+    kept = min(1.0, max(0.0, _room(keys, machine) / each))
+    again = kept + (1 - kept) * read / keys.n_tokens
+    passes = math.ceil(keys.n_heads / at_once) if at_once else again
+    gradients = gradient_flops(schedule, keys.n_tokens, keys.dim) / n_gpus
+    others = beta_flops(schedule, keys.n_tokens, keys.dim) / n_gpus
+    others += matrix_flops(schedule, keys.dim)
+    arithmetic = gradients / machine.gradient_rate(keys.dim) + others / machine.fp32
+    memory = read * keys.dim * itemsize / n_gpus / machine.device.bandwidth
     seconds = (
         capture_flops(active, keys.n_tokens) / (n_gpus * machine.device.flops * machine.efficiency),
-        max(arithmetic, read / machine.device.bandwidth) / machine.efficiency,
+        keys.rotations * max(arithmetic, memory) / machine.efficiency,
         sent / (link or machine.nvlink),
-        (1 + passes) * keys.n_bytes() / machine.disk,  # written once
+        (LAID_DOWN + passes) * keys.n_bytes(itemsize) / machine.disk,
     )
     return Hours(*(value / 3600 for value in seconds))
