@@ -2,15 +2,22 @@
 
 PYTHON ?= python3
 MODEL  ?= olmoe-mini
-# in this order: a lab may read what an earlier one has made
-LAB    ?= train ablation solvers convergence scores kernels
+PROFILE ?= mini
+# A model of full size is not trained here; the minis all are, and one of them is looked at closely.
+# In this order: a lab may read what an earlier one has made.
+CLOSELY := $(if $(filter olmoe-mini,$(MODEL)),ablation solvers convergence scores kernels)
+LAB    ?= $(if $(filter full,$(PROFILE)),,train $(CLOSELY)) architectures
+LAB_OPTIONS = -p model "$(MODEL)" $(if $(filter-out mini,$(PROFILE)),-p profile $(PROFILE)) \
+  $(if $(TEXT),-p text "$(TEXT)") $(if $(CONTEXT),-p context $(CONTEXT)) \
+  $(if $(REVISION),-p revision $(REVISION)) \
+  $(if $(filter olmoe-mini,$(MODEL)),,--out "_build/labs/$(notdir $(MODEL:%/=%))")
 
 BIN      := .venv/bin
 STAMP    := .venv/.installed
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 BENCHES  := $(sort $(wildcard benchmarks/*.py))
 
-.PHONY: help book html pdf records lab test test-gpu test-browser cross-compile twice bench clean
+.PHONY: help book html pdf records lab estimate test test-gpu test-browser cross-compile twice bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -18,7 +25,10 @@ help: ## this list
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-21s %s\n", $$1, $$2}'
 	@echo
-	@echo "  MODEL=$(MODEL)   LAB=\"$(LAB)\"   PYTHON=$(PYTHON)"
+	@echo "  MODEL=$(MODEL)   LAB=\"$(strip $(LAB))\"   PYTHON=$(PYTHON)"
+	@echo
+	@echo "A model of full size, by its name on the hub or its folder; TEXT is wikitext, c4 or a file:"
+	@echo "  make lab MODEL=OLMoE-1B-7B PROFILE=full [TEXT=…] [CONTEXT=…] [REVISION=…]"
 
 book: $(STAMP) ## execute the chapters and build the book: _build/html/index.html
 	$(BIN)/python -m signlattice.provenance --before-run
@@ -35,15 +45,18 @@ records: $(STAMP) ## check that every record is the one that its lab would make 
 pdf: $(STAMP) ## print the built book with Chromium: _build/signlattice.pdf
 	$(BIN)/python book/_ext/print_book.py
 
-lab: $(STAMP) ## rerun the heavy notebooks: make lab MODEL=olmoe-mini [LAB=ablation]
-	$(BIN)/python -m signlattice.notebooks run $(LAB:%=book/lab/%.ipynb) -p model $(MODEL)
+lab: $(STAMP) ## the heavy notebooks: make lab MODEL=<mini> [LAB=ablation]
+	$(BIN)/python -m signlattice.notebooks run $(LAB:%=book/lab/%.ipynb) $(LAB_OPTIONS)
+
+estimate: $(STAMP) ## what a full-size model takes: make estimate MODEL=<name or path>
+	$(BIN)/python -m signlattice.fullsize "$(MODEL)" $(if $(REVISION),--revision $(REVISION)) $(if $(CONTEXT),--context $(CONTEXT))
 
 test: $(STAMP) ## unit, property, equation and style tests, then the chapters' outputs
 	$(BIN)/python -m pytest tests --ignore=tests/browser $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 
 test-gpu: $(STAMP) ## the kernels' tests on a CUDA device, which must be there
 	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: no CUDA device; make test runs these tests in an interpreter")'
-	$(BIN)/python -m pytest tests/kernels tests/test_learn.py tests/test_kernel_times.py
+	$(BIN)/python -m pytest tests/kernels tests/test_learn.py tests/test_spread.py tests/test_kernel_times.py
 
 cross-compile: $(STAMP) ## compile every variant of every kernel for the A100 and the H100, without one
 	@cd tests/kernels && status=0; for arch in 80 90; do \

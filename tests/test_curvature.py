@@ -13,6 +13,7 @@ from signlattice.curvature import (
     direction_in,
     geodesic,
     hessian,
+    plane_curvatures,
     random_direction,
     slope,
 )
@@ -138,3 +139,15 @@ def test_wrong_input_is_told_in_one_line(call, told, keys):
     with pytest.raises(InputError, match=told) as error:
         call(keys)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.2])
+def test_plane_curvatures_are_the_diagonal_of_the_hessian(temperature):
+    keys = torch.randn(500, 16, generator=torch.Generator().manual_seed(0)).double() ** 3
+    rotation = rotations.haar(16, 1).double()
+    planes = plane_curvatures(keys, rotation, temperature)
+    whole = hessian(keys, rotation, temperature)
+    torch.testing.assert_close(planes, whole.diagonal())
+    along = direction_in(torch.eye(120).double()[4], 16)
+    direct = curvature(keys, rotation, along, temperature)
+    assert planes[4].item() == pytest.approx(direct, rel=1e-6)

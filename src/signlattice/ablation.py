@@ -6,14 +6,13 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from . import __version__, corpus, rotations
@@ -24,6 +23,7 @@ from .centering import CENTERING_METHODS, Centering
 from .codec import SCALE_RULES, KeyCodec, LayerCodec
 from .errors import InputError
 from .evaluate import (
+    BATCH,
     Passage,
     TokenLosses,
     batches,
@@ -35,7 +35,7 @@ from .evaluate import (
     perplexity_gap,
     token_losses,
 )
-from .files import write_tensors
+from .files import remembered, write_tensors
 from .learn import LearnConfig, learn_rotation
 from .models import LoadedModel
 
@@ -169,7 +169,7 @@ def run_ablation(
         fitted = _fit_centering(text.calibration, centering, config)
         ceilings[centering] = np.array([elliptical_ceiling(_spectrum(k)) for k in fitted.heads()])
         for rotation in config.rotations:
-            matrices = _remembered(
+            matrices = remembered(
                 scratch / f"{centering}.{rotation}.safetensors",
                 lambda: {k: rotate_heads(x, rotation, config.seed) for k, x in fitted.keys.items()},
             )
@@ -211,11 +211,21 @@ def calibration_keys(bank: KeyBank, n_keys: int, seed: int) -> dict[int, Tensor]
     return {layer: bank.keys(layer)[:, chosen].contiguous() for layer in bank.layers}
 
 
-def bank_of(loaded: LoadedModel, pieces: list[Passage], *, queries: bool = True) -> KeyBank:
-    """The keys, after RoPE, that ``loaded`` makes of some passages."""
-    with capture_keys(loaded.model, queries=queries) as bank:
-        for _, ids, mask in batches(pieces):
-            loaded.model(ids, attention_mask=mask, use_cache=False)
+def bank_of(
+    loaded: LoadedModel, pieces: Sequence[Passage], *, queries: bool = True,
+    folder: Path | None = None, batch_size: int = BATCH,
+) -> KeyBank:  # fmt: skip
+    """The keys, after RoPE, that ``loaded`` makes of some passages, in memory or in a ``folder``.
+
+    In a folder they are in the precision of the model.
+    """
+    device = loaded.model.device
+    dtype = torch.float32 if folder is None else loaded.model.dtype
+    with capture_keys(loaded.model, queries=queries, folder=folder, dtype=dtype) as bank:
+        for _, ids, mask in batches(pieces, batch_size):
+            loaded.model(
+                ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=1
+            )
     return bank
 
 
@@ -241,7 +251,7 @@ def _tempered(
 ) -> dict[int, LayerCodec]:
     """The same codes with a temperature per head, fitted on ``bank`` or remembered."""
     attention = attention_layers(loaded.model)
-    taus = _remembered(
+    taus = remembered(
         file, lambda: {k: fit_temperature(code, bank, attention[k]) for k, code in layers.items()}
     )
     return {layer: replace(code, temperature=taus[layer]) for layer, code in layers.items()}
@@ -312,16 +322,6 @@ def _mean(per_layer: Iterable[np.ndarray]) -> float:
 def _spectrum(keys: Tensor) -> Tensor:
     """Eigenvalues of the scatter E[k kᵀ] of keys [N, D]."""
     return torch.linalg.eigvalsh((keys.T @ keys / len(keys)).double()).clamp_min(0)
-
-
-def _remembered(file: Path, make: Callable[[], dict[int, Tensor]]) -> dict[int, Tensor]:
-    """Tensors per layer, read from ``file`` if an earlier run got that far, else made and kept."""
-    if not file.exists():
-        write_tensors(file, {str(layer): tensor for layer, tensor in make().items()})
-    return {
-        int(layer): tensor
-        for layer, tensor in sorted(load_file(file).items(), key=lambda x: int(x[0]))
-    }
 
 
 def _keep(file: Path, row: Row, losses: TokenLosses) -> None:

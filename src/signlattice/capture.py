@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -98,8 +98,15 @@ class KeyBank:
                 f"no {kind} of layer {layer} in this bank: it holds layers {self.layers}"
             )
         for file in self._shards.get(name, ()):
-            with safe_open(self.folder / file, framework="pt") as shard:
-                yield shard.get_tensor("rows")
+            try:
+                with safe_open(self.folder / file, framework="pt") as shard:
+                    rows = shard.get_tensor("rows")
+            except (SafetensorError, OSError) as error:
+                raise IntegrityError(
+                    f"{self.folder / file} is damaged or cut short ({error}): "
+                    f"delete {(self.folder / file).parent} and capture the keys again"
+                ) from None
+            yield rows
         yield from self._open.get(name, ())
 
 
@@ -116,6 +123,22 @@ def open_bank(folder: Path) -> KeyBank:
     if missing:
         raise IntegrityError(f"{folder} lacks the shard {missing[0]}: capture the keys again")
     return bank
+
+
+def joined(banks: Sequence[KeyBank]) -> KeyBank:
+    """Banks in folders beside each other, one behind the other as a single bank.
+
+    Raises ``InputError`` if they are not of one stage, or not all in folders of one folder.
+    """
+    folders = {bank.folder and bank.folder.parent for bank in banks}
+    if len(folders) != 1 or None in folders or len({bank.stage for bank in banks}) != 1:
+        raise InputError(f"{len(banks)} banks cannot be joined: give banks of one stage and folder")
+    shards: dict[str, list[str]] = {}
+    for bank in banks:
+        for name, files in bank._shards.items():
+            shards.setdefault(name, []).extend(f"{bank.folder.name}/{file}" for file in files)
+    lengths = [length for bank in banks for length in bank.lengths]
+    return KeyBank(banks[0].stage, folders.pop(), lengths=lengths, _shards=shards)
 
 
 @contextmanager

@@ -28,7 +28,15 @@ from torch import Tensor
 from .errors import InputError
 from .learn import smoothed_gradient
 
-__all__ = ["curvature", "direction_in", "geodesic", "hessian", "random_direction", "slope"]
+__all__ = [
+    "curvature",
+    "direction_in",
+    "geodesic",
+    "hessian",
+    "plane_curvatures",
+    "random_direction",
+    "slope",
+]
 
 _CHUNK = 1 << 14  # keys handled at once
 
@@ -116,13 +124,29 @@ def hessian(keys: Tensor, rotation: Tensor, temperature: float) -> Tensor:
     return planes * len(forms) / 2
 
 
+def plane_curvatures(keys: Tensor, rotation: Tensor, temperature: float) -> Tensor:
+    """The diagonal of `hessian`, [d(d-1)/2]: curvature along each plane of two axes.
+
+    It takes one product [d, N] by [N, d] where the Hessian takes d of them and d^4 memory, and
+    values of both signs prove a Hessian that has both. Raises ``InputError`` as `hessian` does.
+    """
+    _check(keys, rotation, temperature)
+    d = len(rotation)
+    corners = torch.zeros(d, d, dtype=torch.float64, device=keys.device)
+    norm = torch.zeros(d, dtype=torch.float64, device=keys.device)
+    for chunk in _unit(keys).split(_CHUNK):
+        y = chunk @ rotation.T
+        norm += (_first(y, temperature) * y).sum(0).double()
+        if temperature:
+            corners += (_second(y, temperature).T @ y.square()).double()
+    i, j = torch.triu_indices(d, d, 1, device=keys.device)
+    return (corners + corners.T - norm - norm[:, None])[i, j] / (2 * len(keys))
+
+
 def _row_forms(keys: Tensor, rotation: Tensor, temperature: float) -> Tensor:
     """The forms C_r - S of every row r: [d, d, d], fp64."""
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise InputError(f"temperature={temperature!r}: use 0 or more")
+    _check(keys, rotation, temperature)
     d = len(rotation)
-    if keys.ndim != 2 or keys.shape[1] != d or not len(keys):
-        raise InputError(f"keys of shape {list(keys.shape)}: expected [N, {d}]")
     corners = torch.zeros(d, d, d, dtype=torch.float64)
     norm = torch.zeros(d, d, dtype=torch.float64)
     for chunk in _unit(keys).split(_CHUNK):
@@ -133,6 +157,14 @@ def _row_forms(keys: Tensor, rotation: Tensor, temperature: float) -> Tensor:
             for row in range(d):
                 corners[row] += ((weight[:, row : row + 1] * y).T @ y).double()
     return (corners - (norm + norm.T) / 2) / keys.numel()
+
+
+def _check(keys: Tensor, rotation: Tensor, temperature: float) -> None:
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise InputError(f"temperature={temperature!r}: use 0 or more")
+    d = len(rotation)
+    if keys.ndim != 2 or keys.shape[1] != d or not len(keys):
+        raise InputError(f"keys of shape {list(keys.shape)}: expected [N, {d}]")
 
 
 def _first(y: Tensor, temperature: float) -> Tensor:

@@ -55,7 +55,7 @@ class KeyCount:
 def passages(
     loaded: LoadedModel, documents: Sequence[Document], per_document: int | None = None
 ) -> list[Passage]:
-    """Documents cut into windows of the model's context, an end token first.
+    """Documents cut into windows of the model's context, after the token that begins a text.
 
     ``per_document`` keeps the first so many windows of each document; None keeps all.
     Raises ``InputError`` if nothing is left.
@@ -63,7 +63,8 @@ def passages(
     cut = []
     tokens = loaded.encode([document.text for document in documents]) if documents else []
     for document, ids in zip(documents, tokens):
-        for window in windows(torch.tensor([0, *ids]), loaded.context)[:per_document]:
+        whole = torch.tensor([loaded.first_token, *ids])
+        for window in windows(whole, loaded.context)[:per_document]:
             text = loaded.tokenizer.decode(window[1:].tolist())
             cut.append(Passage(document.path, window, len(text.encode())))
     if not cut:
@@ -370,12 +371,14 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
     return query @ key.repeat_interleave(len(query) // len(key), 0).mT
 
 
-def noise_null(n_keys: int, d: int, config: LearnConfig, seed: int = 0) -> tuple[float, float]:
+def noise_null(
+    n_keys: int, d: int, config: LearnConfig, seed: int = 0, device: torch.device | str = "cpu"
+) -> tuple[float, float]:
     """β (in sample, held out) that the solver reaches on Gaussian noise of the same N and d.
 
     No rotation helps there, so all that exceeds the Haar floor in sample is over-fitting.
     """
-    noise = torch.randn(2 * n_keys, d, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(2 * n_keys, d, generator=torch.Generator().manual_seed(seed)).to(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # over-fitting is what is measured
         learned = learn_rotation(noise[:n_keys], config)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import InputError
@@ -21,6 +21,15 @@ def shown(path: Path) -> str:
     """A path as messages show it: relative to the source tree where it lies inside."""
     full = Path(path).absolute()
     return full.relative_to(PROJECT).as_posix() if full.is_relative_to(PROJECT) else str(path)
+
+
+def located(name: str) -> str:
+    """A path of a lab's parameters, which begins at the project's root; what is no path, as it is.
+
+    Labs are executed in their own folder, and whoever names a file to them stands in the root.
+    """
+    there = PROJECT / name
+    return str(there) if name and there.exists() else name
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,6 +69,16 @@ def write_tensors(
         raise InputError(f"cannot write {shown(path)}: {error}") from None
     finally:
         building.unlink(missing_ok=True)
+
+
+def remembered(file: Path, make: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:
+    """Tensors by number, read from ``file`` if an earlier run got that far, else made and kept."""
+    if not file.exists():
+        write_tensors(file, {str(number): tensor for number, tensor in make().items()})
+    return {
+        int(number): tensor
+        for number, tensor in sorted(load_file(file).items(), key=lambda item: int(item[0]))
+    }
 
 
 def check_writable(folder: Path) -> None:

@@ -46,6 +46,9 @@ FULL = {
 }
 """Repositories of the paper's four models. Their sizes are read from their ``config.json``."""
 
+CONTEXT = 2048
+"""Tokens of a window, unless another number is asked for or the model reads fewer."""
+
 INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"}
@@ -144,7 +147,7 @@ def record_name(name: str) -> str:
 
 def preflight(
     name: str, *, revision: str | None = None, dtype: str | torch.dtype = "auto",
-    context: int = 2048, device_map: str = "auto",
+    context: int | None = None, device_map: str = "auto",
 ) -> Preflight:  # fmt: skip
     """Find a model and see that it can be loaded; of a model on the hub only the configuration is
     fetched.
@@ -153,7 +156,8 @@ def preflight(
         name: one of `FULL`, another name on the hub, or the folder of a checkpoint.
         revision: branch, tag or commit; it is resolved to a commit. Not for folders.
         dtype: "auto" is that of the checkpoint; "float32", "bfloat16", "float16" or a torch dtype.
-        context: tokens of the windows that will be read.
+        context: tokens of the windows that will be read; None is what the model reads, at most
+            `CONTEXT`.
         device_map: accelerate's: "auto", "cpu", "cuda:0", ….
 
     Raises:
@@ -172,7 +176,7 @@ def preflight(
         repository = source
         where, commit, files, to_fetch = _on_hub(repository, revision)
     config = _text_config(where or repository, commit, name)
-    _check_context(context, config, name)
+    context = _context(context, config, name)
     chosen = _dtype(dtype, config)
     skeleton = _skeleton(config)
     parameters, active = _parameters(skeleton)
@@ -187,7 +191,7 @@ def preflight(
 
 def load_full(
     name: str, *, revision: str | None = None, dtype: str | torch.dtype = "auto",
-    context: int = 2048, device_map: str = "auto",
+    context: int | None = None, device_map: str = "auto",
 ) -> LoadedModel:  # fmt: skip
     """Load a model, fetched if need be, after a `preflight`: same arguments, same errors.
 
@@ -360,10 +364,13 @@ def _text_config(source: Path | str, revision: str | None, name: str) -> PreTrai
     return text
 
 
-def _check_context(context: int, config: PreTrainedConfig, name: str) -> None:
+def _context(context: int | None, config: PreTrainedConfig, name: str) -> int:
     most = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if context is None:
+        return min(CONTEXT, most)
     if isinstance(context, bool) or not isinstance(context, int) or not 2 <= context <= most:
         raise InputError(f"context={context!r}: {name} reads windows of 2 to {most} tokens")
+    return context
 
 
 def _dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> torch.dtype:
@@ -458,7 +465,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m signlattice.fullsize", description=__doc__)
     parser.add_argument("name", help=f"{', '.join(FULL)}, a name on the hub, or a folder")
     parser.add_argument("--revision", help="branch, tag or commit")
-    parser.add_argument("--context", type=int, default=2048, help="tokens of a window")
+    parser.add_argument("--context", type=int, help=f"tokens of a window, {CONTEXT} unless given")
     parser.add_argument("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="calibration tokens")
     given = parser.parse_args(arguments)

@@ -159,6 +159,12 @@ class LoadedModel:
         config = self.model.config.get_text_config(decoder=True)
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
+    @property
+    def first_token(self) -> int:
+        """What a text begins with: the tokenizer's beginning of text, or else its end of text."""
+        marks = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return next((mark for mark in marks if mark is not None), 0)
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, no special tokens added."""
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

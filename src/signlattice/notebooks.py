@@ -2,7 +2,7 @@
 
 On the command line::
 
-    python -m signlattice.notebooks run book/s1_*.ipynb [-p NAME VALUE] [--times]
+    python -m signlattice.notebooks run book/s1_*.ipynb [-p NAME VALUE] [--out FOLDER] [--times]
     python -m signlattice.notebooks normalise book/*.ipynb
     python -m signlattice.notebooks check book/*.ipynb
 """
@@ -90,9 +90,10 @@ def parameters(nb: NotebookNode) -> dict[str, Any]:
 
 
 def run(
-    path: Path, values: Mapping[str, Any] | None = None, *, progress: str | bool = True
-) -> None:
-    """Execute a notebook in place with the running interpreter, and normalise it.
+    path: Path, values: Mapping[str, Any] | None = None, *, progress: str | bool = True,
+    out: Path | None = None,
+) -> None:  # fmt: skip
+    """Execute a notebook with the running interpreter and normalise it: in place, or into ``out``.
 
     ``values`` replace parameters of the cell tagged ``parameters``; a value equal to its default
     leaves no trace in the file. ``progress`` shows a bar of cells, under that name if it is one,
@@ -102,7 +103,8 @@ def run(
     `NotebookError` if a cell fails. The file is replaced at the end or not at all.
     """
     path = Path(path)
-    check_writable(path.parent)
+    target = path if out is None else Path(out) / path.name
+    check_writable(target.parent)
     nb = _without_injected(read(path))
     changed = _changed_parameters(nb, values or {}, path)
     bar = {"desc": progress if isinstance(progress, str) else path.stem} if progress else False
@@ -116,7 +118,7 @@ def run(
         raise NotebookError(_failure(path, error)) from None
     except (CellTimeoutError, DeadKernelError) as error:
         raise NotebookError(f"{shown(path)}: the kernel stopped: {_one_line(str(error))}") from None
-    write_text(path, to_text(normalise(executed)))
+    write_text(target, to_text(normalise(executed)))
 
 
 def normalise(nb: NotebookNode) -> NotebookNode:
@@ -190,12 +192,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--times", action="store_true",
                         help="keep how long each took in results/run_times/book.json")
+    parser.add_argument("--out", type=Path, metavar="FOLDER",
+                        help="put what is run there, and leave the notebooks as they are")
     parser.add_argument("-p", dest="values", nargs=2, action="append", default=[],
                         metavar=("NAME", "VALUE"), help="a parameter of every notebook that is run")
     options = parser.parse_args(arguments)
     try:
         if options.command == "run":
-            return _run_all(options.notebooks, _values(options.values), options.times)
+            values = _values(options.values)
+            return _run_all(options.notebooks, values, options.times, options.out)
         if options.command == "normalise":
             for path in options.notebooks:
                 print(f"{shown(path)}: {'normalised' if normalise_file(path) else 'unchanged'}")
@@ -211,14 +216,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run_all(paths: Sequence[Path], values: Mapping[str, Any], times: bool = False) -> int:
+def _run_all(
+    paths: Sequence[Path], values: Mapping[str, Any], times: bool = False, out: Path | None = None
+) -> int:
     for path in paths:  # a wrong parameter of the last notebook is told before the first one runs
         _changed_parameters(read(path), values, path)
     timing = records.begin(*TIMES, config=values) if times else None
     rows = []
     for number, path in enumerate(paths, start=1):
         started = time.perf_counter()
-        run(path, values, progress=f"[{number}/{len(paths)}] {shown(path)}")
+        run(path, values, progress=f"[{number}/{len(paths)}] {shown(path)}", out=out)
         rows.append({"notebook": shown(path), "seconds": time.perf_counter() - started})
     if timing is not None:
         size = Metric(environment_bytes() / 1e9)

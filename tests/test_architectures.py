@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from conftest import TEXTS
+from signlattice import architectures
+from signlattice.architectures import ArchitectureConfig, configured, load, measure, n_parts
+from signlattice.beta import haar_beta
+from signlattice.capture import open_bank
+from signlattice.corpus import Document
+from signlattice.errors import InputError, IntegrityError
+from signlattice.evaluate import batches, passages
+from signlattice.models import LoadedModel, load_model
+from signlattice.texts import Text
+
+CONFIG = ArchitectureConfig(
+    keys_per_dim=20, n_held_out=400, seeds=(0, 1), context=48, n_passages=6, batch_size=3,
+    solver="itq", steps=8,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    sides = {
+        side: tuple(
+            Document(side, f"{side}/{i}.py", f"# {side}\n" + content * 8, side)
+            for i, content in enumerate(TEXTS)
+        )
+        for side in ("calibration", "evaluation")
+    }
+    return Text("corpus", "corpus", **sides)
+
+
+def short(name) -> LoadedModel:
+    return dataclasses.replace(load_model(name), context=48)
+
+
+@pytest.fixture(scope="module")
+def olmoe48(olmoe_folder):
+    return short(olmoe_folder)
+
+
+@pytest.fixture(scope="module")
+def gemma48(gemma_folder):
+    return short(gemma_folder)
+
+
+@pytest.fixture(scope="module", params=["olmoe_folder", "gemma_folder", "gemma_moe_folder"])
+def run(request, text, tmp_path_factory):
+    """A model, what was measured of it, and what was told meanwhile."""
+    loaded, told = short(request.getfixturevalue(request.param)), []
+    folder = tmp_path_factory.mktemp("run")
+    return loaded, measure(loaded, text, CONFIG, folder, told.append), told
+
+
+def test_every_head_and_layer_has_its_rows(run):
+    loaded, measured, told = run
+    layers = [row for row in measured.tables["layers"] if row["index"] == row["source"]]
+    heads = {(row["index"], head) for row in layers for head in range(row["n_heads"])}
+    rows = measured.tables["heads"]
+    for method in ("none", "dc", "token_mean"):
+        per_head = [r for r in rows if (r["scope"], r["centering"]) == ("head", method)]
+        assert {(r["layer"], r["head"]) for r in per_head} == heads
+        widths = {(r["layer"], r["d"]) for r in rows if r["scope"] == "layer"}
+        assert widths == {(r["index"], r["n_heads"] * r["head_dim"]) for r in layers}
+    assert sum(not part.startswith("captured") for part in told) == n_parts(loaded, CONFIG)
+
+
+def test_learning_beats_what_is_not_learned_in_sample_and_the_null_is_noise(run):
+    tables = run[1].tables
+    for row in tables["heads"]:
+        assert row["in_sample"] > row["srht"]
+        assert all(0 < row[name] <= 1 for name in architectures.ROTATIONS)
+    for row in tables["null"]:
+        assert row["in_sample"] > row["held_out"]
+        assert row["held_out"] == pytest.approx(haar_beta(row["d"]), abs=0.03)
+        assert row["keys_per_dim"] == row["n_keys"] / row["d"]
+
+
+def test_means_and_spreads_are_those_of_the_heads(run):
+    tables = run[1].tables
+    for summary in tables["beta"]:
+        chosen = [
+            row[summary["rotation"]]
+            for row in tables["heads"]
+            if (row["scope"], row["centering"]) == (summary["scope"], summary["centering"])
+        ]
+        values = torch.tensor(chosen, dtype=torch.float64)
+        assert summary["n_heads"] == len(values)
+        assert summary["beta"] == pytest.approx(values.mean().item())
+        assert summary["head_std"] == pytest.approx(values.std().item())
+        assert (summary["lowest"], summary["highest"]) == (min(chosen), max(chosen))
+
+
+def test_all_keys_go_through_the_code_also_those_that_layers_share(run, text):
+    loaded, measured, _ = run
+    layers = measured.tables["layers"]
+    assert sorted(measured.codec.layers) == sorted({row["source"] for row in layers})
+    pieces = architectures._spread(passages(loaded, text.evaluation, CONFIG.windows), 6)
+    fed = sum(ids.numel() for _, ids, _ in batches(pieces, CONFIG.batch_size))
+    assert measured.n_compressed == fed * sum(row["n_heads"] for row in layers)
+
+
+def test_the_identity_on_the_lattice_costs_nothing(olmoe_folder, text, tmp_path, monkeypatch):
+    """Where keys are made signs of one length beforehand, the plainest code is exact."""
+    loaded = short(olmoe_folder)
+    for module in loaded.model.modules():
+        if hasattr(module, "k_norm"):
+            module.k_norm.register_forward_hook(lambda m, i, out: torch.where(out >= 0, 1.0, -1.0))
+    monkeypatch.setattr(
+        "transformers.models.olmoe.modeling_olmoe.apply_rotary_pos_emb",
+        lambda q, k, cos, sin, **_: (q, k),
+    )
+    gaps = measure(loaded, text, CONFIG, tmp_path).tables["gaps"]
+    plain = [r for r in gaps if r["rotation"] == "identity" and r["centering"] == "none"]
+    assert all(row["gap"] == pytest.approx(0, abs=1e-3) for row in plain)
+    assert any(row["gap"] > 0.01 for row in gaps if row["rotation"] == "srht")
+
+
+def test_an_interrupted_run_ends_with_the_same_tables(gemma48, text, tmp_path):
+    whole = measure(gemma48, text, CONFIG, tmp_path / "whole")
+    n_told = 0
+
+    def interrupt(part):
+        nonlocal n_told
+        n_told += 1
+        if n_told in (2, 9, 30, 50):
+            raise KeyboardInterrupt
+
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            measure(gemma48, text, CONFIG, tmp_path / "parts", interrupt)
+    parts = measure(gemma48, text, CONFIG, tmp_path / "parts", interrupt)
+    assert parts.tables == whole.tables
+    assert (parts.exact, parts.n_compressed) == (whole.exact, whole.n_compressed)
+    for layer, code in whole.codec.layers.items():
+        assert torch.equal(code.rotation, parts.codec.layers[layer].rotation)
+
+
+def test_a_finished_part_is_not_made_again_and_a_damaged_one_is_named(
+    gemma48, text, tmp_path, monkeypatch
+):
+    measure(gemma48, text, CONFIG, tmp_path)
+    original = architectures._measured
+    seen = []
+    monkeypatch.setattr(architectures, "_measured", lambda *a: seen.append(a) or original(*a))
+    measure(gemma48, text, CONFIG, tmp_path)
+    assert seen == []
+    file = next(tmp_path.glob("*/1.head.dc.0.safetensors"))
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(IntegrityError, match="1.head.dc.0.safetensors is damaged .*delete it"):
+        measure(gemma48, text, CONFIG, tmp_path)
+
+
+def test_a_capture_cut_short_is_made_again_and_a_damaged_shard_is_named(gemma48, text, tmp_path):
+    def stop(part):
+        if part == "captured held_out":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(gemma48, text, CONFIG, tmp_path, stop)
+    part = next(tmp_path.glob("*/keys/calibration-00000"))
+    shard = next(part.glob("keys.0.*"))
+    shard.write_bytes(shard.read_bytes()[:-5])
+    with pytest.raises(IntegrityError, match=f"{shard.name} is damaged or cut short.*capture"):
+        measure(gemma48, text, CONFIG, tmp_path)
+    (part / "index.json").unlink()  # as a capture that did not end leaves it
+    measure(gemma48, text, CONFIG, tmp_path)
+    with pytest.raises(IntegrityError, match="no finished capture"):
+        open_bank(part)
+
+
+def test_what_is_kept_depends_on_model_text_and_configuration(gemma48, olmoe48, text):
+    fewer = dataclasses.replace(text, calibration=text.calibration[1:])
+    runs = [
+        (gemma48, text, CONFIG), (olmoe48, text, CONFIG), (gemma48, fewer, CONFIG),
+        (gemma48, text, dataclasses.replace(CONFIG, steps=9)),
+    ]  # fmt: skip
+    assert len({architectures._identity(*run) for run in runs}) == 4
+
+
+def test_half_precision_is_captured_as_it_is(gemma_folder, text, tmp_path):
+    loaded = load(str(gemma_folder), CONFIG, dtype="bfloat16", device_map="cpu")
+    tables = measure(loaded, text, CONFIG, tmp_path).tables
+    assert loaded.model.dtype == torch.bfloat16
+    assert all(row["gap"] == row["gap"] for row in tables["gaps"])
+
+
+def test_a_layer_whose_heads_have_no_hadamard_together_is_measured_by_heads(
+    olmoe48, text, tmp_path, monkeypatch
+):
+    known = architectures.rotations.supported_head_dim
+    monkeypatch.setattr(
+        architectures.rotations, "supported_head_dim", lambda d: d < 64 and known(d)
+    )
+    rows = measure(olmoe48, text, CONFIG, tmp_path).tables["beta"]
+    assert {row["scope"] for row in rows} == {"head"}
+
+
+def test_keys_run_short_without_harm_and_no_keys_are_told(gemma48, text, tmp_path):
+    less = dataclasses.replace(text, calibration=text.calibration[:1])
+    tables = measure(gemma48, less, CONFIG, tmp_path).tables
+    assert {row["n_keys"] for row in tables["null"]} == {96}  # two windows
+    some = dataclasses.replace(less.calibration[0], text="a = 1\n")
+    with pytest.raises(InputError, match="calibration side .* has 7 tokens: give at least 16"):
+        measure(gemma48, dataclasses.replace(text, calibration=(some,)), CONFIG, tmp_path)
+
+
+def test_what_does_not_cancel_is_said():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from signlattice.attention import attention_layers
+
+    config = AutoConfig.for_model(
+        "gemma2", vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, attn_logit_softcapping=5.0,
+    )  # fmt: skip
+    layers = attention_layers(AutoModelForCausalLM.from_config(config))
+    rows = [architectures._layer_row(layer) for layer in layers.values()]
+    assert [row["mean_cancels"] for row in rows] == [False, False]
+
+
+def test_profiles_and_their_changes():
+    assert configured("mini") == ArchitectureConfig()
+    full = configured("full", text="own.txt", context=512)
+    assert (full.text, full.context, full.windows) == ("own.txt", 512, None)
+    with pytest.raises(InputError, match="profile='huge': choose one of mini, full"):
+        configured("huge")
+
+
+@pytest.mark.parametrize(
+    "change", [{"seeds": ()}, {"keys_per_dim": 0}, {"solver": "newton"}, {"batch_size": 0}]
+)
+def test_configurations_that_cannot_be_are_told(change):
+    with pytest.raises(InputError):
+        dataclasses.replace(CONFIG, **change)
