@@ -95,6 +95,17 @@ def test_means_and_spreads_are_those_of_the_heads(run):
         assert (summary["lowest"], summary["highest"]) == (min(chosen), max(chosen))
 
 
+def test_lifts_are_differences_of_means(run):
+    tables = run[1].tables
+    beta = {(r["scope"], r["centering"], r["rotation"]): r["beta"] for r in tables["beta"]}
+    assert len(tables["lifts"]) == 2 * 2 * 4
+    for row in tables["lifts"]:
+        at = (row["scope"], row["rotation"])
+        lift = beta[at[0], row["centering"], at[1]] - beta[at[0], "none", at[1]]
+        assert row["lift"] == pytest.approx(lift)
+        assert row["lowest"] <= row["lift"] <= row["highest"]
+
+
 def test_all_keys_go_through_the_code_also_those_that_layers_share(run, text):
     loaded, measured, _ = run
     layers = measured.tables["layers"]
@@ -207,6 +218,13 @@ def test_keys_run_short_without_harm_and_no_keys_are_told(gemma48, text, tmp_pat
     some = dataclasses.replace(less.calibration[0], text="a = 1\n")
     with pytest.raises(InputError, match="calibration side .* has 7 tokens: give at least 16"):
         measure(gemma48, dataclasses.replace(text, calibration=(some,)), CONFIG, tmp_path)
+
+
+def test_keys_that_are_zero_in_a_head_are_left_out():
+    keys = torch.randn(2, 9, 4)
+    keys[1, 3] = keys[:, 5] = 0
+    left = architectures._nonzero(keys)
+    assert torch.equal(left, keys[:, [0, 1, 2, 4, 6, 7, 8]])
 
 
 def test_what_does_not_cancel_is_said():

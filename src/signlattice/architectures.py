@@ -181,9 +181,9 @@ class Measured:
     """What came of a run: tables of rows, the exact perplexity, and the codec that was learned.
 
     ``tables``: "layers" what each layer attends with; "beta" per scope, rotation and centering with
-    its spreads; "heads" every rotation on each head, and on each layer; "null" the noise null;
-    "steps" and "traces" of learning; "planes" the Hessian by planes; "gaps" perplexity gaps;
-    "ratios" of gaps.
+    its spreads; "lifts" of beta by centering; "heads" every rotation on each head, and on each layer;
+    "null" the noise null; "steps" of learning, and "traces" on the first layer; "planes" the
+    Hessian by planes; "gaps" perplexity gaps; "ratios" of gaps.
     """
 
     tables: dict[str, list[Row]]
@@ -219,13 +219,15 @@ def measure(
     fits = list(_fits(keys, owners, config, scratch, tell))
     null = _null(fits, config, scratch, tell)
     gaps, ratios, exact, codec, compressed = _gaps(loaded, pieces, fits, config, scratch, tell)
+    heads, first = _head_rows(fits), min(owners)
     tables = {
         "layers": [_layer_row(layer) for layer in layers.values()],
         "beta": _beta_rows(fits),
-        "heads": _head_rows(fits),
+        "lifts": _lift_rows(heads),
+        "heads": heads,
         "null": null,
         "steps": [row for fit in fits for row in fit.rows("steps")],
-        "traces": [row for fit in fits for row in fit.rows("traces")],
+        "traces": [row for fit in fits if fit.layer == first for row in fit.rows("traces")],
         "planes": [row for fit in fits for row in fit.rows("planes")],
         "gaps": gaps,
         "ratios": ratios,
@@ -385,7 +387,7 @@ def _fit(
     index, scope, method, seed = name
     centering = Centering.fit(keys, method)
     if not file.exists():
-        fit, judged = (centering.split(part)[0] for part in (keys, held_out))
+        fit, judged = (_nonzero(centering.split(part)[0]) for part in (keys, held_out))
         part = file.with_suffix(".part")
         matrices, values = _measured(fit, judged, seed, config, part, watched)
         write_tensors(file, matrices, metadata={"values": json.dumps(values)})
@@ -397,6 +399,14 @@ def _fit(
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{file} is damaged ({error}): delete it and run again") from None
     return _Fit(index, scope, centering, seed, matrices, values)
+
+
+def _nonzero(keys: Tensor) -> Tensor:
+    """Keys [H, N, d] of those tokens whose keys are zero in no head: zero has no direction.
+
+    A padding token that begins a text has such keys, for instance.
+    """
+    return keys[:, (keys.abs().amax(-1) > 0).all(0)]
 
 
 def _measured(
@@ -647,6 +657,26 @@ def _head_rows(fits: Sequence[_Fit]) -> list[Row]:
                     "ceiling": statistics.fmean(f.values["ceiling"][head] for f in group),
                 }
             )
+    return rows
+
+
+def _lift_rows(heads: Sequence[Row]) -> list[Row]:
+    """By how much a centering moves the held-out beta of a rotation: mean and range over heads."""
+    rows: list[Row] = []
+    for scope in dict.fromkeys(row["scope"] for row in heads):
+        of = {
+            method: [r for r in heads if (r["scope"], r["centering"]) == (scope, method)]
+            for method in CENTERING_METHODS
+        }
+        for method in CENTERING_METHODS[1:]:
+            for rotation in ROTATIONS:
+                pairs = zip(of[method], of["none"], strict=True)
+                lifts = [after[rotation] - before[rotation] for after, before in pairs]
+                rows.append({
+                    "scope": scope, "centering": method, "rotation": rotation,
+                    "lift": statistics.fmean(lifts), "head_std": _std(lifts),
+                    "lowest": min(lifts), "highest": max(lifts), "n_heads": len(lifts),
+                })  # fmt: skip
     return rows
 
 
