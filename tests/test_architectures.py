@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
 
 from conftest import TEXTS
+from test_fullsize import CONFIGS, built, saved
 from signlattice import architectures
 from signlattice.architectures import ArchitectureConfig, configured, load, measure, n_parts
 from signlattice.beta import haar_beta
@@ -48,11 +50,17 @@ def gemma48(gemma_folder):
     return short(gemma_folder)
 
 
-@pytest.fixture(scope="module", params=["olmoe_folder", "gemma_folder", "gemma_moe_folder"])
-def run(request, text, tmp_path_factory):
-    """A model, what was measured of it, and what was told meanwhile."""
-    loaded, told = short(request.getfixturevalue(request.param)), []
-    folder = tmp_path_factory.mktemp("run")
+@pytest.fixture(scope="module", params=CONFIGS)
+def run(request, text, olmoe_folder, tmp_path_factory):
+    """A model of each of the four classes, what was measured of it, and what was told meanwhile.
+
+    Loaded as a model of full size is: from shards, some of them in bf16.
+    """
+    kind, folder, told = request.param, tmp_path_factory.mktemp("run"), []
+    dtype = torch.bfloat16 if kind in ("olmoe", "moe") else torch.float32
+    checkpoint = saved(built(kind, dtype), folder / "checkpoint", olmoe_folder)
+    loaded = load(str(checkpoint), CONFIG, device_map="cpu")
+    assert loaded.model.dtype == dtype
     return loaded, measure(loaded, text, CONFIG, folder, told.append), told
 
 
@@ -193,13 +201,6 @@ def test_what_is_kept_depends_on_model_text_and_configuration(gemma48, olmoe48, 
     assert len({architectures._identity(*run) for run in runs}) == 4
 
 
-def test_half_precision_is_captured_as_it_is(gemma_folder, text, tmp_path):
-    loaded = load(str(gemma_folder), CONFIG, dtype="bfloat16", device_map="cpu")
-    tables = measure(loaded, text, CONFIG, tmp_path).tables
-    assert loaded.model.dtype == torch.bfloat16
-    assert all(row["gap"] == row["gap"] for row in tables["gaps"])
-
-
 def test_a_layer_whose_heads_have_no_hadamard_together_is_measured_by_heads(
     olmoe48, text, tmp_path, monkeypatch
 ):
@@ -218,6 +219,18 @@ def test_keys_run_short_without_harm_and_no_keys_are_told(gemma48, text, tmp_pat
     some = dataclasses.replace(less.calibration[0], text="a = 1\n")
     with pytest.raises(InputError, match="calibration side .* has 7 tokens: give at least 16"):
         measure(gemma48, dataclasses.replace(text, calibration=(some,)), CONFIG, tmp_path)
+
+
+def test_too_little_disk_for_the_keys_is_told_before_they_are_captured(
+    gemma48, text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        architectures.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 1000)
+    )
+    told = []
+    with pytest.raises(InputError, match=r"keys of \d+ tokens .* take .* GB free: make room"):
+        measure(gemma48, text, CONFIG, tmp_path, told.append)
+    assert told == []
 
 
 def test_keys_that_are_zero_in_a_head_are_left_out():

@@ -80,3 +80,11 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(IntegrityError, match="no .*safetensors"):
         load_model(tmp_path)
+
+
+def test_the_minis_share_a_tokenizer_and_are_small():
+    folders = [models.MODELS / name for name in models.MINIS]
+    assert len({(folder / "tokenizer.json").read_bytes() for folder in folders}) == 1
+    assert all((folder / "model.safetensors").stat().st_size <= 8_000_000 for folder in folders)
+    sizes = [sum(p.numel() for p in spec.build().parameters()) for spec in models.MINIS.values()]
+    assert all(2e6 < size < 3.5e6 for size in sizes)

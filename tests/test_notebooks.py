@@ -81,6 +81,15 @@ def test_parameters_replace_defaults_and_do_not_outlive_their_run(tmp_path: Path
     assert outputs(path) == ["", "a 3\n"], "a default leaves no cell, and the old one is gone"
 
 
+def test_a_run_may_go_elsewhere_and_leave_the_notebook(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ipynb", "print(model)", parameters="model = 'a'")
+    before = path.read_bytes()
+    command = ["run", str(path), "-p", "model", "b", "--out", str(tmp_path / "out" / "b")]
+    assert notebooks.main(command) == 0
+    assert path.read_bytes() == before
+    assert outputs(tmp_path / "out" / "b" / "a.ipynb")[-1] == "b\n"
+
+
 def test_a_failing_cell_is_one_line_and_leaves_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,7 +43,7 @@ from .evaluate import (
     perplexity_gap,
     token_losses,
 )
-from .files import write_tensors, write_text
+from .files import check_writable, shown, write_tensors, write_text
 from .learn import (
     SAFE_KEYS_PER_DIM,
     CalibrationWarning,
@@ -181,7 +181,7 @@ class Measured:
     """What came of a run: tables of rows, the exact perplexity, and the codec that was learned.
 
     ``tables``: "layers" what each layer attends with; "beta" per scope, rotation and centering with
-    its spreads; "lifts" of beta by centering; "heads" every rotation on each head, and on each layer;
+    its spreads; "lifts" of beta by centering; "heads" every rotation on each head and each layer;
     "null" the noise null; "steps" of learning, and "traces" on the first layer; "planes" the
     Hessian by planes; "gaps" perplexity gaps; "ratios" of gaps.
     """
@@ -271,8 +271,10 @@ def _captured(
             f"the calibration side of {text.name} has {n_tokens} tokens: "
             f"give at least {narrowest}, one for each coordinate of a head"
         )
+    sides = (("calibration", fit), ("held_out", judged))
+    _check_room(folder, loaded, owners, n_tokens + sum(len(piece.ids) for piece in judged))
     banks = []
-    for side, chosen in (("calibration", fit), ("held_out", judged)):
+    for side, chosen in sides:
         parts = []
         for number, start in enumerate(range(0, len(chosen), PART)):
             part = folder / f"{side}-{number:05d}"
@@ -285,6 +287,23 @@ def _captured(
             parts.append(open_bank(part))
         banks.append(joined(parts))
     return _Keys(*banks)
+
+
+def _check_room(
+    folder: Path, loaded: LoadedModel, owners: dict[int, AttentionLayer], n_tokens: int
+) -> None:
+    """Raise ``InputError`` if keys of so many tokens do not fit beside what is there already."""
+    check_writable(folder)
+    per_token = sum(layer.n_heads * layer.head_dim for layer in owners.values())
+    needed = n_tokens * per_token * loaded.model.dtype.itemsize
+    there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    free = shutil.disk_usage(folder).free
+    if needed - there > free:
+        raise InputError(
+            f"the keys of {n_tokens} tokens of {loaded.name} take {needed / 1e9:.3g} GB, "
+            f"{shown(folder)} has {free / 1e9:.3g} GB free: make room, or ask for fewer "
+            "keys_per_dim"
+        )
 
 
 def _up_to(pieces: Sequence[Passage], n_tokens: int) -> Sequence[Passage]:

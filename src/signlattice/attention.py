@@ -95,13 +95,18 @@ def attention_layers(model: PreTrainedModel) -> dict[int, AttentionLayer]:
             source=_source(module, modules),
             n_heads=n_query_heads // getattr(module, "num_key_value_groups", 1),
             n_query_heads=n_query_heads,
-            head_dim=getattr(module, "head_dim", config.hidden_size // n_query_heads),
+            head_dim=_head_dim(module, config.hidden_size // n_query_heads),
             scaling=module.scaling,
             window=_window(module, config),
             softcap=getattr(module, "attn_logit_softcapping", None),
             sinks=getattr(module, "sinks", None) is not None,
         )
     return found
+
+
+def _head_dim(module: nn.Module, otherwise: int) -> int:
+    """Coordinates of a key: latent attention (DeepSeek) has values of another size."""
+    return getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", otherwise)
 
 
 def _source(module: nn.Module, modules: list[nn.Module]) -> int:

@@ -109,7 +109,7 @@ def value(
     found = rows[0][column]
     if found is None:
         return "–"
-    return f"{found:.{digits}f}" if isinstance(found, float) else str(found)
+    return f"{found:z.{digits}f}" if isinstance(found, float) else str(found)
 
 
 def _full(name: str, results: Path) -> RunRecord | None:

@@ -157,7 +157,7 @@ def fig_ratios(records: Mapping[str, RunRecord], cited: float) -> Figure:
     axes.set(xscale="log", xlabel="perplexity gap, SRHT over learned")
     axes.set_xticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"])
     axes.minorticks_off()
-    axes.legend(loc="lower right")
+    axes.legend(loc="center right", bbox_to_anchor=(0.94, 0.5))
     return figure
 
 
