@@ -145,7 +145,7 @@ MINIS = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to measure: fp32, in evaluation mode, with its tokenizer and hash."""
+    """A model ready to measure, in evaluation mode, with its tokenizer and hash: a mini in fp32."""
 
     name: str
     model: PreTrainedModel
