@@ -404,6 +404,7 @@ def _fit(
     """Fit and measure, or read what an earlier run did; solvers that are ``watched`` leave traces.
     """
     index, scope, method, seed = name
+    keys, held_out = _nonzero(keys), _nonzero(held_out)
     centering = Centering.fit(keys, method)
     if not file.exists():
         fit, judged = (_nonzero(centering.split(part)[0]) for part in (keys, held_out))

@@ -189,7 +189,7 @@ def fig_planes(records: Mapping[str, RunRecord], temperature: float = 0.1) -> Fi
         axes.set_title(model)
         axes.grid(axis="x", visible=False)
     for axes in panels[::2]:
-        axes.set_ylabel("curvature, 1/d")
+        axes.set_ylabel("curvature, in units of 1/d")
     for axes in panels[2:]:
         axes.set_xlabel("layer")
     _legend_above(figure, panels[0])
