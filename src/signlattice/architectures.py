@@ -271,10 +271,9 @@ def _captured(
             f"the calibration side of {text.name} has {n_tokens} tokens: "
             f"give at least {narrowest}, one for each coordinate of a head"
         )
-    sides = (("calibration", fit), ("held_out", judged))
     _check_room(folder, loaded, owners, n_tokens + sum(len(piece.ids) for piece in judged))
     banks = []
-    for side, chosen in sides:
+    for side, chosen in (("calibration", fit), ("held_out", judged)):
         parts = []
         for number, start in enumerate(range(0, len(chosen), PART)):
             part = folder / f"{side}-{number:05d}"

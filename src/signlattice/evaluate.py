@@ -93,11 +93,14 @@ def one_bit_keys(model: PreTrainedModel, codec: KeyCodec) -> Iterator[KeyCount]:
     """
     count = KeyCount()
     readers = readers_of(model, codec)
+    codes: dict[int, LayerCodec] = {}
 
     def through_the_code(layer: int, query: Tensor, key: Tensor) -> Tensor:
         if layer not in readers:
             return key
-        code = codec.layers[readers[layer]].to(key.device)
+        if layer not in codes:  # once, not at each of a model's many readings
+            codes[layer] = codec.layers[readers[layer]].to(key.device)
+        code = codes[layer]
         packed = code.encode(key)
         count.compressed += packed.n_keys
         return code.decode(packed).to(key.dtype)

@@ -55,12 +55,7 @@ def fig_betas(records: Mapping[str, RunRecord], paper: tuple[float, float]) -> F
         axes.set_xticks(range(len(_CENTERINGS)), list(_CENTERINGS.values()))
         axes.set_title(model)
         axes.grid(axis="x", visible=False)
-    for axes in panels[::2]:
-        axes.set_ylabel("held-out β")
-    for axes in panels[2:]:
-        axes.set_xlabel("centering")
-    _legend_above(figure, panels[0])
-    return figure
+    return _labelled(figure, panels, "centering", "held-out β")
 
 
 @styled
@@ -85,12 +80,7 @@ def fig_heads(records: Mapping[str, RunRecord], centering: str = "token_mean") -
         axes.set_xticks(firsts, [f"{rows[i]['layer']}\n{rows[i]['d']}" for i in firsts])
         axes.set_title(model)
         axes.grid(axis="x", visible=False)
-    for axes in panels[::2]:
-        axes.set_ylabel("held-out β")
-    for axes in panels[2:]:
-        axes.set_xlabel("layer, and size of its heads")
-    _legend_above(figure, panels[0])
-    return figure
+    return _labelled(figure, panels, "layer, and size of its heads", "held-out β")
 
 
 @styled
@@ -188,12 +178,7 @@ def fig_planes(records: Mapping[str, RunRecord], temperature: float = 0.1) -> Fi
         axes.set_yscale("symlog", linthresh=1)
         axes.set_title(model)
         axes.grid(axis="x", visible=False)
-    for axes in panels[::2]:
-        axes.set_ylabel("curvature, in units of 1/d")
-    for axes in panels[2:]:
-        axes.set_xlabel("layer")
-    _legend_above(figure, panels[0])
-    return figure
+    return _labelled(figure, panels, "layer", "curvature, in units of 1/d")
 
 
 def _panels(records: Mapping[str, RunRecord]):
@@ -205,6 +190,11 @@ def _panels(records: Mapping[str, RunRecord]):
     return figure, panels[: len(records)]
 
 
-def _legend_above(figure: Figure, axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=3)
+def _labelled(figure: Figure, panels, x: str, y: str) -> Figure:
+    """Labels at the lower and the left edge, and one legend above."""
+    for axes in panels[::2]:
+        axes.set_ylabel(y)
+    for axes in panels[-2:]:
+        axes.set_xlabel(x)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    return figure
