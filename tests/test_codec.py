@@ -89,7 +89,7 @@ def test_softmax_does_not_see_the_token_mean():
     packed = codec.encode(keys)
     query = torch.randn(B, H, 4, D, generator=torch.Generator().manual_seed(2))
     shifted = LayerCodec(
-        codec.rotation, Centering("token_mean", codec.centering.mean * 0), codec.scale_rule
+        codec.basis, Centering("token_mean", codec.centering.mean * 0), codec.scale_rule
     )
     torch.testing.assert_close(
         codec.scores(query, packed).softmax(-1), shifted.scores(query, packed).softmax(-1)

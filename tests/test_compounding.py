@@ -47,7 +47,7 @@ def test_a_codec_can_be_restricted_to_some_layers(codec):
 
 
 def test_codes_that_are_compared_take_off_the_same_means(codec):
-    rotation = {layer: code.rotation for layer, code in codec.layers.items()}
+    rotation = {layer: code.basis for layer, code in codec.layers.items()}
     codecs = compounding.compared_codecs(codec, rotation)
     assert list(codecs) == ["srht_mse", "srht_unbiased", "learned"]
     assert [codecs[name].layers[1].scale_rule for name in codecs] == ["mse", "unbiased", "unbiased"]

@@ -238,7 +238,7 @@ def test_the_temperature_is_the_best_of_its_neighbours(loaded):
     tau = fit_temperature(layer, bank, attention)
     kl = {
         factor: head_quality(
-            LayerCodec(layer.rotation, layer.centering, "mse", tau * factor), bank, attention
+            LayerCodec(layer.basis, layer.centering, "mse", tau * factor), bank, attention
         ).kl
         for factor in (0.9, 1.0, 1.1)
     }

@@ -2,7 +2,8 @@
 
 Every decoder in transformers sends its queries, keys and values, after RoPE and before grouped
 heads are repeated, through a registered attention function. Ours hands them to a callback, and
-runs the library's own attention on the keys that the callback returns. No model file is forked.
+runs the library's own attention on the keys that the callback returns; or, where a cache gave
+`CachedTokens` in the place of keys, lets these attend. No model file is forked.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,18 @@ SeenKeys = Callable[[int, Tensor, Tensor], Tensor]
 """``(layer, query [B, Hq, Tq, D], key [B, H, T, D]) -> key``: the keys attention shall use."""
 
 _SDPA, _EAGER = "signlattice", "signlattice_eager"
-_seen: ContextVar[SeenKeys] = ContextVar("signlattice_seen_keys")
+_seen: ContextVar[SeenKeys | None] = ContextVar("signlattice_seen_keys", default=None)
+
+
+class CachedTokens(Protocol):
+    """What a cache of ours returns in the place of keys and of values."""
+
+    def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of queries [B, Hq, T, D] to the tokens: [B, Hq, T, Dv].
+
+        ``mask``: bool [B, 1, T, n], true where a query may look, of the last n tokens; None is
+        causal.
+        """
 
 
 @dataclass(frozen=True)
@@ -133,26 +146,41 @@ def _window(module: nn.Module, config) -> int | None:
 def _forward_sdpa(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | CachedTokens,
+    value: Tensor | CachedTokens,
     attention_mask: Tensor | None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    key = _seen.get()(module.layer_idx, query, key)
+    if not isinstance(key, Tensor):
+        return _attended(key.attend(module, query, attention_mask)), None
+    key = _as_seen(module, query, key)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def _forward_eager(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | CachedTokens,
+    value: Tensor | CachedTokens,
     attention_mask: Tensor | None,
     **kwargs,
-) -> tuple[Tensor, Tensor]:
-    key = _seen.get()(module.layer_idx, query, key)
+) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(key, Tensor):
+        visible = None if attention_mask is None else attention_mask == 0
+        return _attended(key.attend(module, query, visible)), None
+    key = _as_seen(module, query, key)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     return eager(module, query, key, value, attention_mask, **kwargs)
+
+
+def _as_seen(module: nn.Module, query: Tensor, key: Tensor) -> Tensor:
+    callback = _seen.get()
+    return key if callback is None else callback(module.layer_idx, query, key)
+
+
+def _attended(output: Tensor) -> Tensor:
+    """[B, Hq, T, Dv] as transformers wants it: [B, T, Hq, Dv]."""
+    return output.transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(_SDPA, _forward_sdpa)
@@ -170,19 +198,27 @@ def keys_seen_by(model: PreTrainedModel, callback: SeenKeys) -> Iterator[None]:
     former attention implementation comes back at the end, also after an error.
     Raises ``InputError`` if the model has no decoder attention to open.
     """
-    if not getattr(model, "_supports_attention_backend", False):
-        raise InputError(f"{type(model).__name__} does not use transformers' attention interface")
-    layers = attention_layers(model).values()
-    special = any(layer.softcap is not None or layer.sinks for layer in layers)
     config = model.config.get_text_config(decoder=True)
     former = config._attn_implementation
+    open_attention(model)
     token = _seen.set(callback)
-    model.set_attn_implementation(_EAGER if special else _SDPA)
     try:
         yield
     finally:
         model.set_attn_implementation(former)
         _seen.reset(token)
+
+
+def open_attention(model: PreTrainedModel) -> None:
+    """Let ``model`` attend through our function from now on: with plain keys nothing changes.
+
+    Raises ``InputError`` if the model has no decoder attention to open.
+    """
+    if not getattr(model, "_supports_attention_backend", False):
+        raise InputError(f"{type(model).__name__} does not use transformers' attention interface")
+    layers = attention_layers(model).values()
+    special = any(layer.softcap is not None or layer.sinks for layer in layers)
+    model.set_attn_implementation(_EAGER if special else _SDPA)
 
 
 def score_scaling(model: PreTrainedModel) -> dict[int, float]:

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -280,9 +280,9 @@ def bigram_bits_per_byte(train: Sequence[Document], evaluation: Sequence[Documen
 class HeadQuality:
     """How one layer's code treats held-out keys, each figure per KV head [H].
 
-    ``beta``: mean cosine to the sign lattice. ``distortion``: E‖k̂ − k‖² / E‖k − Ek‖², without the
-    temperature. ``kl``: attention weights, KL(exact ‖ coded) in nats, mean over queries. ``top1``:
-    share of queries whose heaviest key stays the heaviest.
+    ``beta``: mean cosine to the sign lattice, or to the code's own in its metric. ``distortion``:
+    E‖k̂ − k‖² / E‖k − Ek‖², without the temperature. ``kl``: attention weights, KL(exact ‖ coded) in
+    nats, mean over queries. ``top1``: share of queries whose heaviest key stays the heaviest.
     """
 
     beta: np.ndarray
@@ -300,10 +300,9 @@ def head_quality(codec: LayerCodec, bank: KeyBank, layer: AttentionLayer) -> Hea
     """
     keys = bank.keys(layer.index)
     packed = codec.encode(keys[None])
-    y = codec.rotated(keys)
     decoded = codec.decode(packed)[0]
     if codec.temperature is not None:
-        plain = LayerCodec(codec.rotation, codec.centering, codec.scale_rule)
+        plain = replace(codec, temperature=None)
         decoded = plain.decode(plain.encode(keys[None]))[0]
     kl, top1, n_queries = torch.zeros(codec.n_heads), torch.zeros(codec.n_heads), 0
     for query, key in bank.sequences(layer.index):
@@ -316,11 +315,17 @@ def head_quality(codec: LayerCodec, bank: KeyBank, layer: AttentionLayer) -> Hea
         top1 += same.unflatten(0, groups).mean(1).sum(-1)
         n_queries += query.shape[1]
     return HeadQuality(
-        beta=np.array([beta(head) for head in y]),
+        beta=_betas(codec, keys),
         distortion=np.array([relative_distortion(k, r) for k, r in zip(keys, decoded)]),
         kl=(kl / n_queries).numpy(),
         top1=(top1 / n_queries).numpy(),
     )
+
+
+def _betas(codec: LayerCodec, keys: Tensor) -> np.ndarray:
+    if codec.metric is not None:
+        return codec.cosines(keys).double().mean(-1).numpy()
+    return np.array([beta(head) for head in codec.rotated(keys)])
 
 
 @torch.no_grad()
@@ -339,7 +344,7 @@ def fit_temperature(
         raise InputError(
             f"layer {layer.index} has a soft-cap of {layer.softcap}: its temperature stays at one"
         )
-    plain = LayerCodec(codec.rotation, codec.centering, codec.scale_rule)
+    plain = replace(codec, temperature=None)
     pairs = []
     for query, key in bank.sequences(layer.index):
         packed = plain.encode(key[None])

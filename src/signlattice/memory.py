@@ -26,6 +26,7 @@ __all__ = [
     "effective_bits",
     "kv_bytes",
     "memory_reduction",
+    "packed_cache_bytes",
 ]
 
 FULL_PRECISION_BITS = 16
@@ -214,6 +215,31 @@ def kv_bytes(shape: KVShape, fmt: CacheFormat, seq_len: int, *, batch: int = 1) 
         InputError: if ``seq_len`` or ``batch`` is not a positive integer.
     """
     return math.ceil(sum(_kv_bits(shape, fmt, seq_len, batch)) / 8)
+
+
+def packed_cache_bytes(
+    shape: KVShape, fmt: CacheFormat, seq_len: int, *, batch: int = 1, page: int = 1,
+    whole_bits: int = FULL_PRECISION_BITS,
+) -> int:  # fmt: skip
+    """Bytes that a cache allocates which packs every token and keeps window and sinks beside.
+
+    Room is made by pages of tokens; rotations and means, which belong to a model, are left out.
+
+    Args:
+        page: tokens that room is made for at a time.
+        whole_bits: of a coordinate of the window and the sinks.
+
+    Raises:
+        InputError: if ``seq_len``, ``batch`` or ``page`` is not a positive integer.
+    """
+    for name, value in (("seq_len", seq_len), ("batch", batch), ("page", page)):
+        _check_count(name, value, least=1)
+    n_tokens = shape.cached_tokens(seq_len)
+    room = math.ceil(n_tokens / page) * page
+    packed = room * (fmt.bits_per_key(shape.head_dim) + fmt.bits_per_value(shape.value_dim))
+    n_whole = min(n_tokens, fmt.window) + fmt.sinks
+    whole = n_whole * whole_bits * (shape.head_dim + shape.value_dim)
+    return math.ceil(shape.n_heads * batch * (packed + whole) / 8)
 
 
 def effective_bits(

@@ -202,7 +202,7 @@ def calibrate(
         keys = states.key - key_mean[layer].unsqueeze(1)
         queries = states.grouped.flatten(1, 2)
         both = torch.cat([keys, queries[:, :: queries.shape[1] // keys.shape[1]]], 1)
-        rotations["learned_keys"][layer] = codec.layers[layer].rotation
+        rotations["learned_keys"][layer] = codec.layers[layer].basis
         for name, vectors, kind in (
             ("identity", keys, "identity"),
             ("srht", keys, "srht"),

@@ -62,6 +62,11 @@ def _attention(
     )  # fmt: skip
 
 
+def _nearest(d: int, n_tokens: int, passes: int) -> None:
+    vectors = torch.zeros(2, 4, n_tokens, d)
+    kernels.nearest_signs(vectors, torch.zeros(4, d, d), passes=passes, impl="triton")
+
+
 def _sign_gemm(d: int, dtype: torch.dtype, temperature: float) -> None:
     keys = torch.zeros(2, 4096, d, dtype=dtype)
     kernels.sign_gemm(keys, torch.zeros(2, d, d), temperature, impl="triton")
@@ -80,6 +85,12 @@ CASES |= {
     for d, dtype, n_tokens, rule, every in itertools.product(
         kernels.HEAD_DIMS, FLOATS, (1, 255, 256), ("mse", "unbiased"), (False, True)
     )
+}
+CASES |= {
+    f"nearest, d={d}, T={n_tokens}, passes={passes}": functools.partial(
+        _nearest, d, n_tokens, passes
+    )
+    for d, n_tokens, passes in itertools.product(kernels.HEAD_DIMS, (1, 255, 256), (1, 3))
 }
 CASES |= {
     f"dequantise, d={d}, {_short(dtype)}{every * EVERY}": functools.partial(
@@ -115,6 +126,7 @@ CASES |= {
 _DEFAULT = (
     r"hadamard, n=(16|28|128|320|7168|8192), \w+, signs",
     r"pack, d=(16|80|128|512), \w+, T=(1|255), unbiased, centred",
+    r"nearest, d=(16|80|128|512), T=(1|255), passes=3",
     r"dequantise, d=(16|80|128|512), \w+, centred",
     r"attention, d=64, group=1, bfloat16, V 16 bits",
     r"attention, d=128, group=\d+, float16, V (16|4) bits",

@@ -25,6 +25,7 @@ _MODULE = {"torch": "reference", "triton": "triton", "cpu": "cpu"}
 _HAS = {
     "hadamard": ("torch", "triton"),
     "pack": ("torch", "triton"),
+    "nearest": ("torch", "triton", "cpu"),
     "unpack": ("torch", "triton"),
     "attention": ("torch", "triton", "cpu"),
     "gradient": ("torch", "triton", "cpu"),
@@ -38,6 +39,8 @@ MAX_GROUP = 32
 """Query heads to a KV head."""
 MIN_ORDER, MAX_ORDER = 16, 8192
 """Orders of the Hadamard transform."""
+PASSES = 3
+"""Over the signs of a vector, when its lattice point is searched for."""
 MAX_ROWS = 2**30
 """Rows, or tokens of all sequences, are fewer: kernels count them in 32 bits, and offsets in 64."""
 
@@ -127,6 +130,27 @@ def pack_into(
     _implementation("pack", impl, keys).pack_into(
         packed, keys, rotation, positions, mean, temperature, rule
     )
+
+
+def nearest_signs(
+    correlations: Tensor, gram: Tensor, *, passes: int = PASSES, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Signs that bring a lattice point near each vector [B, H, T, D]: see `nearest.reference`.
+
+    Returns words uint8 [B, H, T, D/8], and cᵀs and sᵀGs, fp32 [B, H, T].
+
+    Raises ``InputError`` on shapes or devices that do not belong together, a dtype other than
+    float32, a head size that is not supported, no pass, and `MAX_ROWS` vectors to a head.
+    """
+    _check_rank("correlations", correlations, "[B, H, T, D]")
+    batch, n_heads, n_tokens, d = correlations.shape
+    _check_head_dim(d)
+    _check_dtype("correlations", correlations.dtype, (torch.float32,))
+    _check_tensor("gram", gram, (n_heads, d, d), (torch.float32,), correlations.device)
+    if passes < 1:
+        raise InputError(f"passes={passes}: use 1 or more")
+    _check_rows(batch * n_tokens)
+    return _implementation("nearest", impl, correlations).nearest_signs(correlations, gram, passes)
 
 
 def dequantise(
