@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,15 @@ TEXTS = [
     "class Graph:\n    def __init__(self, edges):\n        self.edges = list(edges)\n" * 4,
     "import math\n\nprint(math.sqrt(2))\n" * 4,
 ]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For small matrices: two threads on cores that are shared wait for each other, not compute."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(former)
 
 
 @pytest.fixture

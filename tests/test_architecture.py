@@ -20,13 +20,16 @@ LAYERS = (
     ("files",),
     ("beta", "densities", "centering", "rotations", "bits"),
     ("kernels",),
-    ("checkpoints", "sources", "shards", "learn", "spread"),
+    ("checkpoints", "sources", "shards", "learn", "spread", "lattice"),
     ("curvature",),
     ("codec",),
-    ("models", "corpus", "capture", "attention", "cache", "hub", "texts", "fullsize"),
+    ("stores",),
+    ("models", "corpus", "capture", "attention", "packed_layer", "cache", "hub", "texts",
+     "fullsize"),
     ("evaluate", "train"),
     ("ablation", "solvers", "convergence", "scores", "compounding", "snapshots", "fidelity",
-     "kernel_times", "architectures"),
+     "kernel_times", "architectures", "calibrate", "cache_quality"),
+    ("cache_lab",),
     ("cli",),
 )
 # Leaves know nothing of the layers but errors and files, so that every layer may use them.
@@ -38,8 +41,8 @@ READABLE = ("errors", "files", "records", "memory", "roofline", "beta", "densiti
 AUDITORS = ("provenance",)
 
 WITH_MODELS = (
-    "models", "corpus", "capture", "attention", "cache", "evaluate", "train", "kernel_times",
-    "fullsize",
+    "models", "corpus", "capture", "attention", "packed_layer", "cache", "evaluate", "train",
+    "kernel_times", "fullsize",
 )  # fmt: skip
 EXTERNAL = {
     "transformers": WITH_MODELS,

@@ -1,19 +1,35 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from signlattice.beta import cosine
-from signlattice.bits import sign
+from signlattice import codec as codec_module
+from signlattice.beta import beta, cosine
+from signlattice.bits import pack_signs, sign, unpack_signs
 from signlattice.centering import CENTERING_METHODS, Centering
-from signlattice.codec import SCALE_RULES, KeyCodec, LayerCodec, token_scale
+from signlattice.codec import (
+    LEAST_COSINE,
+    SCALE_RULES,
+    Calibration,
+    KeyCodec,
+    LayerCodec,
+    scale_of,
+    token_scale,
+)
 from signlattice.errors import InputError, IntegrityError
+from signlattice.models import MODELS, weights_hash
 from signlattice.rotations import haar
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 B, H, T, D = 2, 3, 11, 16
 
@@ -29,11 +45,37 @@ def layer_codec(keys: torch.Tensor, method: str, rule: str = "unbiased", **more)
     return LayerCodec(rotation, centering, rule, **more)
 
 
-@pytest.mark.parametrize("method", CENTERING_METHODS)
+def random_metric(seed: int = 0, condition: float = 30.0) -> torch.Tensor:
+    """[H, D, D], eigenvalues from 1 to ``condition`` along axes of no meaning."""
+    axes = torch.stack([haar(D, 100 + seed + head) for head in range(H)]).double()
+    return (axes.mT * torch.logspace(0, 1, D).double() ** torch.tensor(condition).log10() @ axes)
+
+
+def lattice_codec(keys: torch.Tensor, method: str, rule: str = "unbiased", **more) -> LayerCodec:
+    """A basis that is neither orthogonal nor of vectors of one length, and a metric."""
+    generator = torch.Generator().manual_seed(3)
+    basis = torch.stack([haar(D, seed) for seed in range(H)])
+    basis = basis * torch.logspace(0.3, -0.7, D)[:, None]
+    basis = basis + 0.05 * torch.randn(H, D, D, generator=generator)
+    centering = Centering.fit(keys.transpose(0, 1).flatten(1, 2), method)
+    metric = random_metric()
+    return LayerCodec(basis, centering, rule, metric=((metric + metric.mT) / 2).float(), **more)
+
+
+MAKERS = {"rotation": layer_codec, "lattice": lattice_codec}
+KINDS = [
+    (kind, method)
+    for kind in MAKERS
+    for method in CENTERING_METHODS
+    if (kind, method) != ("lattice", "dc")
+]
+
+
+@pytest.mark.parametrize("kind, method", KINDS)
 @pytest.mark.parametrize("rule", SCALE_RULES)
-def test_scores_on_bits_are_the_inner_products_with_decoded_keys(method, rule):
+def test_scores_on_bits_are_the_inner_products_with_decoded_keys(kind, method, rule):
     keys = random_keys()
-    codec = layer_codec(keys, method, rule, temperature=torch.tensor([0.5, 1.0, 1.7]))
+    codec = MAKERS[kind](keys, method, rule, temperature=torch.tensor([0.5, 1.0, 1.7]))
     packed = codec.encode(keys)
     query = torch.randn(B, 2 * H, 4, D, generator=torch.Generator().manual_seed(9))
     decoded = codec.decode(packed).repeat_interleave(2, 1)
@@ -76,11 +118,154 @@ def test_the_three_scales_obey_their_definitions(seed):
     )  # slope one on the key itself
 
 
-def test_a_zero_key_stays_zero():
-    keys = torch.zeros(1, H, 1, D)
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_a_zero_key_stays_zero(make, rule):
+    codec = make(random_keys(), "none", rule)
+    assert codec.decode(codec.encode(torch.zeros(1, H, 1, D))).abs().max() == 0
+
+
+# A basis that is no rotation, in a metric
+
+
+@pytest.mark.parametrize("method", ["none", "token_mean"])
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_a_lattice_that_is_a_rotation_has_its_words_and_scales(method, rule):
+    keys = random_keys()
+    plain = layer_codec(keys, method, rule, temperature=torch.tensor([0.5, 1.0, 1.7]))
+    searched = replace(plain, metric=torch.eye(D).repeat(H, 1, 1))
+    ours, theirs = searched.encode(keys), plain.encode(keys)
+    assert torch.equal(ours.words, theirs.words)
+    # sums in another order: of fp16 the last place may differ
+    torch.testing.assert_close(ours.scale, theirs.scale, rtol=1e-3, atol=0)
+    assert (ours.scale == theirs.scale).float().mean() > 0.9
+    keys = keys.transpose(0, 1).flatten(1, 2)
+    torch.testing.assert_close(searched.cosines(keys), plain.cosines(keys))
+
+
+def in_metric(metric: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """aᵀMb of rows, in fp64."""
+    return ((a.double() @ metric.double()) * b.double()).sum(-1)
+
+
+@pytest.mark.parametrize("method", ["none", "token_mean"])
+def test_each_scale_rule_is_what_it_says_in_the_metric(method):
+    keys = random_keys()
+    points = {}
     for rule in SCALE_RULES:
-        codec = layer_codec(random_keys(), "none", rule)
-        assert codec.decode(codec.encode(keys)).abs().max() == 0
+        codec = lattice_codec(keys, method, rule)
+        metric, (x, _) = codec.metric, codec.centering.split(keys)
+        packed = codec.encode(keys)
+        point = unpack_signs(packed.words) @ codec.basis
+        points[rule] = packed.scale.float()[..., None] * point  # k̂, less what was taken off
+        assert torch.equal(packed.words, lattice_codec(keys, method).encode(keys).words)
+    close = dict(rtol=2e-3, atol=0)  # a scale is fp16
+    along, length = in_metric(metric, x, point), in_metric(metric, point, point)
+    energy = in_metric(metric, x, x)
+    assert (along > LEAST_COSINE * (length * energy).sqrt()).all()
+
+    def error(scale):
+        rest = x - scale[..., None] * point
+        return in_metric(metric, rest, rest)
+
+    best = along / length
+    torch.testing.assert_close(error(best), energy - along**2 / length, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(points["mse"], best[..., None].float() * point, rtol=2e-3, atol=1e-4)
+    for step in (0.99, 1.01):
+        assert (error(step * best) > error(best)).all()
+    torch.testing.assert_close(in_metric(metric, x, points["unbiased"]), energy, **close)
+    kept = in_metric(metric, points["norm"], points["norm"])
+    torch.testing.assert_close(kept, energy, rtol=4e-3, atol=0)
+
+
+def test_signs_in_the_metric_have_a_smaller_error_there_than_those_of_the_nearest_corner():
+    keys = random_keys()
+    codec = lattice_codec(keys, "none", "mse")
+    found = keys - codec.decode(codec.encode(keys))
+    corner = pack_signs(keys @ torch.linalg.inv(codec.basis))
+    point = unpack_signs(corner) @ codec.basis
+    scale = in_metric(codec.metric, keys, point) / in_metric(codec.metric, point, point)
+    rounded = keys - scale[..., None].float() * point
+    errors = [in_metric(codec.metric, rest, rest).mean() for rest in (found, rounded)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("rule", SCALE_RULES)
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 1e2, 1e6])
+def test_keys_of_any_size_have_a_scale(rule, size):
+    """Beside a lattice much larger than a key every point may lie on its far side."""
+    codec = lattice_codec(random_keys(), "none", rule)
+    keys = size * torch.randn(1, H, 400, D, generator=torch.Generator().manual_seed(7))
+    packed = codec.encode(keys)
+    point = unpack_signs(packed.words) @ codec.basis
+    along, energy = in_metric(codec.metric, keys, point), in_metric(codec.metric, keys, keys)
+    length = in_metric(codec.metric, point, point)
+    assert size != 1e-2 or (along < 0).any()  # the case is there at all
+    assert packed.scale.isfinite().all() and codec.decode(packed).isfinite().all()
+    scale = packed.scale.double()
+    assert ((scale == 0) | (scale.sign() == along.sign())).all()  # never away from the key
+    bound = (energy / length).sqrt() / LEAST_COSINE
+    assert (scale.abs() <= 1.01 * bound + 1e-7).all()
+
+
+def test_a_scale_beyond_fp16_is_its_largest_number():
+    codec = layer_codec(random_keys(), "none")
+    scale = codec.encode(torch.full((1, H, 1, D), 1e9)).scale
+    assert (scale == torch.finfo(torch.float16).max).all()
+
+
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_a_lattice_that_is_a_point_gives_zero(rule):
+    codec = replace(lattice_codec(random_keys(), "none", rule), basis=torch.zeros(H, D, D))
+    assert (codec.decode(codec.encode(random_keys())) == 0).all()
+    assert (codec.cosines(random_keys()[0]) == 0).all()
+
+
+def test_a_cosine_has_its_floor_in_the_unbiased_rule_alone():
+    along, one = torch.tensor([1e-3, -1e-3, 0.5, -0.5, 0.0]), torch.ones(5)
+    torch.testing.assert_close(
+        scale_of(along, one, one, "unbiased"), torch.tensor([32.0, -32.0, 2.0, -2.0, 32.0])
+    )
+    assert torch.equal(scale_of(along, one, one, "mse"), along)
+    assert torch.equal(scale_of(along, one, one, "norm"), torch.tensor([1.0, -1, 1, -1, 1]))
+    with pytest.raises(InputError, match="unknown scale rule 'max'"):
+        scale_of(along, one, one, "max")
+
+
+def test_the_mean_cosine_of_a_rotation_is_beta():
+    keys = random_keys().transpose(0, 1).flatten(1, 2)
+    codec = layer_codec(random_keys(), "token_mean")
+    per_head = torch.tensor([float(beta(head)) for head in codec.rotated(keys)])
+    torch.testing.assert_close(codec.cosines(keys).mean(-1), per_head)
+
+
+def test_cosines_are_those_of_keys_and_their_points_in_the_metric():
+    keys = random_keys()
+    codec = lattice_codec(keys, "none")
+    packed = codec.encode(keys[:1])
+    point = unpack_signs(packed.words)[0] @ codec.basis
+    along = in_metric(codec.metric, keys[0], point)
+    sizes = in_metric(codec.metric, keys[0], keys[0]) * in_metric(codec.metric, point, point)
+    torch.testing.assert_close(
+        codec.cosines(keys[0]).double(), along / sizes.sqrt(), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind, method", KINDS)
+def test_another_device_changes_nothing(kind, method):
+    keys = random_keys()
+    codec = MAKERS[kind](keys, method, temperature=torch.tensor([0.5, 1.0, 1.7]))
+    here = torch.device("cpu")
+    assert codec.to(here) is codec
+    if method == "none":  # of a mean on no device nothing can be checked
+        meta = codec.to(torch.device("meta"))
+        assert meta.basis.is_meta and meta.temperature.is_meta
+        assert codec.metric is None or meta.metric.is_meta
+    moved = codec.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    ours, theirs = codec.encode(keys), moved.encode(keys.to(moved.basis.device))
+    assert (ours.words != theirs.words.cpu()).float().mean() < 1e-3
+    torch.testing.assert_close(ours.scale, theirs.scale.cpu(), rtol=2e-3, atol=0)
+    assert torch.equal(codec.decode(ours), moved.to(here).decode(codec.encode(keys)))
 
 
 def test_softmax_does_not_see_the_token_mean():
@@ -103,65 +288,492 @@ def test_bytes_are_what_the_arithmetic_says():
     assert layer_codec(keys, "dc").encode(keys).n_keys == B * H * T
 
 
+# Files
+
+
 @pytest.fixture
 def codec() -> KeyCodec:
     keys = random_keys()
     layers = {
         0: layer_codec(keys, "token_mean", "mse", temperature=torch.ones(H)),
         2: layer_codec(keys, "dc", "norm"),
+        3: lattice_codec(keys, "token_mean", temperature=torch.tensor([0.5, 1.0, 1.7])),
+        10: lattice_codec(keys, "none"),
     }
-    return KeyCodec(layers, model_hash="a" * 64, provenance={"solver": "annealed"})
+    calibration = Calibration(
+        "b" * 64, 4096, {index: (0.9, 0.91, 0.925) for index in layers}, (0.83, 0.81)
+    )
+    return KeyCodec(layers, "a" * 64, {"solver": "annealed"}, calibration)
 
 
-def test_a_saved_codec_encodes_the_same_bits(codec, tmp_path):
-    codec.save(tmp_path / "codec.safetensors")
-    loaded = KeyCodec.load(tmp_path / "codec.safetensors", model_hash="a" * 64)
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "codec.safetensors"
+
+
+def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["signlattice"])
+    return header, load_file(path)
+
+
+def write(path: Path, header: object, tensors: dict[str, torch.Tensor], signed: bool = True):
+    """A file of any content; ``signed`` as if the library itself had written it."""
+    if signed:
+        header = {name: value for name, value in header.items() if name != "digest"}
+        header["digest"] = codec_module._digest(header, tensors)
+    save_file(tensors, path, metadata={"signlattice": json.dumps(header)})
+
+
+def same(a: LayerCodec, b: LayerCodec) -> bool:
+    pairs = [
+        (getattr(a, name), getattr(b, name)) for name in ("basis", "metric", "temperature")
+    ] + [(a.centering.mean, b.centering.mean)]
+    equal = all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
+    return equal and (a.scale_rule, a.centering.method) == (b.scale_rule, b.centering.method)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_saved_codec_encodes_the_same_bits(codec, path, bits):
+    if bits == 8:
+        rounded = {index: layer.rounded() for index, layer in codec.layers.items()}
+        codec = replace(codec, layers=rounded)
+    codec.save(path, bits=bits)
+    loaded = KeyCodec.load(path, model_hash="a" * 64)
     keys = random_keys(5)
     assert loaded.layers.keys() == codec.layers.keys()
     for index, layer in codec.layers.items():
+        assert bits == 32 or same(layer, loaded.layers[index])
         ours, theirs = layer.encode(keys), loaded.layers[index].encode(keys)
-        assert torch.equal(ours.words, theirs.words) and torch.equal(ours.scale, theirs.scale)
-        assert torch.equal(layer.decode(ours), loaded.layers[index].decode(theirs))
-    assert loaded.provenance == codec.provenance
-    assert [file.name for file in tmp_path.iterdir()] == ["codec.safetensors"]
+        assert torch.equal(ours.words, theirs.words)
+        torch.testing.assert_close(ours.scale, theirs.scale, rtol=1e-3, atol=0)
+        assert torch.equal(layer.decode(ours), loaded.layers[index].decode(ours))
+    assert loaded.provenance == codec.provenance and loaded.calibration == codec.calibration
+    assert [file.name for file in path.parent.iterdir()] == ["codec.safetensors"]
 
 
-def test_another_model_is_refused(codec, tmp_path):
-    codec.save(tmp_path / "codec.safetensors")
-    with pytest.raises(IntegrityError, match="fitted on the model aaaaaaaaaaaa….*fit one"):
-        KeyCodec.load(tmp_path / "codec.safetensors", model_hash="b" * 64)
+def test_thirty_two_bits_keep_a_rotation_as_it_is_and_a_metric_to_rounding(codec, path):
+    codec.save(path, bits=32)
+    loaded = KeyCodec.load(path)
+    for index, layer in codec.layers.items():
+        back = loaded.layers[index]
+        if layer.metric is None:
+            assert same(layer, back)
+        else:
+            assert same(replace(layer, metric=None), replace(back, metric=None))
+            torch.testing.assert_close(back.metric, layer.metric, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [0, 7, 100, -5])
-def test_a_truncated_file_is_refused(codec, tmp_path, length):
-    path = tmp_path / "codec.safetensors"
+@pytest.mark.parametrize("kind, method", KINDS)
+def test_what_eight_bits_give_back_is_what_rounded_says(kind, method, path):
+    layer = MAKERS[kind](random_keys(), method, temperature=torch.tensor([0.5, 1.0, 1.7]))
+    KeyCodec({0: layer}, "a" * 64).save(path, bits=8)
+    loaded = KeyCodec.load(path).layers[0]
+    assert same(loaded, layer.rounded()) and not same(loaded, layer)
+    assert same(layer.rounded().rounded(), layer.rounded())
+    step = layer.basis.abs().amax(-1, keepdim=True) / 127
+    assert ((loaded.basis - layer.basis).abs() <= 0.5 * step * 1.07).all()
+    assert layer.temperature is not None and torch.equal(loaded.temperature, layer.temperature)
+
+
+@pytest.mark.parametrize("floor", [1e-3, 1e-5])
+@pytest.mark.parametrize("d", [16, 128])
+def test_rounding_is_idempotent_where_all_queries_look_one_way(d, floor):
+    """The factor of such a metric has a diagonal far below the rest of its rows."""
+    query = torch.rand(1, d, 1, generator=torch.Generator().manual_seed(0)).double() + 0.1
+    metric = query @ query.mT
+    metric = metric + floor * metric.diagonal(dim1=1, dim2=2).mean() * torch.eye(d)
+    once = LayerCodec(haar(d, 0)[None], Centering("none"), metric=metric.float()).rounded()
+    assert same(once, once.rounded())
+
+
+def test_one_code_may_be_that_of_two_layers(codec, path):
+    layer = codec.layers[3]
+    KeyCodec({0: layer, 1: layer}, "a" * 64).save(path)
+    loaded = KeyCodec.load(path).layers
+    assert same(loaded[0], loaded[1])
+
+
+def test_an_eight_bit_file_is_as_large_as_its_numbers(codec, path):
+    codec.save(path, bits=8)
+    triangle = D * (D + 1) // 2
+    numbers = {
+        0: D * D + 2 * D + 2 * D + 4,  # codes, steps, mean in fp16, temperature
+        2: D * D + 2 * D,
+        3: D * D + 2 * D + triangle + 2 * D + 2 * D + 4,
+        10: D * D + 2 * D + triangle + 2 * D,
+    }
+    with safe_open(path, framework="pt") as file:
+        said = file.metadata()["signlattice"]
+    expected = H * sum(numbers.values())
+    assert sum(tensor.nbytes for tensor in load_file(path).values()) == expected
+    assert expected < path.stat().st_size < expected + 1.2 * len(said) + 120 * 20
+    eight = path.stat().st_size
+    codec.save(path, bits=32)
+    assert path.stat().st_size > 2.5 * (eight - len(said))
+
+
+@pytest.mark.parametrize("bits", [16, 0, None])
+@pytest.mark.parametrize("layers", [True, False])
+def test_other_widths_are_refused(codec, path, bits, layers):
+    codec = codec if layers else replace(codec, layers={}, calibration=None)
+    with pytest.raises(InputError, match=f"bits={bits}: a codec file has 8 or 32"):
+        codec.save(path, bits=bits)
+    assert not path.exists()
+
+
+def test_a_metric_that_is_none_cannot_be_saved(codec, path):
+    layer = replace(codec.layers[10], metric=-torch.eye(D).repeat(H, 1, 1))
+    with pytest.raises(InputError, match="metric is not positive definite"):
+        KeyCodec({0: layer}, "a" * 64).save(path)
+    with pytest.raises(InputError, match="metric is not positive definite"):
+        layer.rounded()
+
+
+def test_another_model_is_refused(codec, path):
     codec.save(path)
-    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(IntegrityError, match="fitted on the model aaaaaaaaaaaa….*fit one"):
+        KeyCodec.load(path, model_hash="b" * 64)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_truncated_file_is_refused(codec, path, bits):
+    codec.save(path, bits=bits)
+    whole = path.read_bytes()
+    for length in [*range(0, 40), *range(40, len(whole), 997), len(whole) - 5, len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(IntegrityError, match="not a whole safetensors file"):
+            KeyCodec.load(path)
+    path.write_bytes(whole + b"\0")
     with pytest.raises(IntegrityError, match="not a whole safetensors file"):
         KeyCodec.load(path)
 
 
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_byte_that_changed_is_seen_wherever_it_is(codec, path, bits):
+    codec.save(path, bits=bits)
+    whole = path.read_bytes()
+    metadata = whole.index(b'"signlattice') if b'"signlattice' in whole else 8
+    data = 8 + int.from_bytes(whole[:8], "little")
+    draw = random.Random(0)
+    places = [*range(8), *draw.sample(range(8, data), 250), *draw.sample(range(data, len(whole)), 150)]
+    places += range(metadata, metadata + 60)
+    for place in places:
+        bit = 1 << draw.randrange(8)
+        changed = whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :]
+        path.write_bytes(changed)
+        try:
+            KeyCodec.load(path)
+        except IntegrityError:
+            continue
+        # blanks between the parts of a header say nothing: all that is read is the same
+        assert place < data and load_all(changed, path) == load_all(whole, path)
+
+
+def load_all(content: bytes, path: Path) -> tuple:
+    path.write_bytes(content)
+    header, tensors = read(path)
+    return header, {name: (str(x.dtype), x.tolist()) for name, x in tensors.items()}
+
+
+def test_what_was_changed_is_told(codec, path):
+    codec.save(path, bits=8)
+    header, tensors = read(path)
+    for changed in (
+        {**header, "model_hash": "c" * 64},
+        {**header, "provenance": {"solver": "itq"}},
+        {**header, "bits": 32},
+        {name: value for name, value in header.items() if name != "digest"},
+        {**header, "digest": None},
+        {**header, "digest": header["digest"].upper()},
+    ):
+        write(path, changed, tensors, signed=False)
+        with pytest.raises(IntegrityError, match="was changed after it was written: learn it"):
+            KeyCodec.load(path)
+    renamed = {name.replace("10.", "11."): tensor for name, tensor in tensors.items()}
+    reshaped = {**tensors, "0.temperature": tensors["0.temperature"][:, None]}
+    retyped = {**tensors, "0.mean": tensors["0.mean"].view(torch.bfloat16)}
+    for changed in (renamed, reshaped, retyped):
+        write(path, header, changed, signed=False)
+        with pytest.raises(IntegrityError, match="was changed after it was written"):
+            KeyCodec.load(path)
+
+
+def test_a_digest_says_nothing_of_who_wrote_the_file(codec, path):
+    """It finds what was damaged, and is found again over what was meant."""
+    codec.save(path, bits=8)
+    header, tensors = read(path)
+    write(path, {**header, "provenance": {"solver": "itq"}}, tensors)
+    assert KeyCodec.load(path).provenance == {"solver": "itq"}
+
+
+@pytest.mark.parametrize("schema", [0, -1, 3, 99, "2", True, None, 2.0, [2], {}])
+def test_another_schema_is_refused(codec, path, schema):
+    codec.save(path)
+    header, tensors = read(path)
+    known = type(schema) is int
+    said = f"has schema {schema}, this library reads up to 2" if known else "but not a codec of"
+    for signed in (True, False):
+        write(path, {**header, "schema": schema}, tensors, signed)
+        with pytest.raises(IntegrityError, match=said):
+            KeyCodec.load(path)
+
+
+@pytest.mark.parametrize("header", [None, 1, [], "signlattice", {}])
+def test_a_file_that_is_no_codec_is_refused(codec, path, header):
+    codec.save(path)
+    write(path, header, load_file(path), signed=False)
+    with pytest.raises(IntegrityError, match="a safetensors file, but not a codec"):
+        KeyCodec.load(path)
+    save_file(load_file(path), path)
+    with pytest.raises(IntegrityError, match="a safetensors file, but not a codec"):
+        KeyCodec.load(path)
+
+
+@pytest.mark.parametrize("text", ["{", "", "nul", "[" * 100_000, "9" * 5000, '{"a": 1'])
+def test_a_header_that_is_no_json_is_refused(codec, path, text):
+    codec.save(path)
+    save_file(load_file(path), path, metadata={"signlattice": text})
+    with pytest.raises(IntegrityError, match="codec.safetensors is not a whole"):
+        KeyCodec.load(path)
+
+
+def test_a_header_that_is_nested_deeply_is_refused_at_any_depth(codec, path):
+    """Reading stops at one depth and the digest at another: neither error may get out."""
+    codec.save(path)
+    tensors = {"0.basis": torch.zeros(1)}
+    for depth in (10, *range(700, 1100, 3), 5000):
+        nested = "[" * depth + "]" * depth
+        header = f'{{"schema": 2, "centerings": {nested}, "digest": {nested}}}'
+        save_file(tensors, path, metadata={"signlattice": header})
+        with pytest.raises(IntegrityError):
+            KeyCodec.load(path)
+
+
+def first(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[0] = value
+    return changed
+
+
+WRONG_TENSORS = {
+    "basis of one head": ("3.basis", lambda t: t[0], "3"),
+    "basis of no head": ("10.basis", lambda t: t[:0], "shape"),
+    "basis not square": ("3.basis", lambda t: t[:, :8], "shape"),
+    "basis of a size that no byte holds": ("2.basis", lambda t: t[:, :12, :12], "shape|12"),
+    "basis of one number": ("2.basis", lambda t: t[0, 0, 0], "shape"),
+    "basis of fp32 with steps": ("3.basis", lambda t: t.float(), "float32, its steps"),
+    "basis of int64 with steps": ("3.basis", lambda t: t.long(), "int64, its steps"),
+    "steps of integers": ("3.basis_step", lambda t: t.int(), "its steps torch.int32"),
+    "steps of fewer rows": ("3.basis_step", lambda t: t[:, :4], "its steps"),
+    "steps of every number": ("3.basis_step", lambda t: t[..., None].repeat(1, 1, D), "its steps"),
+    "no steps": ("3.basis_step", None, "int8: expected floating point"),
+    "no basis": ("3.basis", None, "'basis'"),
+    "a step that is NaN": ("3.basis_step", lambda t: first(t, torch.nan), "basis holds NaN"),
+    "a step that is infinite": ("3.basis_step", lambda t: first(t, torch.inf), "basis holds"),
+    "a step that overflows": ("3.basis_step", lambda t: first(t.float(), 3e38), "basis holds"),
+    "a step of the metric that overflows": (
+        "10.metric_step", lambda t: first(t.float(), 1e25), "metric holds .*far too large"
+    ),
+    "a rotation that is none": ("2.basis_step", lambda t: 2 * t, "no rotation"),
+    "a rotation of zeros": ("2.basis", torch.zeros_like, "no rotation"),
+    "a metric that is not a full triangle": ("3.metric", lambda t: t[:, :-1], "metric of shape"),
+    "a metric that is a square": ("3.metric", lambda t: torch.ones(H, D, D), "metric of shape"),
+    "a metric of other heads": ("3.metric", lambda t: t[:1], "metric of shape"),
+    "a metric without steps": ("3.metric_step", None, "metric is torch.int8"),
+    "a mean of other heads": ("3.mean", lambda t: t[:1], "mean of shape"),
+    "a mean of other coordinates": ("3.mean", lambda t: t[:, :8], "mean of shape"),
+    "a mean of integers": ("3.mean", lambda t: t.long(), "mean is torch.int64"),
+    "a mean that is NaN": ("3.mean", lambda t: first(t, torch.nan), "mean holds NaN"),
+    "no mean": ("3.mean", None, "with no mean"),
+    "a temperature of other heads": ("3.temperature", lambda t: t[:2], "temperature of shape"),
+    "a temperature that is infinite": ("3.temperature", lambda t: first(t, torch.inf), "temper"),
+    "complex numbers": ("3.temperature", lambda t: t + 1j, "temperature is torch.complex64"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")  # such as that of numbers whose imaginary part is dropped
+@pytest.mark.parametrize("case", WRONG_TENSORS)
+def test_tensors_that_are_no_code_are_refused_though_the_digest_is_theirs(codec, path, case):
+    name, change, said = WRONG_TENSORS[case]
+    codec.save(path, bits=8)
+    header, tensors = read(path)
+    tensor = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(tensor).contiguous()
+    write(path, header, tensors)
+    with pytest.raises(IntegrityError, match=f"is not a whole codec: .*({said})"):
+        KeyCodec.load(path)
+
+
+def test_a_small_file_that_stands_for_huge_matrices_takes_no_memory(path):
+    """A matrix of no head has any size in no bytes, and so has the triangle of its metric."""
+    d = 1 << 20
+    header = {
+        "schema": 2, "model_hash": "a", "provenance": {}, "calibration": None,
+        "centerings": {"0": "none"}, "scale_rules": {"0": "mse"},
+    }  # fmt: skip
+    empty = {"0.basis": torch.empty(0, d, d), "0.metric": torch.empty(0, d * (d + 1) // 2)}
+    write(path, header, empty)
+    with pytest.raises(IntegrityError, match="basis of shape"):
+        KeyCodec.load(path)
+
+
+def put(header: dict, where: str, value: object) -> dict:
+    """A copy of ``header`` with ``value`` at a path like ``a/b``; a dict without a key is {...}."""
+    header = json.loads(json.dumps(header))
+    *way, last = where.split("/")
+    inner = header
+    for name in way:
+        inner = inner[name]
+    if value is KeyError:
+        del inner[last]
+    else:
+        inner[last] = value
+    return header
+
+
+BETA = [0.9, 0.9, 0.9]
+WRONG_HEADERS = {
+    "no rules": ("scale_rules", KeyError),
+    "no rule of a layer": ("scale_rules/3", KeyError),
+    "a rule that is unknown": ("scale_rules/3", "max"),
+    "a rule that is a number": ("scale_rules/3", 1),
+    "rules in a list": ("scale_rules", ["mse"]),
+    "no centerings": ("centerings", KeyError),
+    "a centering that is unknown": ("centerings/10", "dcc"),
+    "a centering that is a list": ("centerings/10", ["none"]),
+    "dc in a metric": ("centerings/10", "dc"),
+    "a mean that is not told": ("centerings/3", "none"),
+    "centerings in a text": ("centerings", "0"),
+    "centerings in a number": ("centerings", 3),
+    "a layer that is not there": ("centerings/4", "none"),
+    "no model": ("model_hash", KeyError),
+    "a model that is a number": ("model_hash", 12),
+    "a fact that is a number": ("provenance/seed", 0),
+    "a fact that is a dict": ("provenance/seed", {}),
+    "facts in a list": ("provenance", []),
+    "no facts": ("provenance", None),
+    "a calibration that is a list": ("calibration", [1]),
+    "a calibration that is empty": ("calibration", {}),
+    "a calibration of no text": ("calibration/text", None),
+    "a calibration of other layers": ("calibration/beta/4", BETA),
+    "a calibration of fewer layers": ("calibration/beta/3", KeyError),
+    "a calibration of other heads": ("calibration/beta/3", BETA[:2]),
+    "betas that are texts": ("calibration/beta/3", ["1", "1", "1"]),
+    "betas in a text": ("calibration/beta/3", "111"),
+    "a beta that is NaN": ("calibration/beta/3", [float("nan"), 0.9, 0.9]),
+    "a beta that is infinite": ("calibration/beta/3", [float("inf"), 0.9, 0.9]),
+    "a beta that is true": ("calibration/beta/3", [True, 0.9, 0.9]),
+    "a beta beyond all floats": ("calibration/beta/3", [10**400, 0.9, 0.9]),
+    "betas in a number": ("calibration/beta", 3),
+    "keys without end": ("calibration/n_keys", float("inf")),
+    "keys in a text": ("calibration/n_keys", "9"),
+    "a null of one number": ("calibration/noise_null", [0.8]),
+    "a null of three": ("calibration/noise_null", [0.8, 0.8, 0.8]),
+    "a null that is none": ("calibration/noise_null", None),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_HEADERS)
+def test_headers_that_are_no_code_are_refused_though_the_digest_is_theirs(codec, path, case):
+    codec.save(path, bits=8)
+    header, tensors = read(path)
+    write(path, put(header, *WRONG_HEADERS[case]), tensors)
+    with pytest.raises(IntegrityError, match="is not a whole codec"):
+        KeyCodec.load(path)
+
+
 @pytest.mark.parametrize(
-    "header, said",
+    "index", ["-1", "x", "1e3", "", " 3", "+3", "03", "3_0", "3.0", "٣", "9" * 5000]
+)
+def test_a_layer_has_one_index_written_in_one_way(codec, path, index):
+    codec.save(path)
+    header, tensors = read(path)
+    for name in ("centerings", "scale_rules"):
+        header[name][index] = header[name].pop("3")
+    tensors = {name.replace("3.", f"{index}.", 1): tensor for name, tensor in tensors.items()}
+    write(path, {**header, "calibration": None}, tensors)
+    with pytest.raises(IntegrityError, match="is not a whole codec"):
+        KeyCodec.load(path)
+
+
+# Files of the first schema
+
+
+def write_first_schema(path: Path, layers: dict[int, LayerCodec], **more) -> None:
+    header = {
+        "schema": 1,
+        "model_hash": "a" * 64,
+        "scale_rules": {index: layer.scale_rule for index, layer in layers.items()},
+        "centerings": {index: layer.centering.method for index, layer in layers.items()},
+        "provenance": {"rotation": "annealed"},
+    } | more
+    tensors = {}
+    for index, layer in layers.items():
+        own = {"rotation": layer.basis, "mean": layer.centering.mean, "temperature": None}
+        own["temperature"] = layer.temperature
+        tensors |= {f"{index}.{name}": t for name, t in own.items() if t is not None}
+    save_file(tensors, path, metadata={"signlattice": json.dumps(header)})
+
+
+def rotations_of(codec: KeyCodec) -> dict[int, LayerCodec]:
+    return {index: layer for index, layer in codec.layers.items() if layer.metric is None}
+
+
+def test_a_file_of_the_first_schema_is_read(codec, path):
+    layers = rotations_of(codec)
+    write_first_schema(path, layers)
+    loaded = KeyCodec.load(path, model_hash="a" * 64)
+    assert loaded.layers.keys() == layers.keys() and loaded.calibration is None
+    assert all(same(layer, loaded.layers[index]) for index, layer in layers.items())
+    assert loaded.provenance == {"rotation": "annealed"}
+
+
+def test_the_file_that_lies_by_the_model_is_read_and_may_be_written_anew(path):
+    folder = MODELS / "olmoe-mini"
+    shipped = KeyCodec.load(folder / "keys.safetensors", weights_hash(folder))
+    assert sorted(shipped.layers) == [0, 1, 2, 3]
+    shipped.save(path)
+    again = KeyCodec.load(path, weights_hash(folder))
+    assert all(same(layer, again.layers[index]) for index, layer in shipped.layers.items())
+    assert again.provenance == shipped.provenance
+
+
+@pytest.mark.parametrize(
+    "more, said",
     [
-        (None, "not a codec"),
-        ({"schema": 99}, "schema 99"),
-        ({"schema": 1, "centerings": {"0": "none"}}, "not a whole codec"),
-        ({"schema": 1, "centerings": {"0": "dcc"}, "scale_rules": {"0": "mse"}}, "'dcc'"),
+        ({"centerings": {"0": "none"}, "scale_rules": {}}, "not a whole codec"),
+        ({"centerings": {"0": "dcc"}}, "'dcc'"),
+        ({"centerings": {"2": "none"}, "scale_rules": {"2": "max"}}, "'max'"),
+        ({"centerings": {"4": "none"}}, "not a whole codec"),
+        ({"model_hash": None}, "None where a text was expected"),
+        ({"digest": "0" * 64}, "was changed after"),  # files of that schema have none
     ],
 )
-def test_a_file_that_is_no_codec_of_this_schema_is_refused(codec, tmp_path, header, said):
-    path = tmp_path / "codec.safetensors"
-    codec.save(path)
-    metadata = {} if header is None else {"signlattice": json.dumps(header)}
-    save_file(load_file(path), path, metadata=metadata)
+def test_a_wrong_file_of_the_first_schema_is_refused(codec, path, more, said):
+    write_first_schema(path, rotations_of(codec), **more)
     with pytest.raises(IntegrityError, match=said):
+        KeyCodec.load(path)
+
+
+def test_a_file_of_now_is_none_of_the_first_schema(codec, path):
+    codec.save(path)
+    header, tensors = read(path)
+    del header["digest"]
+    write(path, {**header, "schema": 1}, tensors, signed=False)
+    with pytest.raises(IntegrityError, match="'rotation'"):
         KeyCodec.load(path)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(IntegrityError, match="no codec file at .*nowhere"):
         KeyCodec.load(tmp_path / "nowhere")
+    with pytest.raises(IntegrityError, match="not a whole safetensors file"):
+        KeyCodec.load(tmp_path)
+
+
+# What is refused
 
 
 @pytest.mark.parametrize(
@@ -186,3 +798,28 @@ def test_bad_settings_are_refused():
     with pytest.raises(InputError, match="do not fit 3 KV heads"):
         codec = layer_codec(keys, "none")
         codec.scores(torch.zeros(B, 4, 1, D), codec.encode(keys))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(metric=torch.eye(D).repeat(2, 1, 1)), r"metric of shape \[2, 16, 16\]: expected"),
+        (dict(metric=torch.eye(D)), "metric of shape"),
+        (dict(metric=torch.eye(8).repeat(H, 1, 1)), "metric of shape"),
+        (dict(centering=Centering("dc")), "'dc' with a metric: use 'token_mean' or 'none'"),
+        (dict(centering=Centering("token_mean", torch.zeros(D))), r"mean of shape \[16\]"),
+        (dict(centering=Centering("token_mean", torch.zeros(H, 8))), r"mean of shape \[3, 8\]"),
+        (dict(basis=torch.zeros(D, D), metric=None), r"expected \[H, D, D\]"),
+        (dict(basis=torch.zeros(H, D, 8), metric=None), r"expected \[H, D, D\]"),
+        (dict(basis=torch.zeros(0, D, D), metric=None), "a basis of no head"),
+        (dict(basis=torch.zeros(H, 12, 12), metric=None), "head_dim 12"),
+    ],
+)
+def test_codes_that_do_not_hang_together_are_refused(change, said):
+    with pytest.raises(InputError, match=said):
+        replace(lattice_codec(random_keys(), "none"), **change)
+
+
+def test_a_code_with_a_metric_rotates_nothing():
+    with pytest.raises(InputError, match="rotates nothing"):
+        lattice_codec(random_keys(), "none").rotated(random_keys())

@@ -217,15 +217,17 @@ def bank_of(
 ) -> KeyBank:  # fmt: skip
     """The keys, after RoPE, that ``loaded`` makes of some passages, in memory or in a ``folder``.
 
-    In a folder they are in the precision of the model.
+    In a folder they are in the precision of the model. Without ``queries`` less is computed: layers
+    that read the keys of others may skip all tokens but the last.
     """
     device = loaded.model.device
     dtype = torch.float32 if folder is None else loaded.model.dtype
     with capture_keys(loaded.model, queries=queries, folder=folder, dtype=dtype) as bank:
         for _, ids, mask in batches(pieces, batch_size):
             loaded.model(
-                ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=1
-            )
+                ids.to(device), attention_mask=mask.to(device), use_cache=False,
+                logits_to_keep=0 if queries else 1,
+            )  # fmt: skip
     return bank
 
 

@@ -39,7 +39,7 @@ class CacheConfig:
         sliding: layers with a sliding window of their own: "whole", or "packed" (without sinks).
         exempt: layers that keep everything whole, by index; -1 is the last.
         spare: tokens that can be taken back (``crop``, speculative decoding) without a trace.
-        dtype: of what is whole; None is the model's own.
+        dtype: of what is whole, exempt and sliding layers among it; None is the model's own.
         impl: of the kernels: "auto", "torch", "triton" or "cpu".
 
     Raises:
@@ -47,8 +47,8 @@ class CacheConfig:
     """
 
     key_format: KeyFormat = "sign"
-    value_format: ValueFormat = "int8"
-    window: int = 128
+    value_format: ValueFormat = "int4"
+    window: int = 60
     sinks: int = 4
     sliding: SlidingLayers = "whole"
     exempt: tuple[int, ...] = ()
@@ -78,12 +78,12 @@ class CacheStats:
 
     Attributes:
         n_tokens: tokens of a sequence that were taken in; ``batch``: sequences.
-        n_packed: keys (tokens × layers × heads × sequences) that the next query sees only through
+        n_packed: keys (tokens × layers × heads × sequences) that the latest query saw only through
             their code.
         parts: bytes that are allocated, by what they are for: "keys" and "values" packed, "window"
             and "sinks" whole, "whole layers" that are not packed at all.
         expected: bytes of the packed layers by arithmetic (`memory.packed_cache_bytes`).
-        fp16: bytes of the same tokens in 16 bits.
+        fp16: bytes of the tokens that can be seen, in 16 bits.
         packed_bits: bits to a coordinate of what is packed, scales and zeros counted.
         effective_bits: bits to a coordinate of the packed layers, window, sinks and room not yet
             used counted.
@@ -145,23 +145,19 @@ class SignKeyCache(Cache):
         readers = {True: MaskReader(), False: MaskReader()}  # sliding layers have their own masks
         layers = []
         for index, (kind, arguments) in enumerate(zip(*get_layer_types_and_kwargs(text))):
-            if index not in packed:
+            layer = found.get(index)
+            if index in packed:
+                fmt = _layer_format(layer, config)
+            elif config.dtype is not None and layer is not None and layer.owns_keys:
+                fmt = LayerFormat("whole", "whole", 0, 0, config.spare, config.dtype, config.impl)
+            else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
                 continue
-            layer = found[index]
-            sliding = layer.window is not None
-            fmt = LayerFormat(
-                config.key_format, config.value_format, config.window,
-                0 if sliding else config.sinks, config.spare, config.dtype, config.impl,
-            )  # fmt: skip
-            layers.append(PackedLayer(layer, fmt, packed[index], readers[sliding]))
+            reader = readers[layer.window is not None]
+            layers.append(PackedLayer(layer, fmt, packed.get(index), reader))
         super().__init__(layers=layers)
+        self.packed_layers: list[PackedLayer] = [layers[index] for index in sorted(packed)]
         open_attention(model)
-
-    @property
-    def packed_layers(self) -> list[PackedLayer]:
-        """The layers that are packed."""
-        return [layer for layer in self.layers if isinstance(layer, PackedLayer)]
 
     def stats(self) -> CacheStats:
         """What is in the cache now."""
@@ -171,16 +167,21 @@ class SignKeyCache(Cache):
         packed_bits = dict.fromkeys(("keys", "values"), 0)
         beside = dict.fromkeys(("keys", "values"), 0)
         for layer in self.layers:
-            if not isinstance(layer, PackedLayer):
+            if isinstance(layer, PackedLayer):
+                if not layer.is_initialized:
+                    continue
+            else:
                 kept = [getattr(layer, name, None) for name in ("keys", "values")]
                 tensors = [tensor for tensor in kept if tensor is not None]
-                parts["whole layers"] += sum(tensor.nbytes for tensor in tensors)
+                parts["whole layers"] += sum(t.untyped_storage().nbytes() for t in tensors)
                 fp16 += 2 * sum(tensor.numel() for tensor in tensors)
-                continue
-            if not layer.is_initialized:
                 continue
             weight = layer.weight()
             batch = weight.batch
+            if layer not in self.packed_layers:
+                parts["whole layers"] += weight.n_bytes
+                fp16 += 2 * weight.n_coordinates
+                continue
             n_packed += weight.n_packed
             parts["keys"] += weight.stores["keys"]
             parts["values"] += weight.stores["values"]
@@ -191,7 +192,7 @@ class SignKeyCache(Cache):
                 whole_bits=8 * layer.dtype.itemsize,
             )  # fmt: skip
             for name, size in (("keys", weight.shape.head_dim), ("values", weight.shape.value_dim)):
-                n = weight.n_slots * weight.shape.n_heads * batch
+                n = weight.n_seen * weight.shape.n_heads * batch
                 coordinates[name] += n * size
                 fp16 += 2 * n * size
                 packed_bits[name] += n * weight.bits[name]
@@ -218,6 +219,17 @@ class SignKeyCache(Cache):
             window=layer.format.window + layer.format.spare,
             sinks=layer.format.sinks,
         )
+
+
+def _layer_format(layer: AttentionLayer, config: CacheConfig) -> LayerFormat:
+    """Of a layer that is packed: one that slides has no sinks, and no more window than it sees."""
+    window, sinks = config.window, config.sinks
+    if layer.window is not None:
+        window, sinks = min(window, layer.window), 0
+    return LayerFormat(
+        config.key_format, config.value_format, window, sinks, config.spare, config.dtype,
+        config.impl,
+    )  # fmt: skip
 
 
 def _width(fmt: str, whole: int) -> int:

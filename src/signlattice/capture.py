@@ -157,7 +157,7 @@ def capture_keys(
     projection where there is none. With ``folder``, rows go to safetensors shards there and memory
     stays bounded by ``shard_tokens`` per layer. Call the model on whole sequences, padded or not,
     without a cache that already holds tokens. A layer that shares the keys of another has none of
-    its own, and is left out.
+    its own; its queries are recorded under its own index.
 
     Raises ``InputError`` on an unknown stage, a model without decoder attention or (``pre_rope``)
     without separate key projections, and a folder that holds a capture already.
@@ -177,9 +177,8 @@ def capture_keys(
             owners = {i for i, layer in attention_layers(model).items() if layer.owns_keys}
 
             def record(layer: int, query: Tensor, key: Tensor) -> Tensor:
-                if layer not in owners:
-                    return key
-                batch.record("keys", layer, key)
+                if layer in owners:
+                    batch.record("keys", layer, key)
                 if queries:
                     batch.record("queries", layer, query)
                 return key

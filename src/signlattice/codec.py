@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -29,6 +30,12 @@ SCALE_RULES: tuple[ScaleRule, ...] = get_args(ScaleRule)
 SCHEMA = 2
 """Of the files that are written; those of schema 1 are read as well."""
 
+LEAST_COSINE = 1 / 32
+"""Below it the scale ``unbiased`` grows no further: no rotation of 1024 coordinates comes to it."""
+
+LARGEST = 1e10
+"""Of the numbers of a code that is read: fp32 holds all sums of their products."""
+
 
 def token_scale(y: Tensor, rule: ScaleRule) -> Tensor:
     """Scale α of the sign code of each rotated key; ``y`` [..., d] gives [...].
@@ -45,16 +52,25 @@ def token_scale(y: Tensor, rule: ScaleRule) -> Tensor:
 def scale_of(along: Tensor, length: Tensor, energy: Tensor, rule: ScaleRule) -> Tensor:
     """`token_scale` of a key x and its lattice point p: of x·p, ‖p‖² and ‖x‖², in any metric.
 
-    For signs s of a rotated key y these are ‖y‖₁, d and ‖y‖₂². Raises as `token_scale` does.
+    For signs s of a rotated key y these are ‖y‖₁, d and ‖y‖₂². Of a key that is small beside a
+    lattice that is no cube, the point may be on the far side, and the scale is below zero; to the
+    rule ``unbiased`` the cosine is `LEAST_COSINE` or more. Raises as `token_scale` does.
     """
+    if rule not in SCALE_RULES:
+        raise InputError(f"unknown scale rule {rule!r}: choose one of {', '.join(SCALE_RULES)}")
     tiny = torch.finfo(energy.dtype).tiny
     if rule == "mse":
         return along / length.clamp_min(tiny)
     if rule == "norm":
-        return (energy / length.clamp_min(tiny)).sqrt()
-    if rule == "unbiased":
-        return energy / along.clamp_min(tiny)
-    raise InputError(f"unknown scale rule {rule!r}: choose one of {', '.join(SCALE_RULES)}")
+        scale = (energy / length.clamp_min(tiny)).sqrt()
+    else:
+        least = LEAST_COSINE * _sizes(length, energy)
+        scale = energy / along.abs().maximum(least).clamp_min(tiny)
+    return torch.where(length > 0, scale.copysign(along), 0.0)
+
+
+def _sizes(length: Tensor, energy: Tensor) -> Tensor:
+    return length.clamp_min(0).sqrt() * energy.sqrt()
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,8 @@ class LayerCodec:
     def __post_init__(self) -> None:
         if self.basis.ndim != 3 or self.basis.shape[1] != self.basis.shape[2]:
             raise InputError(f"basis of shape {list(self.basis.shape)}: expected [H, D, D]")
+        if not self.n_heads:
+            raise InputError("a basis of no head: expected [H, D, D], H 1 or more")
         n_words(self.head_dim)
         if self.scale_rule not in SCALE_RULES:
             raise InputError(
@@ -159,8 +177,8 @@ class LayerCodec:
         Without a metric it is that to the sign lattice, ‖y‖₁ / (√D ‖y‖₂), whose mean is β.
         """
         _, along, length, energy = self._nearest(keys[None])
-        tiny = torch.finfo(energy.dtype).tiny
-        return (along / (length * energy).clamp_min(tiny).sqrt())[0]
+        sizes = _sizes(length, energy).clamp_min(torch.finfo(energy.dtype).tiny)
+        return (along.abs() / sizes)[0]
 
     def encode(self, keys: Tensor) -> SignKeys:
         """Pack keys [B, H, T, D]. Raises ``InputError`` on another shape or on NaN or infinity."""
@@ -179,7 +197,8 @@ class LayerCodec:
         dc = None
         if self.centering.method == "dc":
             dc = (keys.float().sum(-1) / self.head_dim**0.5).half()
-        return SignKeys(words, scale.half(), dc)
+        most = torch.finfo(torch.float16).max
+        return SignKeys(words, scale.clamp(-most, most).half(), dc)
 
     def decode(self, packed: SignKeys) -> Tensor:
         """The keys that the bits stand for, fp32 [B, H, T, D]."""
@@ -227,7 +246,7 @@ class LayerCodec:
         x, _ = self.centering.split(keys.float())
         weighted = x @ self.metric
         found = nearest_signs((weighted @ self.basis.mT).contiguous(), self._gram)
-        return *found, (weighted * x).sum(-1)
+        return *found, (weighted * x).sum(-1).clamp_min(0)
 
     def _offset(self, packed: SignKeys) -> Tensor:
         if packed.dc is not None:
@@ -283,10 +302,12 @@ class KeyCodec:
         With ``bits`` 8 every basis and metric takes a byte to a number: a code that was
         `LayerCodec.rounded` is read back as it is, any other one nearly so.
         """
+        if bits not in (8, 32):
+            raise InputError(f"bits={bits}: a codec file has 8 or 32 bits to a number")
         tensors = {}
         for index, layer in self.layers.items():
             for name, tensor in _stored(layer, bits).items():
-                tensors[f"{index}.{name}"] = tensor.contiguous()
+                tensors[f"{index}.{name}"] = tensor.clone()  # layers may share one
         header = {
             "schema": SCHEMA,
             "model_hash": self.model_hash,
@@ -311,7 +332,7 @@ class KeyCodec:
         header, tensors = _read(Path(path))
         try:
             layers = {
-                int(index): _layer(header, tensors, index) for index in header["centerings"]
+                _index(index): _layer(header, tensors, index) for index in header["centerings"]
             }
             codec = cls(
                 layers,
@@ -319,7 +340,9 @@ class KeyCodec:
                 {_text(name): _text(fact) for name, fact in header["provenance"].items()},
                 _calibration(header.get("calibration"), layers),
             )
-        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        except (
+            LookupError, AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError
+        ) as error:  # fmt: skip
             raise IntegrityError(f"{shown(path)} is not a whole codec: {error}") from None
         if model_hash is not None:
             codec.check_model(model_hash)
@@ -334,15 +357,17 @@ def _stored(layer: LayerCodec, bits: int) -> dict[str, Tensor]:
     mean, temperature = layer.centering.mean, layer.temperature
     tensors = {"basis": layer.basis}
     if layer.metric is not None:
-        factor = torch.linalg.cholesky(layer.metric.double()).float()
-        tensors["metric"] = factor
+        try:
+            tensors["metric"] = torch.linalg.cholesky(layer.metric.double()).float()
+        except torch.linalg.LinAlgError as error:
+            raise InputError(f"metric is not positive definite: {error}") from None
     if bits == 8:
         for name in tuple(tensors):
             tensors[name], tensors[f"{name}_step"] = _bytes_of(tensors[name])
         mean = None if mean is None else mean.half()
-    elif bits != 32:
-        raise InputError(f"bits={bits}: a codec file has 8 or 32 bits to a number")
     if "metric" in tensors:
+        if bits == 8:  # or the metric that is read may have no factor
+            tensors["metric"].diagonal(dim1=-2, dim2=-1).clamp_(min=1)
         rows, columns = torch.tril_indices(layer.head_dim, layer.head_dim)
         tensors["metric"] = tensors["metric"][:, rows, columns]
     if mean is not None:
@@ -361,34 +386,48 @@ def _bytes_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _restored(tensors: Mapping[str, Tensor], rule: str, method: str) -> LayerCodec:
     """The code that tensors of either width stand for. Raises what is wrong with them."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise InputError(f"{name} holds NaN or infinite values")
     basis = _wide(tensors, "basis", tensors["basis"])
+    if basis.ndim != 3 or not len(basis):
+        raise InputError(f"basis of shape {list(basis.shape)}: expected [H, D, D]")
     metric = None
     if "metric" in tensors:
         d = basis.shape[-1]
-        rows, columns = torch.tril_indices(d, d)
         triangle = tensors["metric"]
-        if triangle.shape != (len(basis), len(rows)):
+        if triangle.shape != (len(basis), d * (d + 1) // 2):
             raise InputError(f"metric of shape {list(triangle.shape)} with a head size of {d}")
-        factor = basis.new_zeros(basis.shape)
-        factor[:, rows, columns] = triangle.to(factor)
+        rows, columns = torch.tril_indices(d, d)
+        factor = triangle.new_zeros(len(basis), d, d)
+        factor[:, rows, columns] = triangle
         factor = _wide(tensors, "metric", factor)
         metric = factor @ factor.mT
-    mean, temperature = tensors.get("mean"), tensors.get("temperature")
-    centering = Centering(method, None if mean is None else mean.float())
-    temperature = None if temperature is None else temperature.float()
-    return LayerCodec(basis, centering, rule, temperature, metric)
+    mean, temperature = (
+        None if name not in tensors else _wide(tensors, name, tensors[name])
+        for name in ("mean", "temperature")
+    )
+    for name, tensor in (
+        ("basis", basis), ("metric", metric), ("mean", mean), ("temperature", temperature)
+    ):  # fmt: skip
+        if tensor is not None and not (tensor.abs() <= LARGEST).all():
+            raise InputError(f"{name} holds NaN, infinite or far too large values")
+    code = LayerCodec(basis, Centering(method, mean), rule, temperature, metric)
+    eye = torch.eye(code.head_dim, device=basis.device)
+    if metric is None and (basis @ basis.mT - eye).abs().max() > 0.1:
+        raise InputError("a basis that is no rotation, and no metric")
+    return code
 
 
-def _wide(tensors: Mapping[str, Tensor], name: str, matrix: Tensor) -> Tensor:
+def _wide(tensors: Mapping[str, Tensor], name: str, numbers: Tensor) -> Tensor:
+    """Numbers as they are, or codes of eight bits with a step to each row."""
     step = tensors.get(f"{name}_step")
     if step is None:
-        return matrix.float()
-    if matrix.ndim != 3 or step.shape != matrix.shape[:2]:
-        raise InputError(f"{name} of shape {list(matrix.shape)}, its steps {list(step.shape)}")
-    return matrix.float() * step.float()[..., None]
+        if not numbers.is_floating_point():
+            raise InputError(f"{name} is {numbers.dtype}: expected floating point")
+        return numbers.float()
+    if numbers.dtype != torch.int8 or not step.is_floating_point():
+        raise InputError(f"{name} is {numbers.dtype}, its steps {step.dtype}: expected int8, fp16")
+    if numbers.ndim != 3 or step.shape != numbers.shape[:2]:
+        raise InputError(f"{name} of shape {list(numbers.shape)}, its steps {list(step.shape)}")
+    return numbers.float() * step.float()[..., None]
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -401,14 +440,19 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         raise IntegrityError(f"no codec file at {shown(path)}") from None
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise IntegrityError(f"{shown(path)} is not a whole safetensors file: {error}") from None
-    if not isinstance(header, dict) or not isinstance(header.get("schema"), int):
+    if not isinstance(header, dict) or type(header.get("schema")) is not int:
         raise IntegrityError(f"{shown(path)} is a safetensors file, but not a codec of signlattice")
     if not 1 <= header["schema"] <= SCHEMA:
         raise IntegrityError(
             f"{shown(path)} has schema {header['schema']}, this library reads up to {SCHEMA}: "
             "update signlattice"
         )
-    if header["schema"] > 1 and header.pop("digest", None) != _digest(header, tensors):
+    found = header.pop("digest", None)
+    try:
+        expected = _digest(header, tensors) if header["schema"] > 1 else None
+    except (RuntimeError, TypeError) as error:  # nested too deeply, or numbers that torch lacks
+        raise IntegrityError(f"{shown(path)} is not a whole codec: {error}") from None
+    if found != expected:
         raise IntegrityError(f"{shown(path)} was changed after it was written: learn it again")
     return header, tensors
 
@@ -418,8 +462,15 @@ def _digest(header: dict, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _index(text: str) -> int:
+    """Of a layer: two ways to write one would be two layers, of which one is lost."""
+    if not (text.isascii() and text.isdecimal()) or str(int(text)) != text:
+        raise InputError(f"{text!r} is no index of a layer")
+    return int(text)
 
 
 def _layer(header: dict, tensors: Mapping[str, Tensor], index: str) -> LayerCodec:
@@ -436,16 +487,22 @@ def _layer(header: dict, tensors: Mapping[str, Tensor], index: str) -> LayerCode
 def _calibration(found: dict | None, layers: dict[int, LayerCodec]) -> Calibration | None:
     if found is None:
         return None
-    beta = {int(index): tuple(map(float, heads)) for index, heads in found["beta"].items()}
+    beta = {_index(index): tuple(map(_number, heads)) for index, heads in found["beta"].items()}
     if {index: len(heads) for index, heads in beta.items()} != {
         index: layer.n_heads for index, layer in layers.items()
     }:
         raise InputError("its calibration is of other layers or heads")
-    inside, outside = map(float, found["noise_null"])
-    return Calibration(_text(found["text"]), int(found["n_keys"]), beta, (inside, outside))
+    inside, outside = map(_number, found["noise_null"])
+    return Calibration(_text(found["text"]), int(_number(found["n_keys"])), beta, (inside, outside))
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise InputError(f"{value!r} where a text was expected")
     return value
+
+
+def _number(value: object) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise InputError(f"{value!r} where a finite number was expected")
+    return float(value)

@@ -15,7 +15,7 @@ in additive quantisation (Babenko and Lempitsky 2014). The signs of a rotation a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,19 +55,31 @@ class LatticeConfig:
             raise InputError(f"floor={self.floor}: use a number above 0")
 
 
-def query_metric(queries: Tensor, n_heads: int, config: LatticeConfig) -> Tensor:
-    """The second moment E q qᵀ of the queries [Hq, N, D] that read each KV head, [H, D, D] fp64.
+def query_metric(readers: Sequence[Tensor], n_heads: int, config: LatticeConfig) -> Tensor:
+    """The second moment E q qᵀ of all queries that read each KV head, [H, D, D] fp64.
 
-    Raises ``InputError`` if ``n_heads`` does not divide Hq, or queries are not finite.
+    ``readers``: queries [Hq, N, D] of each layer that reads these keys.
+
+    A head that no query looks into has a metric that is the same in all directions.
+
+    Raises ``InputError`` if ``n_heads`` does not divide Hq, there are no queries, or they are not
+    finite.
     """
-    if queries.ndim != 3 or len(queries) % n_heads or not queries.isfinite().all():
-        raise InputError(
-            f"queries of shape {list(queries.shape)}: expected finite [Hq, N, D], "
-            f"Hq a multiple of {n_heads}"
-        )
-    grouped = queries.double().unflatten(0, (n_heads, -1)).flatten(1, 2)
-    metric = grouped.mT @ grouped / grouped.shape[1]
+    total, n = 0.0, 0
+    for queries in readers:
+        fits = queries.ndim == 3 and len(queries) % n_heads == 0 and queries.numel() > 0
+        if not fits or not queries.isfinite().all():
+            raise InputError(
+                f"queries of shape {list(queries.shape)}: expected finite [Hq, N, D], "
+                f"Hq a multiple of {n_heads}"
+            )
+        grouped = queries.double().unflatten(0, (n_heads, -1)).flatten(1, 2)
+        total, n = total + grouped.mT @ grouped, n + grouped.shape[1]
+    if not n:
+        raise InputError("no queries: give those of one layer or more")
+    metric = total / n
     weight = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    weight = torch.where(weight > 0, weight, 1.0)
     eye = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
     return metric + config.floor * weight * eye
 
@@ -77,17 +89,22 @@ def learn_basis(
 ) -> Tensor:
     """A basis [H, D, D] of centred keys [H, N, D] in a metric [H, D, D], longest vectors first.
 
-    Raises ``InputError`` on shapes that do not belong together, fewer keys than coordinates, or
-    keys that are not finite.
+    Raises ``InputError`` on shapes that do not belong together, fewer keys than coordinates, keys
+    that are not finite, or a metric that is not positive definite.
     """
+    if keys.ndim != 3:
+        raise InputError(f"keys of shape {list(keys.shape)}: expected [H, N, D]")
     n_heads, n_keys, d = keys.shape
     if metric.shape != (n_heads, d, d):
         raise InputError(f"metric of shape {list(metric.shape)}: expected {[n_heads, d, d]}")
     if n_keys < d or not keys.isfinite().all():
         raise InputError(f"{n_keys} keys of {d} coordinates: give {d} or more, all finite")
-    x = keys.double()
-    energy = (x @ metric * x).sum((1, 2)).clamp_min(torch.finfo(x.dtype).tiny)
-    basis = _halving_basis(x, metric)
+    x, metric, tiny = keys.double(), metric.double(), torch.finfo(torch.float64).tiny
+    root, failed = torch.linalg.cholesky_ex(metric)
+    if failed.any() or not metric.isfinite().all():
+        raise InputError("metric is not positive definite: see query_metric")
+    energy = (x @ metric * x).sum((1, 2)).clamp_min(tiny)
+    basis = _halving_basis(x, root)
     ridge = torch.eye(d, dtype=x.dtype, device=x.device)
     for number in range(config.rounds):
         weighted = x @ metric
@@ -96,11 +113,13 @@ def learn_basis(
         words, along, length = kernels.nearest_signs(
             correlations[None].float(), gram.float(), impl=config.impl
         )
-        scale = (along / length)[0].double()  # of least error
+        # of least error; 0 where the keys of a head are all one, and its lattice is a point
+        scale = (along / length.clamp_min(torch.finfo(length.dtype).tiny))[0].double()
         lost = 1 - (scale * along[0]).sum(-1) / energy
         signs = unpack_signs(words)[0].double() * scale[..., None]
         moment = signs.mT @ signs
         size = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        size = torch.where(size > 0, size, 1.0)
         basis = torch.linalg.solve(moment + 1e-6 * size * ridge, signs.mT @ x)
         basis = _sorted(basis, metric)
         if progress is not None:
@@ -108,13 +127,13 @@ def learn_basis(
     return basis.float()
 
 
-def _halving_basis(x: Tensor, metric: Tensor) -> Tensor:
+def _halving_basis(x: Tensor, root: Tensor) -> Tensor:
     """Vector after vector along the widest direction of what those before have left of the keys.
 
     A sign along it takes off the mean size there, so that a direction in which keys are wide comes
-    up again and again, each time with a vector of about half the length.
+    up again and again, each time with a vector of about half the length. ``root``: the metric's
+    Cholesky factor.
     """
-    root = torch.linalg.cholesky(metric)
     left = x @ root  # the metric of this space is the identity
     found = []
     for _ in range(x.shape[-1]):

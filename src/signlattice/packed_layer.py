@@ -8,6 +8,7 @@ cut into calls: a prompt in one call, in chunks or token by token comes to the s
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -86,17 +87,25 @@ class Seen:
 
 
 class MaskReader:
-    """Reads each mask once: all layers of a kind are given the same one."""
+    """Reads each mask once: all layers of a kind are given the same one.
+
+    It does not keep the mask, which for a long prompt outweighs the cache.
+    """
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor | None, tuple, Seen] | None = None
+        self._mask: Callable[[], Tensor | None] = lambda: None
+        self._call: tuple | None = None
+        self._seen: Seen | None = None
 
     def read(self, mask: Tensor | None, batch: int, n_tokens: int, device: torch.device) -> Seen:
         """As `Seen.of`."""
-        call = (batch, n_tokens, device)
-        if self._last is None or self._last[0] is not mask or self._last[1] != call:
-            self._last = (mask, call, Seen.of(mask, *call))
-        return self._last[2]
+        call = (mask is None, batch, n_tokens, device)
+        if self._call != call or (mask is not None and self._mask() is not mask):
+            self._seen = Seen.of(mask, *call[1:])
+            self._call = call
+            if mask is not None:
+                self._mask = weakref.ref(mask)
+        return self._seen
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,8 @@ class LayerWeight:
     """What a layer holds.
 
     Attributes:
-        shape: of one token of a sequence; ``batch``: sequences; ``n_slots``: tokens.
+        shape: of one token of a sequence; ``batch``: sequences; ``n_slots``: tokens that are kept.
+        n_seen: tokens that a query can see, fewer than are kept where a window slides.
         n_packed: keys of all heads and sequences that are seen only packed.
         bits: of a packed key and of a packed value.
         stores, recent, sinks: bytes that are allocated, of "keys" and of "values".
@@ -113,11 +123,23 @@ class LayerWeight:
     shape: KVShape
     batch: int
     n_slots: int
+    n_seen: int
     n_packed: int
     bits: dict[str, int]
     stores: dict[str, int]
     recent: dict[str, int]
     sinks: dict[str, int]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that are allocated."""
+        return sum(sum(part.values()) for part in (self.stores, self.recent, self.sinks))
+
+    @property
+    def n_coordinates(self) -> int:
+        """Coordinates of all keys and values that can be seen."""
+        each = self.shape.n_heads * (self.shape.head_dim + self.shape.value_dim)
+        return self.batch * self.n_seen * each
 
 
 class PackedLayer(CacheLayerMixin):
@@ -196,7 +218,10 @@ class PackedLayer(CacheLayerMixin):
             "keys": torch.cat((self.recent["keys"], centred.to(self.dtype)), 2),
             "values": torch.cat((self.recent["values"], value_states.to(self.dtype)), 2),
         }
-        tokens = LayerTokens(self, self.n_tokens, self.first, whole["keys"], whole["values"])
+        tokens = LayerTokens(
+            self, self.n_tokens, self.first, self.key_store, self.value_store,
+            whole["keys"], whole["values"],
+        )  # fmt: skip
         kept = min(whole["keys"].shape[2], self.format.window + self.format.spare)
         for name, tensor in whole.items():
             short = tensor[:, :, tensor.shape[2] - kept :]
@@ -208,10 +233,11 @@ class PackedLayer(CacheLayerMixin):
         """Forget what no later query of a sliding window can see."""
         if self.layer.window is None:
             return
-        first = self.n_tokens - (self.layer.window - 1) - self.format.spare
+        first = self.n_tokens - self.layer.window - self.format.spare
         if first - self.first >= PAGE:
-            for store in (self.key_store, self.value_store):
-                store.drop(first - self.first, self.n_tokens - self.first)
+            cut = first - self.first, self.n_tokens - self.first
+            self.key_store = self.key_store.without(*cut)
+            self.value_store = self.value_store.without(*cut)
             self.first = first
 
     def keep_sinks(self, tokens: LayerTokens, seen: Seen) -> None:
@@ -234,12 +260,13 @@ class PackedLayer(CacheLayerMixin):
         batch, n_heads, n_recent, d = recent.shape
         n_slots = self.n_tokens - self.first
         shape = KVShape(1, n_heads, d, self.recent["values"].shape[-1])
-        n_whole = min(n_slots, min(n_recent, self.format.window) + self.format.sinks)
+        n_seen = n_slots if self.layer.window is None else min(n_slots, self.layer.window)
+        n_whole = min(n_seen, min(n_recent, self.format.window) + self.format.sinks)
         bits = {}
         for name, store in (("keys", keys), ("values", self.value_store)):
             bits[name] = 8 * store.n_bytes // (batch * n_heads * store.room)
         return LayerWeight(
-            shape, batch, n_slots, batch * n_heads * (n_slots - n_whole), bits,
+            shape, batch, n_slots, n_seen, batch * n_heads * (n_seen - n_whole), bits,
             {"keys": keys.n_bytes, "values": self.value_store.n_bytes},
             {name: tensor.untyped_storage().nbytes() for name, tensor in self.recent.items()},
             {name: tensor.untyped_storage().nbytes() for name, tensor in self.sinks.items()},
@@ -324,12 +351,15 @@ class LayerTokens:
     """The tokens of a layer as one call sees them; stands in the place of keys and of values.
 
     ``keys`` [B, H, R, D] and ``values`` [B, H, R, Dv]: the last R of ``n_tokens``, whole, keys
-    centred. ``first``: the token of slot 0 of the layer's stores at that time.
+    centred. The stores are the layer's of that time, ``first`` the token of their slot 0: a sliding
+    window may have forgotten since what queries of this call see.
     """
 
     layer: PackedLayer
     n_tokens: int
     first: int
+    key_store: Store
+    value_store: Store
     keys: Tensor
     values: Tensor
 
@@ -357,14 +387,15 @@ class LayerTokens:
         return torch.cat(blocks, 2)
 
     def _in_kernels(self) -> bool:
-        values = self.layer.value_store
+        values = self.value_store
         whole = isinstance(values, WholeStore) and values.dtype != torch.float8_e4m3fn
         rounded = isinstance(values, RoundedStore)
         group = self.layer.layer.n_query_heads // self.layer.layer.n_heads
         return (
-            isinstance(self.layer.key_store, SignStore)
+            isinstance(self.key_store, SignStore)
             and (whole or rounded)
             and group <= kernels.MAX_GROUP
+            and self.values.shape[-1] in kernels.HEAD_DIMS
         )
 
     def _decode(self, query: Tensor, seen: Seen) -> Tensor:
@@ -383,10 +414,10 @@ class LayerTokens:
             torch.cat((self.values[:, :, recent].flip(2), layer.sinks["values"]), 2),
             (n - start).clamp(max=n_recent) + (end - start).clamp(0, n_sinks),
         )
-        values = layer.value_store
+        values = self.value_store
         return kernels.decode_attention(
             query[:, :, 0],
-            layer.key_store.packed,
+            self.key_store.packed,
             layer.code.basis,
             values.packed if isinstance(values, RoundedStore) else values.vectors,
             scaling=info.scaling,
@@ -434,10 +465,10 @@ class LayerTokens:
         slots = first_packed - self.first, end_packed - self.first
         here = slice(first_whole - oldest_whole, highest + 1 - oldest_whole)
         keys = (
-            layer.key_store.read(*slots, dtype), self.keys[:, :, here], layer.sinks["keys"]
+            self.key_store.read(*slots, dtype), self.keys[:, :, here], layer.sinks["keys"]
         )  # fmt: skip
         values = (
-            layer.value_store.read(*slots, dtype), self.values[:, :, here], layer.sinks["values"]
+            self.value_store.read(*slots, dtype), self.values[:, :, here], layer.sinks["values"]
         )  # fmt: skip
         return _attention(
             query[:, :, rows], torch.cat([k.to(dtype) for k in keys], 2),

@@ -35,7 +35,7 @@ READ = re.compile(r"""records\.read\(\s*["']([\w.-]+)["'],\s*["']([\w.-]+)["']""
 SHOWN = re.compile(r"\(/(results/[\w.-]+/[\w.-]+\.json)\) of (\d{4}-\d\d-\d\d \d\d:\d\d UTC)")
 
 
-EVERY_MODEL = ("train", "architectures")
+EVERY_MODEL = ("train", "architectures", "cache")
 """Labs that are run on every mini; the others look closely at one."""
 
 

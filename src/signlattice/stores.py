@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from typing import Literal, get_args
 
 import torch
@@ -75,15 +76,20 @@ class Store(ABC):
         """Change every part, its axis of sequences or its device."""
         self.parts = {name: change(part).contiguous() for name, part in self.parts.items()}
 
-    def drop(self, first: int, n_tokens: int) -> None:
-        """Forget the slots before ``first`` of ``n_tokens``; those after move to the front."""
+    def without(self, first: int, n_tokens: int) -> Store:
+        """A store of the slots from ``first`` on of ``n_tokens``, moved to the front.
+
+        This one keeps what it has: who still reads it finds every token in its place.
+        """
         room = -(-(n_tokens - first) // PAGE) * PAGE
         parts = {}
         for name, part in self.parts.items():
             kept = part[:, :, first : first + room]
             parts[name] = part.new_zeros((*part.shape[:2], room, *part.shape[3:]))
             parts[name][:, :, : kept.shape[2]] = kept
-        self.parts = parts
+        store = copy(self)
+        store.parts = parts
+        return store
 
 
 class SignStore(Store):

@@ -35,8 +35,8 @@ def fig_betas(records: Mapping[str, RunRecord], paper: tuple[float, float]) -> F
 
     Short lines are the elliptical ceiling, dotted is the floor, the band is what the paper cites.
     """
-    figure, panels = _panels(records)
-    for axes, (model, record) in zip(panels, records.items()):
+    figure, axes_of = panels(records)
+    for axes, (model, record) in zip(axes_of, records.items()):
         axes.axhspan(*paper, color=COLOURS["yellow"], alpha=0.35, lw=0, label="cited")
         axes.axhline(GAUSSIAN_BETA, color=COLOURS["black"], ls=":", lw=1.2, label="floor")
         for place, method in enumerate(_CENTERINGS):
@@ -55,14 +55,14 @@ def fig_betas(records: Mapping[str, RunRecord], paper: tuple[float, float]) -> F
         axes.set_xticks(range(len(_CENTERINGS)), list(_CENTERINGS.values()))
         axes.set_title(model)
         axes.grid(axis="x", visible=False)
-    return _labelled(figure, panels, "centering", "held-out β")
+    return labelled(figure, axes_of, "centering", "held-out β")
 
 
 @styled
 def fig_heads(records: Mapping[str, RunRecord], centering: str = "token_mean") -> Figure:
     """Held-out β of every head of every layer that has keys of its own, with its ceiling."""
-    figure, panels = _panels(records)
-    for axes, (model, record) in zip(panels, records.items()):
+    figure, axes_of = panels(records)
+    for axes, (model, record) in zip(axes_of, records.items()):
         rows = select(record.table("heads"), scope="head", centering=centering)
         places = np.arange(len(rows))
         axes.axhline(GAUSSIAN_BETA, color=COLOURS["black"], ls=":", lw=1.2, label="floor")
@@ -80,7 +80,7 @@ def fig_heads(records: Mapping[str, RunRecord], centering: str = "token_mean") -
         axes.set_xticks(firsts, [f"{rows[i]['layer']}\n{rows[i]['d']}" for i in firsts])
         axes.set_title(model)
         axes.grid(axis="x", visible=False)
-    return _labelled(figure, panels, "layer, and size of its heads", "held-out β")
+    return labelled(figure, axes_of, "layer, and size of its heads", "held-out β")
 
 
 @styled
@@ -157,8 +157,8 @@ def fig_planes(records: Mapping[str, RunRecord], temperature: float = 0.1) -> Fi
 
     A bar runs from the mean of the lowest hundredth of the planes to that of the highest.
     """
-    figure, panels = _panels(records)
-    for axes, (model, record) in zip(panels, records.items()):
+    figure, axes_of = panels(records)
+    for axes, (model, record) in zip(axes_of, records.items()):
         rows = select(
             record.table("planes"), scope="head", centering="token_mean", temperature=temperature
         )
@@ -178,23 +178,24 @@ def fig_planes(records: Mapping[str, RunRecord], temperature: float = 0.1) -> Fi
         axes.set_yscale("symlog", linthresh=1)
         axes.set_title(model)
         axes.grid(axis="x", visible=False)
-    return _labelled(figure, panels, "layer", "curvature, in units of 1/d")
+    return labelled(figure, axes_of, "layer", "curvature, in units of 1/d")
 
 
-def _panels(records: Mapping[str, RunRecord]):
+def panels(records: Mapping[str, RunRecord]):
+    """A figure with a panel for each record, two in a row."""
     rows = (len(records) + 1) // 2
     figure = Figure(figsize=(7.2, 2.7 * rows + 0.5))
-    panels = figure.subplots(rows, min(2, len(records)), sharey=True, squeeze=False).ravel()
-    for axes in panels[len(records) :]:
+    axes_of = figure.subplots(rows, min(2, len(records)), sharey=True, squeeze=False).ravel()
+    for axes in axes_of[len(records) :]:
         axes.remove()
-    return figure, panels[: len(records)]
+    return figure, axes_of[: len(records)]
 
 
-def _labelled(figure: Figure, panels, x: str, y: str) -> Figure:
+def labelled(figure: Figure, axes_of, x: str, y: str) -> Figure:
     """Labels at the lower and the left edge, and one legend above."""
-    for axes in panels[::2]:
+    for axes in axes_of[::2]:
         axes.set_ylabel(y)
-    for axes in panels[-2:]:
+    for axes in axes_of[-2:]:
         axes.set_xlabel(x)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return figure

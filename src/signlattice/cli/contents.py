@@ -1,0 +1,73 @@
+"""What a codec file holds, read without the model that it belongs to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from safetensors import safe_open
+
+from ..codec import KeyCodec, LayerCodec
+from ..files import shown
+from .show import facts, plain, size, span, table
+
+
+def inspect(options: argparse.Namespace) -> tuple[dict, list[str]]:
+    """``signlattice inspect``: a document, and the lines that say the same.
+
+    Raises ``IntegrityError`` as `KeyCodec.load` does.
+    """
+    codec = KeyCodec.load(options.codec)
+    with safe_open(options.codec, framework="pt") as file:
+        header = json.loads(file.metadata()["signlattice"])
+    known = codec.calibration
+    n_bytes = options.codec.stat().st_size
+    rows = [
+        layer_row(index, code, () if known is None else known.beta[index])
+        for index, code in codec.layers.items()
+    ]
+    document = {
+        "file": str(options.codec), "bytes": n_bytes, "schema": header["schema"],
+        "bits": header.get("bits", 32), "model_hash": codec.model_hash,
+        "calibration_hash": known and known.text, "n_keys": known and known.n_keys,
+        "noise_null": known and known.noise_null, "provenance": codec.provenance,
+        "version": codec.provenance.get("signlattice"), "layers": rows,
+    }  # fmt: skip
+    pairs = [
+        ("file", f"{shown(options.codec)}, {size(n_bytes)}"),
+        ("schema", f"{document['schema']}, {document['bits']} bits to a number"),
+        ("model hash", codec.model_hash),
+    ]
+    if known is not None:
+        inside, outside = known.noise_null
+        pairs += [
+            ("text hash", known.text),
+            ("keys", f"{known.n_keys} of a head"),
+            ("null", f"β of noise: {outside:.3f} held out, {inside:.3f} in sample"),
+        ]
+    pairs += sorted(codec.provenance.items())
+    shown_rows = [
+        row | {
+            "temperature": row["temperature"] and span(row["temperature"]),
+            "beta": " ".join(f"{value:.3f}" for value in row["beta"]) or None,
+        }
+        for row in rows
+    ]  # fmt: skip
+    columns = {
+        "layer": ("layer", ""), "heads": ("heads", ""), "head_dim": ("size", ""),
+        "code": ("code", ""), "centering": ("centering", ""), "scale": ("scale", ""),
+        "temperature": ("temperature", ""), "beta": ("β of each head, held out", ""),
+    }  # fmt: skip
+    return plain(document), [*facts(pairs), "", *table(shown_rows, columns)]
+
+
+def layer_row(index: int, code: LayerCodec, beta: tuple[float, ...]) -> dict[str, Any]:
+    """What a codec does to one layer."""
+    return {
+        "layer": index, "heads": code.n_heads, "head_dim": code.head_dim,
+        "code": "rotation" if code.metric is None else "lattice",
+        "centering": code.centering.method, "scale": code.scale_rule,
+        "temperature": None if code.temperature is None else code.temperature.tolist(),
+        "beta": list(beta),
+    }  # fmt: skip
