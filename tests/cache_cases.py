@@ -152,7 +152,8 @@ def codec_for(
 
 def new_cache(model: PreTrainedModel, kind: str = "rotation", **config) -> SignKeyCache:
     """A cache of little enough window that texts of some tokens are packed."""
-    config = dict(window=5, sinks=2, sliding="packed", spare=8) | config
+    small = dict(window=5, sinks=2, sliding="packed", spare=8, value_format="int8")
+    config = small | config
     return SignKeyCache(model, codec_for(model, kind), CacheConfig(**config))
 
 

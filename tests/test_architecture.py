@@ -31,6 +31,7 @@ LAYERS = (
      "kernel_times", "architectures", "calibrate", "cache_quality"),
     ("cache_lab",),
     ("cli",),
+    ("__main__",),
 )
 # Leaves know nothing of the layers but errors and files, so that every layer may use them.
 LEAVES = ("records", "memory", "notebooks", "roofline", "scale", "timing")

@@ -158,12 +158,12 @@ def test_a_damaged_file_is_refused_or_says_the_same(bits, part, pieces, path):
         assert (found.model_hash, found.calibration) == ("a" * 64, small_codec().calibration)
 
 
+WORDS = ["0", "3", "03", "none", "dc", "token_mean", "mse", "unbiased", 10**400]
+NAMED = st.sampled_from(["0", "3", "beta", "text", "-1"]) | st.text(max_size=2)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.integers() | st.floats() | st.text(max_size=3)
-    | st.sampled_from(["0", "3", "none", "dc", "token_mean", "mse", "unbiased", 10**400, "03"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["0", "3", "beta", "text", "-1"]) | st.text(max_size=2), inner,
-                      max_size=3),
+    st.none() | st.booleans() | st.integers(-3, 3) | st.integers() | st.floats()
+    | st.text(max_size=3) | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMED, inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
 HEADER = json.loads(FILES[8][8 : 8 + int.from_bytes(FILES[8][:8], "little")])["__metadata__"]

@@ -44,6 +44,7 @@ class Case:
     starts: tuple[int, ...] = (0, 0)
     n: int = 80
     device: str = "cpu"
+    masks: bool = True  # a causal one is left out, as transformers does where it is all there is
 
     @property
     def layer_code(self) -> LayerCodec | None:
@@ -144,7 +145,7 @@ def run(case: Case, x: Tokens, sizes: tuple[int, ...], layer: PackedLayer | None
     layer = case.layer() if layer is None else layer
     at, outputs = layer.n_tokens, []
     module = SimpleNamespace(sinks=case.logits)
-    padded = any(case.starts)
+    masked = any(case.starts) or (case.sliding is not None and case.masks)
     for size in (*sizes, x.query.shape[2] - at - sum(sizes)):
         if not size:
             continue
@@ -153,7 +154,7 @@ def run(case: Case, x: Tokens, sizes: tuple[int, ...], layer: PackedLayer | None
         mask = visible(case)[:, None, at : at + size, offset : offset + length]
         keys, values = layer.update(new.keys, new.values)
         assert keys is values
-        outputs.append(keys.attend(module, new.query, mask if padded or case.sliding else None))
+        outputs.append(keys.attend(module, new.query, mask if masked else None))
         at += size
     return torch.cat(outputs, 2)
 
@@ -204,6 +205,7 @@ def test_a_query_sees_the_same_token_by_token(case):
         Case(sinks=90),
         Case(sliding=24, sinks=0),
         Case(sliding=24, sinks=0, window=24),
+        Case(sliding=24, sinks=0, masks=False),
         Case("lattice", sliding=10, sinks=0, window=0, values="int2"),
         Case(sliding=1, sinks=0, window=1),
         Case(sliding=24, sinks=0, centering="none", softcap=2.0, starts=(0, 70)),

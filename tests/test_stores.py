@@ -57,9 +57,8 @@ def test_vectors_that_come_in_parts_are_those_that_come_at_once(case, device):
     assert whole.room == parts.room == 3 * PAGE
     for name, part in whole.parts.items():
         torch.testing.assert_close(parts.parts[name], part)
-    torch.testing.assert_close(
-        parts.read(5, PAGE + 8, torch.float32), whole.read(0, 2 * PAGE, torch.float32)[:, :, 5 : PAGE + 8]
-    )  # fmt: skip
+    expected = whole.read(0, 2 * PAGE, torch.float32)[:, :, 5 : PAGE + 8]
+    torch.testing.assert_close(parts.read(5, PAGE + 8, torch.float32), expected)
 
 
 @pytest.mark.parametrize("code", [case for _, case in KEYS if case])

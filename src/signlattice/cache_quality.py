@@ -40,6 +40,10 @@ DEPTHS = (0.1, 0.5, 0.9)
 """Where in the context a needle lies, as a share of it."""
 
 
+JOINED = 16
+"""Short documents that are read as one."""
+
+
 @dataclass(frozen=True)
 class QualityConfig:
     """On how much text a cache is judged.
@@ -91,20 +95,27 @@ class Needles:
 def full_windows(loaded: LoadedModel, documents: Sequence[Document], n: int) -> list[Passage]:
     """At most ``n`` windows as long as the context, of as many documents as possible.
 
-    Raises ``InputError`` if no document is that long.
+    Where no document is that long, neighbours are read as one. Raises ``InputError`` if all of them
+    together are too short.
     """
-    first = passages(loaded, documents, 1)
-    whole = [piece for piece in first if len(piece.ids) == loaded.context]
-    if len(whole) < n:
-        more = passages(loaded, documents)
-        whole = [piece for piece in more if len(piece.ids) == loaded.context]
+    whole: list[Passage] = []
+    for per_document, read in ((1, documents), (None, documents), (None, _joined(documents))):
+        found = passages(loaded, read, per_document)
+        whole = [piece for piece in found if len(piece.ids) == loaded.context]
+        if len(whole) >= n or (whole and per_document is None):
+            break
     if not whole:
-        longest = max(len(piece.ids) for piece in first)
         raise InputError(
-            f"no document fills the context of {loaded.context} tokens, the longest has {longest}: "
-            "give longer text, or a shorter context"
+            f"the text does not fill the context of {loaded.context} tokens: "
+            "give more of it, or a shorter context"
         )
     return [whole[i * len(whole) // min(n, len(whole))] for i in range(min(n, len(whole)))]
+
+
+def _joined(documents: Sequence[Document]) -> list[Document]:
+    """`JOINED` neighbours as one document, by the name of the first."""
+    groups = (documents[i : i + JOINED] for i in range(0, len(documents), JOINED))
+    return [replace(group[0], text="\n".join(each.text for each in group)) for group in groups]
 
 
 @torch.no_grad()
@@ -117,7 +128,7 @@ def cached_losses(
 ) -> Losses:
     """Teacher-forced losses of windows of one length, through new caches; None is no cache at all.
 
-    KL and agreement are against exact attention. Raises ``RuntimeError`` if a cache has packed
+    KL and agreement are against exact attention. Raises ``InputError`` if a cache has packed
     nothing: it would look perfect.
     """
     size = len(pieces)
@@ -141,7 +152,7 @@ def cached_losses(
         if progress is not None:
             progress(len(chosen))
     if new_cache is not None and not n_packed:
-        raise RuntimeError(
+        raise InputError(
             f"the cache packed none of {ids.shape[1]} tokens: its window holds them all"
         )
     n = len(pieces[0].ids) - 1

@@ -101,8 +101,8 @@ class LayerCodec:
     A key is read back as k̂ = α Bᵀs, and what the centering took off. ``basis`` B [H, D, D]: a
     rotation, whose rows are the new axes, where there is no ``metric``. With a ``metric`` M
     [H, D, D], symmetric and positive definite, any basis: signs and scale then make
-    (k − k̂)ᵀ M (k − k̂) small. ``temperature`` [H] multiplies every scale of a head, hence the head's
-    logits. ``centering.mean`` is [H, D] for ``token_mean``.
+    (k − k̂)ᵀ M (k − k̂) small. ``temperature`` [H] multiplies every scale of a head, hence the
+    head's logits. ``centering.mean`` is [H, D] for ``token_mean``.
     """
 
     basis: Tensor

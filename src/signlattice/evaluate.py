@@ -281,8 +281,8 @@ class HeadQuality:
     """How one layer's code treats held-out keys, each figure per KV head [H].
 
     ``beta``: mean cosine to the sign lattice, or to the code's own in its metric. ``distortion``:
-    E‖k̂ − k‖² / E‖k − Ek‖², without the temperature. ``kl``: attention weights, KL(exact ‖ coded) in
-    nats, mean over queries. ``top1``: share of queries whose heaviest key stays the heaviest.
+    E‖k̂ − k‖² / E‖k − Ek‖², without the temperature. ``kl``: attention weights, KL(exact ‖ coded)
+    in nats, mean over queries. ``top1``: share of queries whose heaviest key stays the heaviest.
     """
 
     beta: np.ndarray

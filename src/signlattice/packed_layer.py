@@ -37,7 +37,7 @@ from .stores import (
 )
 
 BLOCK = 256
-"""Queries that attend at once where a prompt is read: keys are whole for those near, not for all."""
+"""Queries that attend at once where a prompt is read: keys are whole for those near, not all."""
 
 
 @dataclass(frozen=True)
@@ -429,8 +429,9 @@ class LayerTokens:
         ).unsqueeze(2)
 
     def _attend_block(
-        self, query: Tensor, rows: slice, mask: Tensor | None, seen: Seen, sink_logits: Tensor | None
-    ) -> Tensor:
+        self, query: Tensor, rows: slice, mask: Tensor | None, seen: Seen,
+        sink_logits: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Plain attention of some queries to packed tokens read back, whole ones and sinks."""
         layer, info = self.layer, self.layer.layer
         n, n_new = self.n_tokens, query.shape[2]

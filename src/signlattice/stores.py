@@ -106,6 +106,7 @@ class SignStore(Store):
         return PackedKeys(self.parts["words"], self.parts["scale"], self.parts.get("dc"))
 
     def empty(self, like: Tensor, room: int) -> dict[str, Tensor]:
+        """As `Store.empty`."""
         self.code = self.code.to(like.device)
         batch, n_heads, _, d = like.shape
         dc = self.code.centering.method == "dc"
@@ -114,6 +115,7 @@ class SignStore(Store):
         return parts | ({"dc": packed.dc} if dc else {})
 
     def write(self, at: int, vectors: Tensor) -> None:
+        """As `Store.write`."""
         code = self.code
         if code.metric is None:
             places = torch.full((len(vectors),), at, dtype=torch.int32, device=vectors.device)
@@ -128,6 +130,7 @@ class SignStore(Store):
         self.parts["scale"][:, :, place] = found.scale
 
     def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """As `Store.read`."""
         part = {name: tensor[:, :, first:last] for name, tensor in self.parts.items()}
         packed = PackedKeys(part["words"], part["scale"], part.get("dc"))
         impl = _impl("unpack", self.impl)
@@ -147,17 +150,20 @@ class WholeStore(Store):
         return self.parts["vectors"]
 
     def empty(self, like: Tensor, room: int) -> dict[str, Tensor]:
+        """As `Store.empty`."""
         batch, n_heads, _, d = like.shape
         shape = (batch, n_heads, room, d)
         return {"vectors": torch.zeros(shape, dtype=self.dtype, device=like.device)}
 
     def write(self, at: int, vectors: Tensor) -> None:
+        """As `Store.write`."""
         if self.dtype == torch.float8_e4m3fn:
             largest = torch.finfo(self.dtype).max
             vectors = vectors.clamp(-largest, largest)
         self.parts["vectors"][:, :, at : at + vectors.shape[2]] = vectors.to(self.dtype)
 
     def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """As `Store.read`."""
         return self.parts["vectors"][:, :, first:last].to(dtype)
 
 
@@ -179,16 +185,19 @@ class RoundedStore(Store):
         return PackedValues(**self.parts, bits=self.bits)
 
     def empty(self, like: Tensor, room: int) -> dict[str, Tensor]:
+        """As `Store.empty`."""
         batch, n_heads, _, d = like.shape
         packed = PackedValues.empty(batch, n_heads, room, d, self.bits, device=like.device)
         return {"words": packed.words, "scale": packed.scale, "zero": packed.zero}
 
     def write(self, at: int, vectors: Tensor) -> None:
+        """As `Store.write`."""
         if self.turned:
             vectors = vectors.float() @ self._turn(vectors).T
         self.packed.write(vectors, torch.full((len(vectors),), at))
 
     def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """As `Store.read`."""
         part = {name: tensor[:, :, first:last] for name, tensor in self.parts.items()}
         vectors = PackedValues(**part, bits=self.bits).read()
         if self.turned:
