@@ -10,6 +10,7 @@ import torch
 from signlattice import convergence, corpus, evaluate, models, records, tables
 from signlattice.attention import keys_seen_by
 from signlattice.beta import haar_beta
+from signlattice.cache import CacheConfig
 from signlattice.claims import load_claims
 from signlattice.codec import KeyCodec
 
@@ -347,3 +348,73 @@ def test_a_beta_within_the_papers_range_can_cost_more_than_no_rotation():
     }
     assert found["learned"][0] > 0.919 > found["identity"][0] + 0.1
     assert found["learned"][1] > found["identity"][1] + 1
+
+
+# Caches.
+
+
+@pytest.fixture
+def caches(mini) -> list[records.Row]:
+    """Rows without exempt layers, sliding layers whole."""
+    rows = records.read("cache", mini).table("caches")
+    return tables.select(rows, exempt="[]", sliding="whole")
+
+
+DEFAULT = dict(codec="lattice", rule="unbiased", values="int4", window=60, sinks=4)
+
+
+def test_one_bit_keys_with_an_eighth_whole_lose_two_per_cent_at_most(mini, caches):
+    row = tables.select(caches, **DEFAULT)[0]
+    assert row["key_bits"] <= 1.3 and row["n_packed"] > 0
+    assert row["window"] + row["sinks"] <= models.MINIS[mini].context / 8
+    assert row["gap_high"] <= 2
+
+
+def test_the_defaults_are_those_of_the_table():
+    config = CacheConfig()
+    chosen = config.value_format, config.window, config.sinks
+    assert chosen == (DEFAULT["values"], DEFAULT["window"], DEFAULT["sinks"])
+
+
+def test_a_lattice_loses_less_than_a_rotation_and_two_bits(caches):
+    with_window = tables.select(caches, window=60)
+    ours = tables.select(with_window, **DEFAULT)[0]
+    small = tables.select(with_window, **DEFAULT | {"values": "int2"})[0]
+    turned = tables.select(with_window, codec="rotation", values="int4")[0]
+    two = tables.select(with_window, keys="int2", values="int2")[0]
+    assert ours["gap"] < turned["gap"] and ours["bits"] == turned["bits"]
+    assert small["gap"] < two["gap"] and small["bits"] < two["bits"]
+
+
+def test_of_olmoe_four_bits_and_fp8_lose_less_than_signs():
+    rows = tables.select(records.read("cache", "olmoe-mini").table("caches"), exempt="[]")
+    ours = tables.select(rows, **DEFAULT)[0]
+    assert tables.select(rows, keys="int4", values="int4", window=60)[0]["gap"] < ours["gap"]
+    assert tables.select(rows, keys="fp8", values="fp8", window=0)[0]["gap"] < ours["gap"]
+
+
+def test_nearly_all_that_olmoe_loses_is_lost_in_its_last_layer():
+    rows = records.read("cache", "olmoe-mini").table("caches")
+    whole = tables.select(rows, **DEFAULT | {"values": "whole"}, exempt="[]")[0]
+    assert tables.select(rows, exempt="[3]")[0]["gap"] < whole["gap"] / 4
+
+
+def test_calls_of_any_size_and_arithmetic_agree(mini):
+    record = records.read("cache", mini)
+    calls = record.table("calls")[0]
+    assert calls["kl"] < 1e-4
+    assert calls["n_packed_at_once"] == calls["n_packed_token_by_token"] > 0
+    assert calls["bytes"] == pytest.approx(calls["expected_bytes"], rel=0.02)
+    assert record.metric("codec_share").value <= 0.02
+
+
+def test_keys_come_nearer_to_their_lattice_than_noise_does(mini):
+    heads = tables.select(records.read("cache", mini).table("heads"), codec="lattice")
+    assert all(row["beta"] > row["null_in_sample"] + 0.1 for row in heads)
+
+
+def test_the_shipped_lattice_is_the_one_of_the_record(mini):
+    loaded = models.load_model(mini)
+    codec = KeyCodec.load(models.MODELS / mini / "lattice.safetensors", loaded.weights_hash)
+    for row in tables.select(records.read("cache", mini).table("heads"), codec="lattice"):
+        assert codec.calibration.beta[row["layer"]][row["head"]] == pytest.approx(row["beta"])

@@ -43,6 +43,7 @@ def fig_tradeoff(records: Mapping[str, RunRecord], window: int, bar: float = 2.0
         _points(axes, select(eight, window=0), "black", "D", None, open_=True)
         axes.set(yscale="log", xscale="log", title=model)
         axes.set_xticks([2, 3, 5, 9], ["2", "3", "5", "9"])
+        axes.set_yticks([_LEAST, 0.1, 1, 10], [f"≤ {_LEAST}", "0.1", "1", "10"])
         axes.minorticks_off()
     return labelled(figure, axes_of, "bits per coordinate, keys and values", "perplexity lost, %")
 

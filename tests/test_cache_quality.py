@@ -1,0 +1,198 @@
+"""What judges caches: that it measures the cache, and would see what is wrong with one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import TEXTS
+from signlattice import cache_lab, cache_quality
+from signlattice.cache import CacheConfig, SignKeyCache
+from signlattice.cache_lab import CacheLabConfig, cases, measure
+from signlattice.cache_quality import (
+    NEEDLE,
+    Judge,
+    QualityConfig,
+    cached_losses,
+    full_windows,
+    gap_percent,
+    needles,
+    retrieval,
+)
+from signlattice.calibrate import CalibrateConfig
+from signlattice.corpus import Document
+from signlattice.errors import InputError
+from signlattice.evaluate import perplexity, token_losses
+from signlattice.lattice import LatticeConfig
+from signlattice.learn import LearnConfig
+from signlattice.models import load_model
+from signlattice.texts import Text
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONTEXT = 72
+QUALITY = QualityConfig(n_passages=3, n_needles=2, batch_size=2)
+WHOLE = CacheConfig(key_format="whole", value_format="whole", window=8, sinks=0)
+COARSE = CacheConfig(key_format="int2", value_format="int2", window=0, sinks=0)
+CALIBRATE = CalibrateConfig(
+    keys_per_dim=8, n_held_out=100, lattice=LatticeConfig(rounds=2),
+    rotation=LearnConfig(solver="itq", steps=3),
+)  # fmt: skip
+
+
+def documents(side: str, repeat: int) -> tuple[Document, ...]:
+    return tuple(
+        Document(side, f"{side}/{i}.py", f"# {side}\n" + text * repeat, side)
+        for i, text in enumerate(TEXTS)
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded(llama_folder):
+    return replace(load_model(llama_folder), context=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def pieces(loaded):
+    return full_windows(loaded, documents("evaluation", 8), 3)
+
+
+def test_a_cache_that_rounds_nothing_loses_nothing(loaded, pieces):
+    found = cached_losses(loaded, pieces, lambda: SignKeyCache(loaded, None, WHOLE), QUALITY)
+    plain = token_losses(loaded, pieces)
+    np.testing.assert_allclose(found.whole.nll, plain.nll, rtol=1e-5)
+    assert found.whole.kl.max() < 1e-4 and (found.whole.agree == plain.n_tokens).all()
+    assert gap_percent(found.whole, plain).value == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("config", [COARSE, replace(COARSE, window=16, sinks=2)])
+def test_token_by_token_comes_to_the_same_as_at_once(loaded, pieces, config):
+    def new_cache() -> SignKeyCache:
+        return SignKeyCache(loaded, None, config)
+
+    once = cached_losses(loaded, pieces, new_cache, QUALITY)
+    slowly = cached_losses(loaded, pieces, new_cache, replace(QUALITY, step=1))
+    np.testing.assert_allclose(once.whole.nll, slowly.whole.nll, rtol=1e-3)
+    assert once.whole.n_compressed == slowly.whole.n_compressed > 0
+    assert once.whole.kl.sum() > 0
+
+
+def test_the_end_is_the_last_quarter(loaded, pieces):
+    found = cached_losses(loaded, pieces, None, QUALITY)
+    ids = torch.stack([piece.ids for piece in pieces])
+    with torch.no_grad():
+        log_p = loaded.model(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    nll = -log_p.gather(-1, ids[:, 1:, None])[..., 0]
+    last = (CONTEXT - 1) // 4
+    np.testing.assert_allclose(found.end.nll, nll[:, -last:].sum(-1), rtol=1e-5)
+    assert (found.end.n_tokens == last).all()
+
+
+def test_a_cache_that_packs_nothing_is_not_judged(loaded, pieces):
+    config = replace(COARSE, window=CONTEXT)
+    with pytest.raises(InputError, match="packed none of 72 tokens"):
+        cached_losses(loaded, pieces, lambda: SignKeyCache(loaded, None, config), QUALITY)
+
+
+def test_a_gap_is_the_ratio_of_perplexities(loaded, pieces):
+    exact = token_losses(loaded, pieces)
+    worse = replace(exact, nll=exact.nll * 1.1)
+    ratio = perplexity(worse).value / perplexity(exact).value
+    assert gap_percent(worse, exact).value == pytest.approx(100 * (ratio - 1))
+
+
+def test_short_documents_are_read_as_one(loaded):
+    short = tuple(
+        Document("p", f"{i}.py", f"x{i} = {i}\n" * 4, "evaluation") for i in range(64)
+    )
+    found = full_windows(loaded, short, 5)
+    assert found and all(len(piece.ids) == CONTEXT for piece in found)
+    with pytest.raises(InputError, match="does not fill the context of 72"):
+        full_windows(loaded, short[:1], 5)
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_a_needle_lies_at_its_depth_and_at_the_end(loaded, pieces, depth):
+    others = full_windows(loaded, documents("calibration", 8), 3)
+    task = needles(loaded, pieces, others, depth)
+    at = int(depth * (CONTEXT - 2 * NEEDLE))
+    assert task.hidden.shape == task.absent.shape == (3, CONTEXT)
+    assert torch.equal(task.hidden[:, at : at + NEEDLE], task.hidden[:, -NEEDLE:])
+    assert torch.equal(task.absent[:, -NEEDLE:], task.hidden[:, -NEEDLE:])
+    assert torch.equal(task.answer, task.hidden[:, -NEEDLE // 2 :])
+    assert torch.equal(task.absent[0, : CONTEXT - NEEDLE], pieces[0].ids[: CONTEXT - NEEDLE])
+
+
+def test_retrieval_counts_first_choices(loaded, pieces):
+    ids = torch.stack([piece.ids for piece in pieces])
+    with torch.no_grad():
+        guess = loaded.model(ids, use_cache=False).logits.argmax(-1)[:, -5:-1]
+    assert retrieval(loaded, ids, guess, None, 2) == 1.0
+    assert retrieval(loaded, ids, guess + 1, None, 2) == 0.0
+    half = guess.clone()
+    half[:, :2] += 1
+    through = lambda: SignKeyCache(loaded, None, WHOLE)  # noqa: E731
+    assert retrieval(loaded, ids, half, through, 2) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"n_passages": 0}, "n_passages=0"), ({"step": 0}, "step=0")]
+)
+def test_a_configuration_that_measures_nothing_is_refused(changes, said):
+    with pytest.raises(InputError, match=said):
+        QualityConfig(**changes)
+
+
+def test_needles_want_a_context(loaded, pieces):
+    with pytest.raises(InputError, match="depth=1.5"):
+        needles(loaded, pieces, pieces, 1.5)
+    with pytest.raises(InputError, match="too short for needles"):
+        needles(replace(loaded, context=40), pieces, pieces, 0.5)
+
+
+# The lab.
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    return Text("tiny", "tiny", documents("calibration", 8), documents("evaluation", 8))
+
+
+CONFIG = CacheLabConfig(window=8, sinks=1, windows=(0, 8), calibrate=CALIBRATE, quality=QUALITY)
+
+
+def test_cases_are_all_different_and_have_the_others_beside(loaded):
+    found = cases(loaded, CONFIG)
+    assert len({(c.codec, c.rule, c.cache) for c in found}) == len(found)
+    assert {"fp8", "int8", "int4", "int2", "whole", "sign"} == {c.cache.key_format for c in found}
+
+
+def test_an_interrupted_table_goes_on_and_is_the_same(loaded, text, tmp_path, monkeypatch):
+    few = [case for case in cases(loaded, CONFIG) if case.cache.value_format == "int4"][:4]
+    monkeypatch.setattr(cache_lab, "cases", lambda *_: few)
+    whole = measure(loaded, text, CONFIG, tmp_path / "whole")
+    judged = []
+
+    def stop(part: str) -> None:
+        judged.append(part.startswith("judged"))
+        if sum(judged) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(loaded, text, CONFIG, tmp_path / "cut", stop)
+    rows = []
+    original = Judge.row
+    monkeypatch.setattr(Judge, "row", lambda *a, **k: rows.append(a) or original(*a, **k))
+    again = measure(loaded, text, CONFIG, tmp_path / "cut")
+    assert len(rows) == len(few) - 2
+    assert again.tables == whole.tables
+    row = again.tables["caches"][0]
+    assert row["n_packed"] > 0 and math.isfinite(row["gap"])
+    calls = again.tables["calls"][0]
+    assert calls["bytes"] == pytest.approx(calls["expected_bytes"], rel=0.02)
+    assert calls["n_packed_at_once"] == calls["n_packed_token_by_token"] > 0
+    assert cache_quality.DEPTHS == (0.1, 0.5, 0.9)
