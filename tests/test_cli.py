@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from signlattice import __version__, calibrate, cli, codec, fullsize, stores
+from signlattice.cache import CacheConfig
+from signlattice.cache_quality import QualityConfig
 from signlattice.cli import main
 from signlattice.cli.show import plain, size, span, table
 from signlattice.codec import KeyCodec
@@ -360,3 +362,14 @@ def test_sizes_spans_and_plain_values():
     assert [size(n) for n in (999, 1000, 1.25e6, 2e9)] == ["999 bytes", "1 kB", "1.25 MB", "2 GB"]
     assert (span([0.5, 0.25], ".2f"), span([1.0])) == ("0.25–0.50", "1.000")
     assert plain({1: (float("nan"), 2)}) == {"1": [None, 2]}
+
+
+def test_defaults_are_those_of_the_library():
+    own = cli.parser()
+    generate = own.parse_args(["generate", "m", "c", "p"])
+    evaluate = own.parse_args(["evaluate", "m", "c"])
+    wanted = CacheConfig()
+    assert generate.values == wanted.value_format and wanted.value_format in evaluate.values
+    for options in (generate, evaluate):
+        assert (options.window, options.sinks) == (wanted.window, wanted.sinks)
+    assert evaluate.passages == QualityConfig().n_passages

@@ -95,7 +95,7 @@ def test_what_is_said_of_caches_is_in_their_records() -> None:
             tables.select(rows, codec="", keys=fmt, values=fmt, window=window)[0]
             for fmt, window in (("int2", 60), ("int4", 60), ("fp8", 0))
         ]
-        gaps = [f"{row['gap']:.2f}" for row in (turned, *alike)]
+        gaps = [f"{row['gap']:z.2f}" for row in (turned, *alike)]
         interval = f"{ours['gap']:.2f} ({ours['gap_low']:.2f} to {ours['gap_high']:.2f})"
         assert line.split(" | ") == [interval, *gaps]
 

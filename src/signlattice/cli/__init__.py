@@ -150,11 +150,11 @@ def _evaluate(commands: argparse._SubParsersAction) -> None:
     _add_model(command, codec=True)
     _add_text(command, "that of the codec")
     command.add_argument("--values", metavar="LIST", type=_listed(_one_of(VALUES)),
-                         default=["int8", "int4"],
-                         help=f"of {', '.join(VALUES)}: a row for each (default: int8,int4)")
+                         default=["int4", "int2"],
+                         help=f"of {', '.join(VALUES)}: a row for each (default: int4,int2)")
     _add_window(command)
-    command.add_argument("--passages", metavar="N", type=_number(1), default=96,
-                         help="windows of text to read, half as many with needles (default: 96)")
+    command.add_argument("--passages", metavar="N", type=_number(1), default=64,
+                         help="windows of text to read, half as many with needles (default: 64)")
     command.add_argument("--step", metavar="N", type=_number(1),
                          help="tokens of a call, 1 is token by token (default: a whole window); "
                          "it changes the time that is taken, not what a query sees")
@@ -177,7 +177,7 @@ def _generate(commands: argparse._SubParsersAction) -> None:
                          help="draw among the likeliest tokens of this share (default: 1)")
     command.add_argument("--seed", metavar="N", type=_number(0), default=0,
                          help="of what is drawn (default: 0)")
-    command.add_argument("--values", choices=VALUES, default="int8", help="(default: int8)")
+    command.add_argument("--values", choices=VALUES, default="int4", help="(default: int4)")
     _add_window(command)
 
 
@@ -233,8 +233,8 @@ def _add_text(command: argparse.ArgumentParser, default: str) -> None:
 
 
 def _add_window(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--window", metavar="N", type=_number(0), default=128,
-                         help="latest tokens that stay whole (default: 128)")
+    command.add_argument("--window", metavar="N", type=_number(0), default=60,
+                         help="latest tokens that stay whole (default: 60)")
     command.add_argument("--sinks", metavar="N", type=_number(0), default=4,
                          help="first tokens that stay whole (default: 4)")
 
