@@ -156,7 +156,7 @@ def test_an_interrupted_run_ends_with_the_same_tables(gemma48, text, tmp_path):
     assert parts.tables == whole.tables
     assert (parts.exact, parts.n_compressed) == (whole.exact, whole.n_compressed)
     for layer, code in whole.codec.layers.items():
-        assert torch.equal(code.rotation, parts.codec.layers[layer].rotation)
+        assert torch.equal(code.basis, parts.codec.layers[layer].basis)
 
 
 def test_a_finished_part_is_not_made_again_and_a_damaged_one_is_named(
