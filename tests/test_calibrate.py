@@ -412,6 +412,14 @@ def test_a_codec_is_not_measured_on_another_model(learned, gemma48, text):
         measure_codec(gemma48, learned[0], passages(gemma48, text.evaluation))
 
 
+def test_a_layer_that_was_damaged_is_named(llama48, text, tmp_path):
+    learn_codec(llama48, text, CONFIG, tmp_path)
+    kept = next(tmp_path.glob("*/layer-0.safetensors"))
+    kept.write_bytes(kept.read_bytes()[:-100])
+    with pytest.raises(IntegrityError, match="layer-0.safetensors is damaged"):
+        learn_codec(llama48, text, CONFIG, tmp_path)
+
+
 def test_a_codec_of_a_mini_takes_less_than_a_fiftieth_of_the_model(tmp_path):
     """Of matrices that say nothing, in the shapes of those that are learned."""
     shape = json.loads((MODELS / "olmoe-mini" / "config.json").read_text())

@@ -286,7 +286,7 @@ def test_rows_cover_every_head_rotation_and_side(olmoe):
             assert row[key] == pytest.approx(sum(r[key] for r in chosen) / 8, rel=1e-4)
     outputs = scores.output_rows(olmoe, calibrated, pieces, CONFIG)
     assert len(outputs) == 2 * 4 * 2 * 2
-    torch.testing.assert_close(calibrated.basiss["learned_keys"][0], layer.rotation)
+    torch.testing.assert_close(calibrated.rotations["learned_keys"][0], layer.basis)
 
 
 def test_whole_passages_are_full_and_of_different_documents():

@@ -190,6 +190,10 @@ class LayerCodec:
             )
         if not torch.isfinite(keys).all():
             raise InputError("keys hold NaN or infinite values: check the model's precision")
+        return self.coded(keys)
+
+    def coded(self, keys: Tensor) -> SignKeys:
+        """`encode` without a look at the keys, for which the host would wait for a GPU."""
         words, along, length, energy = self._nearest(keys)
         scale = scale_of(along, length, energy, self.scale_rule)
         if self.temperature is not None:

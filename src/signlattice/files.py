@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, IntegrityError
 
 PROJECT = Path(__file__).resolve().parents[2]
 """Root of the source tree: it holds ``models/``, ``results/``, ``book/`` and ``claims.yml``."""
@@ -72,13 +72,19 @@ def write_tensors(
 
 
 def remembered(file: Path, make: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:
-    """Tensors by number, read from ``file`` if an earlier run got that far, else made and kept."""
+    """Tensors by number, read from ``file`` if an earlier run got that far, else made and kept.
+
+    Raises ``IntegrityError`` if the file is damaged.
+    """
     if not file.exists():
         write_tensors(file, {str(number): tensor for number, tensor in make().items()})
-    return {
-        int(number): tensor
-        for number, tensor in sorted(load_file(file).items(), key=lambda item: int(item[0]))
-    }
+    try:
+        found = {int(number): tensor for number, tensor in load_file(file).items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise IntegrityError(
+            f"{shown(file)} is damaged ({error}): delete it and run again"
+        ) from None
+    return dict(sorted(found.items()))
 
 
 def check_writable(folder: Path) -> None:

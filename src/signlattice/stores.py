@@ -124,7 +124,7 @@ class SignStore(Store):
                 temperature=code.temperature, rule=code.scale_rule, impl=_impl("pack", self.impl),
             )  # fmt: skip
             return
-        found = code.encode(vectors)
+        found = code.coded(vectors)
         place = slice(at, at + vectors.shape[2])
         self.parts["words"][:, :, place] = found.words
         self.parts["scale"][:, :, place] = found.scale
