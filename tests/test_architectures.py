@@ -8,7 +8,7 @@ import torch
 
 from conftest import TEXTS
 from test_fullsize import CONFIGS, built, saved
-from signlattice import architectures
+from signlattice import architectures, evaluate
 from signlattice.architectures import ArchitectureConfig, configured, load, measure, n_parts
 from signlattice.beta import haar_beta
 from signlattice.capture import open_bank
@@ -118,7 +118,7 @@ def test_all_keys_go_through_the_code_also_those_that_layers_share(run, text):
     loaded, measured, _ = run
     layers = measured.tables["layers"]
     assert sorted(measured.codec.layers) == sorted({row["source"] for row in layers})
-    pieces = architectures._spread(passages(loaded, text.evaluation, CONFIG.windows), 6)
+    pieces = evaluate.spread(passages(loaded, text.evaluation, CONFIG.windows), 6)
     fed = sum(ids.numel() for _, ids, _ in batches(pieces, CONFIG.batch_size))
     assert measured.n_compressed == fed * sum(row["n_heads"] for row in layers)
 

@@ -24,7 +24,7 @@ from signlattice.centering import Centering
 from signlattice.codec import Calibration, KeyCodec, LayerCodec
 from signlattice.corpus import Document
 from signlattice.errors import InputError, IntegrityError
-from signlattice.evaluate import HeadQuality, passages
+from signlattice.evaluate import HeadQuality, passages, up_to
 from signlattice.lattice import LatticeConfig, query_metric
 from signlattice.learn import LearnConfig
 from signlattice.models import MODELS, LoadedModel, load_model
@@ -114,7 +114,7 @@ def test_it_is_what_a_file_of_eight_bits_gives_back(learned, tmp_path):
 
 def test_beta_is_of_the_other_side_of_the_text(learned, llama48, text):
     codec, config, _ = learned
-    pieces = calibrate._spread(passages(llama48, text.evaluation, 4), config.n_held_out)
+    pieces = up_to(passages(llama48, text.evaluation, 4), config.n_held_out)
     bank = bank_of(llama48, pieces, queries=False)
     for index, layer in codec.layers.items():
         cosines = layer.cosines(bank.keys(index)).mean(-1).tolist()
@@ -294,7 +294,7 @@ def test_fewer_keys_than_were_asked_for_are_told(llama48, text):
 @pytest.mark.parametrize("wanted", [1, 48, 100, 300, 10**6])
 def test_passages_are_from_all_over_the_text(wanted, llama48, text):
     pieces = passages(llama48, text.calibration)
-    chosen = calibrate._spread(pieces, wanted)
+    chosen = up_to(pieces, wanted)
     assert len({id(piece) for piece in chosen}) == len(chosen) <= len(pieces)
     assert len(chosen) == len(pieces) or sum(len(p.ids) for p in chosen) < wanted + 2 * 48
     if len(chosen) > 3:

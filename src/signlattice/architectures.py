@@ -41,7 +41,9 @@ from .evaluate import (
     passages,
     perplexity,
     perplexity_gap,
+    spread,
     token_losses,
+    up_to,
 )
 from .files import check_writable, shown, write_tensors, write_text
 from .learn import (
@@ -214,7 +216,7 @@ def measure(
     for layer in owners.values():
         rotations.srht(layer.head_dim, 0)  # raises where there is none of this size
     pieces = passages(loaded, text.evaluation, config.windows)
-    pieces = _spread(pieces, config.n_passages)
+    pieces = spread(pieces, config.n_passages)
     keys = _captured(loaded, text, pieces, owners, config, scratch / "keys", tell)
     fits = list(_fits(keys, owners, config, scratch, tell))
     null = _null(fits, config, scratch, tell)
@@ -262,8 +264,8 @@ def _captured(
     widest = max(
         layer.head_dim * (layer.n_heads if config.layer_scope else 1) for layer in owners.values()
     )
-    fit = _up_to(fit, math.ceil(SPARE * widest * config.keys_per_dim))
-    judged = _up_to(pieces, config.n_held_out)
+    fit = up_to(fit, math.ceil(SPARE * widest * config.keys_per_dim))
+    judged = up_to(pieces, config.n_held_out)
     n_tokens = sum(len(piece.ids) for piece in fit)
     narrowest = min(layer.head_dim for layer in owners.values())
     if n_tokens < narrowest:
@@ -303,19 +305,6 @@ def _check_room(
             f"{shown(folder)} has {free / 1e9:.3g} GB free: make room, or ask for fewer "
             "keys_per_dim"
         )
-
-
-def _up_to(pieces: Sequence[Passage], n_tokens: int) -> Sequence[Passage]:
-    """Passages from all over the text, of ``n_tokens`` or a little more in all."""
-    total = sum(len(piece.ids) for piece in pieces)
-    return _spread(pieces, math.ceil(len(pieces) * n_tokens / total))
-
-
-def _spread(pieces: Sequence[Passage], most: int) -> list[Passage]:
-    """At most so many, evenly from the whole."""
-    if len(pieces) <= most:
-        return list(pieces)
-    return [pieces[i * len(pieces) // most] for i in range(most)]
 
 
 def _sample(keys: Tensor, n_keys: int, seed: int) -> Tensor:
@@ -615,8 +604,7 @@ def _ratio(worse: TokenLosses, better: TokenLosses, exact: TokenLosses) -> Row:
 
 def _layer_row(layer: AttentionLayer) -> Row:
     """What a layer attends with, and whether a mean that is taken off its keys cancels exactly."""
-    exact = layer.softcap is None and not layer.sinks
-    return asdict(layer) | {"mean_cancels": exact}
+    return asdict(layer) | {"mean_cancels": layer.mean_cancels}
 
 
 def _beta_rows(fits: Sequence[_Fit]) -> list[Row]:

@@ -73,6 +73,11 @@ class AttentionLayer:
         """Whether its keys are its own."""
         return self.source == self.index
 
+    @property
+    def mean_cancels(self) -> bool:
+        """Whether softmax is blind to a static mean that all keys have lost."""
+        return self.softcap is None and not self.sinks
+
     def log_weights(self, products: Tensor) -> Tensor:
         """Log attention weights of inner products [..., T, T] of the queries and keys of T tokens.
 

@@ -289,7 +289,7 @@ def _checked(code: LayerCodec, layer: AttentionLayer) -> LayerCodec:
             f"layer {layer.index} has heads of {code.head_dim}: the kernels are made for "
             f"{', '.join(map(str, HEAD_DIMS))}; exempt the layer"
         )
-    if code.centering.method == "token_mean" and (layer.softcap is not None or layer.sinks):
+    if code.centering.method == "token_mean" and not layer.mean_cancels:
         reason = "a soft-cap" if layer.softcap is not None else "a sink logit"
         raise InputError(
             f"the codec of layer {layer.index} takes off a static mean, and the layer has {reason},"

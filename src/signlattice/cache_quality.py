@@ -27,6 +27,7 @@ from .evaluate import (
     bootstrap,
     passages,
     perplexity,
+    spread,
 )
 from .models import LoadedModel
 from .records import Row
@@ -109,7 +110,7 @@ def full_windows(loaded: LoadedModel, documents: Sequence[Document], n: int) -> 
             f"the text does not fill the context of {loaded.context} tokens: "
             "give more of it, or a shorter context"
         )
-    return [whole[i * len(whole) // min(n, len(whole))] for i in range(min(n, len(whole)))]
+    return spread(whole, n)
 
 
 def _joined(documents: Sequence[Document]) -> list[Document]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ from .evaluate import (
     head_quality,
     noise_null,
     passages,
+    up_to,
 )
 from .files import remembered
 from .kernels import HEAD_DIMS
@@ -176,20 +176,14 @@ def _passages(
 ) -> tuple[list[Passage], list[Passage]]:
     """Of both sides as many as are needed, from all over the text."""
     widest = max(layer.head_dim for layer in layers.values())
-    fit = _spread(passages(loaded, text.calibration, 4), config.keys_per_dim * widest)
+    fit = up_to(passages(loaded, text.calibration, 4), config.keys_per_dim * widest)
     n_tokens = sum(len(piece.ids) for piece in fit)
     if n_tokens < widest:
         raise InputError(
             f"the calibration side of {text.name} has {n_tokens} tokens: "
             f"give at least {widest}, one for each coordinate of a head"
         )
-    return fit, _spread(passages(loaded, text.evaluation, 4), config.n_held_out)
-
-
-def _spread(pieces: list[Passage], n_tokens: int) -> list[Passage]:
-    total = sum(len(piece.ids) for piece in pieces)
-    most = min(len(pieces), math.ceil(len(pieces) * n_tokens / total))
-    return [pieces[i * len(pieces) // most] for i in range(most)]
+    return fit, up_to(passages(loaded, text.evaluation, 4), config.n_held_out)
 
 
 def _captured(
@@ -222,8 +216,7 @@ def _learned(
     n_keys = min(bank.n_tokens, config.keys_per_dim * layer.head_dim)
     chosen = torch.randperm(bank.n_tokens, generator=generator)[:n_keys].sort().values
     keys = bank.keys(layer.index)[:, chosen]
-    cancels = layer.softcap is None and not layer.sinks  # does a static mean, under softmax
-    centering = Centering.fit(keys, "token_mean" if cancels else "none")
+    centering = Centering.fit(keys, "token_mean" if layer.mean_cancels else "none")
     centred, _ = centering.split(keys)
 
     def learn() -> dict[int, Tensor]:

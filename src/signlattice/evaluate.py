@@ -72,6 +72,18 @@ def passages(
     return cut
 
 
+def spread(pieces: Sequence[Passage], most: int) -> list[Passage]:
+    """At most so many, evenly from the whole."""
+    most = min(most, len(pieces))
+    return [pieces[i * len(pieces) // most] for i in range(most)]
+
+
+def up_to(pieces: Sequence[Passage], n_tokens: int) -> list[Passage]:
+    """Passages from all over the text, of ``n_tokens`` or a little more in all."""
+    total = sum(len(piece.ids) for piece in pieces)
+    return spread(pieces, math.ceil(len(pieces) * n_tokens / total))
+
+
 def batches(
     pieces: Sequence[Passage], size: int = BATCH
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:

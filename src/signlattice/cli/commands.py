@@ -21,7 +21,7 @@ from ..cache_quality import Judge, QualityConfig
 from ..calibrate import CalibrateConfig, learn_codec, measure_codec, n_parts
 from ..codec import KeyCodec
 from ..errors import InputError
-from ..evaluate import passages
+from ..evaluate import passages, spread
 from ..files import check_writable, shown
 from ..kernel_times import Decode, KernelTimesConfig, decode_rows
 from ..models import MINIS, LoadedModel, load_model
@@ -114,8 +114,8 @@ def measure(options: argparse.Namespace) -> Result:
     """``signlattice measure``: what a codec does to held-out keys, layer by layer."""
     loaded, codec, text = _with_codec(options)
     pieces = passages(loaded, text.evaluation, 4)
-    n = min(options.passages, len(pieces))
-    pieces = [pieces[i * len(pieces) // n] for i in range(n)]
+    pieces = spread(pieces, options.passages)
+    n = len(pieces)
     _say(options, f"measuring on {n} passages")
     found = measure_codec(loaded, codec, pieces, _batch_size(options))
     rows = [
