@@ -18,14 +18,12 @@ from signlattice.rotations import haar, srht
 from signlattice.scores import (
     ScoresConfig,
     States,
-    ValueCode,
     attention_states,
-    coded_values,
-    gaussian_levels,
     log_weights,
     signed_attention,
     with_absorbed_rotations,
 )
+from signlattice.vector_codes import LevelCode
 
 IDS = torch.arange(1, 61) * 7 % 290
 CONFIG = ScoresConfig(calibration_passages=2, passages=2, first_query=8, value_bits=(1, 2))
@@ -169,59 +167,6 @@ def test_weights_kl_is_zero_for_equal_weights_alone():
     torch.testing.assert_close(kl[5], row)
 
 
-@pytest.mark.parametrize(("bits", "error"), [(1, 1 - 2 / math.pi), (2, 0.1175), (4, 0.009497)])
-def test_levels_are_lloyd_and_maxs(bits, error):
-    levels = gaussian_levels(bits)
-    assert len(levels) == 2**bits
-    torch.testing.assert_close(levels, -levels.flip(0), atol=1e-5, rtol=0)
-    x = gaussian(400_000).double()
-    code = levels.double()[(x[:, None] - levels.double()).abs().argmin(1)]
-    assert (x - code).square().mean().item() == pytest.approx(error, rel=0.02)
-
-
-def test_two_bit_levels_are_those_in_the_tables():
-    assert gaussian_levels(2)[2:].tolist() == pytest.approx([0.4528, 1.5104], abs=1e-4)
-    with pytest.raises(InputError, match="bits=0"):
-        gaussian_levels(0)
-
-
-def test_a_value_code_of_one_bit_is_the_sign_code():
-    values, mean = gaussian(2, 30, 16, seed=1), gaussian(2, 16, seed=2)
-    rotation = torch.stack([haar(16, i) for i in range(2)])
-    y = (values - mean.unsqueeze(1)) @ rotation.mT
-    for rule in ("mse", "unbiased"):
-        code = ValueCode(mean, rotation, 1, rule).decoded(values)
-        keys = LayerCodec(rotation, Centering("token_mean", mean), rule)
-        decoded = keys.decode(keys.encode(values[None]))[0]
-        torch.testing.assert_close(code, decoded, atol=5e-3, rtol=0)
-        torch.testing.assert_close(sign((code - mean.unsqueeze(1)) @ rotation.mT), sign(y))
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_scale_rules_of_values(bits):
-    values, mean = gaussian(1, 50, 32, seed=1), torch.zeros(1, 32)
-    rotation = haar(32, 0)[None]
-    mse = ValueCode(mean, rotation, bits, "mse").decoded(values)
-    unbiased = ValueCode(mean, rotation, bits, "unbiased").decoded(values)
-    zero = torch.zeros(1, 50)
-    torch.testing.assert_close(((values - mse) * mse).sum(-1), zero, atol=1e-3, rtol=0)
-    torch.testing.assert_close(((values - unbiased) * values).sum(-1), zero, atol=1e-3, rtol=0)
-    with pytest.raises(InputError, match="unknown scale rule 'norm'"):
-        ValueCode(mean, rotation, bits, "norm").decoded(values)
-
-
-def test_coded_values_are_what_the_layers_of_the_code_read(loaded):
-    heads, d = heads_of(loaded), loaded.head_dim
-    rotation = torch.stack([haar(d, i) for i in range(heads)])
-    code = ValueCode(gaussian(heads, d), rotation)
-    exact = attention_states(loaded, IDS)
-    with coded_values(loaded.model, {0: code}):
-        seen = attention_states(loaded, IDS)
-    torch.testing.assert_close(seen[0].value, code.decoded(exact[0].value))
-    assert not torch.allclose(seen[1].value, code.decoded(exact[1].value), atol=0.1)
-    torch.testing.assert_close(attention_states(loaded, IDS)[0].value, exact[0].value)
-
-
 def test_a_rotation_of_values_absorbs_into_the_weights(loaded):
     heads, d = heads_of(loaded), loaded.head_dim
     rotation = torch.stack([haar(d, i) for i in range(heads)])
@@ -242,7 +187,7 @@ def test_a_rotation_of_values_absorbs_into_the_weights(loaded):
 
 def output_row(values, weights, rule="unbiased", bits=1):
     """The row of one head with mean zero, turned by an SRHT."""
-    code = ValueCode(torch.zeros(1, values.shape[-1]), srht(values.shape[-1], 0)[None], bits, rule)
+    code = LevelCode(Centering("none"), srht(values.shape[-1], 0)[None], bits, rule)
     energies = scores._output_energies(values[None], code, weights[None, None])
     return scores._output_row(0, 0, bits, rule, energies[:, 0].tolist())
 

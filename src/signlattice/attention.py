@@ -26,9 +26,11 @@ from .errors import InputError
 
 SeenKeys = Callable[[int, Tensor, Tensor], Tensor]
 """``(layer, query [B, Hq, Tq, D], key [B, H, T, D]) -> key``: the keys attention shall use."""
+SeenStates = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""The same with the values [B, H, T, Dv]: all three that attention shall use."""
 
 _SDPA, _EAGER = "signlattice", "signlattice_eager"
-_seen: ContextVar[SeenKeys | None] = ContextVar("signlattice_seen_keys", default=None)
+_seen: ContextVar[SeenStates | None] = ContextVar("signlattice_seen_states", default=None)
 
 
 class CachedTokens(Protocol):
@@ -158,7 +160,7 @@ def _forward_sdpa(
 ) -> tuple[Tensor, None]:
     if not isinstance(key, Tensor):
         return _attended(key.attend(module, query, attention_mask)), None
-    key = _as_seen(module, query, key)
+    query, key, value = _as_seen(module, query, key, value)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -173,14 +175,18 @@ def _forward_eager(
     if not isinstance(key, Tensor):
         visible = None if attention_mask is None else attention_mask == 0
         return _attended(key.attend(module, query, visible)), None
-    key = _as_seen(module, query, key)
+    query, key, value = _as_seen(module, query, key, value)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     return eager(module, query, key, value, attention_mask, **kwargs)
 
 
-def _as_seen(module: nn.Module, query: Tensor, key: Tensor) -> Tensor:
+def _as_seen(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     callback = _seen.get()
-    return key if callback is None else callback(module.layer_idx, query, key)
+    if callback is None:
+        return query, key, value
+    return callback(module.layer_idx, query, key, value)
 
 
 def _attended(output: Tensor) -> Tensor:
@@ -199,6 +205,24 @@ AttentionMaskInterface.register(_EAGER, eager_mask)
 def keys_seen_by(model: PreTrainedModel, callback: SeenKeys) -> Iterator[None]:
     """While the context is open, ``model``'s attention uses the keys that ``callback`` returns.
 
+    As `states_seen_by`, whose queries and values stay as they are.
+    """
+
+    def keys_alone(
+        layer: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return query, callback(layer, query, key), value
+
+    with states_seen_by(model, keys_alone):
+        yield
+
+
+@contextmanager
+def states_seen_by(model: PreTrainedModel, callback: SeenStates) -> Iterator[None]:
+    """While the context is open, ``model``'s attention uses what ``callback`` returns.
+
+    Inside another such context the callback is given what the outer one returns.
+
     SDPA knows no soft-cap and no sinks: models with either run their own eager attention. The
     former attention implementation comes back at the end, also after an error.
     Raises ``InputError`` if the model has no decoder attention to open.
@@ -206,7 +230,14 @@ def keys_seen_by(model: PreTrainedModel, callback: SeenKeys) -> Iterator[None]:
     config = model.config.get_text_config(decoder=True)
     former = config._attn_implementation
     open_attention(model)
-    token = _seen.set(callback)
+    outer = _seen.get()
+
+    def both(
+        layer: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return callback(layer, *outer(layer, query, key, value))
+
+    token = _seen.set(callback if outer is None else both)
     try:
         yield
     finally:

@@ -6,8 +6,6 @@ Beside each compressed cache stand those that people use instead, FP8 and a Hada
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +18,7 @@ from .cache import CacheConfig, SignKeyCache
 from .cache_quality import Judge, QualityConfig, read_through
 from .calibrate import CalibrateConfig, coded_layers, learn_codec
 from .codec import SCALE_RULES, KeyCodec
-from .files import write_text
+from .files import Scratch
 from .models import LoadedModel
 from .records import Row
 from .texts import Text
@@ -144,18 +142,19 @@ def measure(
     Raises ``InputError`` as `calibrate.learn_codec` and `cache_quality.full_windows` do.
     """
     tell = progress or (lambda part: None)
-    scratch = scratch / _identity(loaded, text, config)
+    kept = Scratch.of(
+        scratch, loaded.weights_hash, text.fingerprint, __version__, asdict(config)
+    )
     wanted = cases(loaded, config)
-    codecs = dict(_codecs(loaded, text, config, {case.codec for case in wanted}, scratch, tell))
+    codecs = dict(_codecs(loaded, text, config, {case.codec for case in wanted}, kept.folder, tell))
     judge = Judge(loaded, text.evaluation, text.calibration, config.quality)
     rows = []
     for case in wanted:
-        file = scratch / f"{hashlib.sha256(repr(case).encode()).hexdigest()[:16]}.json"
-        if not file.exists():
-            codec = _ruled(codecs[case.codec], case.rule) if case.codec else None
-            row = judge.row(codec, case.cache, with_needles=case.with_needles)
-            write_text(file, json.dumps(row))
-        rows.append({"codec": case.codec, "rule": case.rule, **json.loads(file.read_text())})
+        codec = _ruled(codecs[case.codec], case.rule) if case.codec else None
+        row = kept.row(
+            repr(case), lambda: judge.row(codec, case.cache, with_needles=case.with_needles)
+        )
+        rows.append({"codec": case.codec, "rule": case.rule, **row})
         tell(f"judged {case.codec or case.cache.key_format}")
     tables = {
         "exact": [judge.exact_row()],
@@ -237,9 +236,3 @@ def _calls(judge: Judge, codec: KeyCodec, config: CacheLabConfig) -> Row:
         "bytes": stats[1].n_bytes,
         "expected_bytes": stats[1].expected + stats[1].parts["whole layers"],
     }
-
-
-def _identity(loaded: LoadedModel, text: Text, config: CacheLabConfig) -> str:
-    """What kept results depend on: the model, the text, the library and the configuration."""
-    known = (loaded.weights_hash, text.fingerprint, __version__, asdict(config))
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,7 +33,19 @@ from .evaluate import (
 from .models import LoadedModel
 from .records import Row
 
-NewCache = Callable[[], SignKeyCache]
+class JudgedCache(Protocol):
+    """A cache of transformers that can say what it holds."""
+
+    def stats(self) -> CacheStats:
+        """Tokens, packed keys, bits and bytes, as a `SignKeyCache` says them."""
+
+
+NewCache = Callable[[], JudgedCache]
+Exact = dict[tuple[int, ...], Tensor]
+"""Log probabilities of exact attention [n, T, vocabulary], by the windows of a batch."""
+
+KEPT = 2**29
+"""Bytes up to which a `Judge` keeps the exact log probabilities, to compute them once."""
 
 NEEDLE = 16
 """Tokens of a needle: the first half is its cue, the other half is asked for."""
@@ -126,10 +139,12 @@ def cached_losses(
     new_cache: NewCache | None,
     config: QualityConfig = QualityConfig(),
     progress: Callable[[int], object] | None = None,
+    known: Exact | None = None,
 ) -> Losses:
     """Teacher-forced losses of windows of one length, through new caches; None is no cache at all.
 
-    KL and agreement are against exact attention. Raises ``InputError`` if a cache has packed
+    KL and agreement are against exact attention, which is looked up in ``known`` and added to it,
+    if that is given. Raises ``InputError`` if a cache has packed
     nothing: it would look perfect.
     """
     size = len(pieces)
@@ -137,7 +152,12 @@ def cached_losses(
     n_packed, stats = 0, None
     for chosen, ids, _ in batches(pieces, config.batch_size):
         ids = ids.to(loaded.model.device)
-        exact = loaded.model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        batch = tuple(chosen)
+        exact = None if known is None else known.get(batch)
+        if exact is None:
+            exact = loaded.model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        if known is not None:
+            known[batch] = exact
         log_p = exact
         if new_cache is not None:
             cache = new_cache()
@@ -172,7 +192,7 @@ def _end(n: int) -> int:
 
 
 def read_through(
-    loaded: LoadedModel, ids: Tensor, cache: SignKeyCache, step: int | None = None
+    loaded: LoadedModel, ids: Tensor, cache: JudgedCache, step: int | None = None
 ) -> Tensor:
     """Logits [B, T, vocabulary] of ids [B, T], read through a cache in calls of ``step`` tokens."""
     parts = ids.split(step or ids.shape[1], 1)
@@ -203,7 +223,7 @@ def needles(
 @torch.no_grad()
 def retrieval(
     loaded: LoadedModel, ids: Tensor, answer: Tensor, new_cache: NewCache | None,
-    batch_size: int = 16,
+    batch_size: int = 16, step: int | None = None,
 ) -> float:  # fmt: skip
     """Share of the last tokens of ids [n, T], ``answer`` [n, A], that are the model's first choice.
     """
@@ -213,7 +233,7 @@ def retrieval(
         if new_cache is None:
             logits = loaded.model(part, use_cache=False).logits
         else:
-            logits = read_through(loaded, part, new_cache())
+            logits = read_through(loaded, part, new_cache(), step)
         guess = logits[:, -wanted.shape[1] - 1 : -1].argmax(-1).cpu()
         right += float((guess == wanted).float().mean(1).sum())
     return right / len(ids)
@@ -238,7 +258,10 @@ class Judge:
         self.loaded = loaded
         self.config = config
         self.pieces = full_windows(loaded, documents, config.n_passages)
-        self.exact = cached_losses(loaded, self.pieces, None, config)
+        n_tokens = sum(len(piece.ids) for piece in self.pieces)
+        vocabulary = loaded.model.config.get_text_config(decoder=True).vocab_size
+        self._known: Exact | None = {} if 4 * n_tokens * vocabulary <= KEPT else None
+        self.exact = cached_losses(loaded, self.pieces, None, config, known=self._known)
         hay = self.pieces[: config.n_needles]
         straw = full_windows(loaded, others, config.n_needles)
         self.needles = {depth: needles(loaded, hay, straw, depth) for depth in DEPTHS}
@@ -257,19 +280,29 @@ class Judge:
         self, codec: KeyCodec | None, cache: CacheConfig, *, step: int | None = None,
         with_needles: bool = True, progress: Callable[[int], object] | None = None,
     ) -> Row:  # fmt: skip
-        """What a cache is and what it loses: gaps in per cent of perplexity, KL in nats a token."""
+        """What a `SignKeyCache` of that configuration is, and what it loses: see `judged`."""
+        return {
+            "keys": cache.key_format, "values": cache.value_format, "window": cache.window,
+            "sinks": cache.sinks, "sliding": cache.sliding, "exempt": str(list(cache.exempt)),
+            **self.judged(
+                lambda: SignKeyCache(self.loaded, codec, cache), step=step,
+                with_needles=with_needles, progress=progress,
+            ),
+        }  # fmt: skip
 
-        def new_cache() -> SignKeyCache:
-            return SignKeyCache(self.loaded, codec, cache)
-
+    def judged(
+        self, new_cache: NewCache, *, step: int | None = None, with_needles: bool = True,
+        progress: Callable[[int], object] | None = None,
+    ) -> Row:  # fmt: skip
+        """What a cache loses: gaps in per cent of perplexity, KL in nats a token."""
         config = replace(self.config, step=step)
-        losses = cached_losses(self.loaded, self.pieces, new_cache, config, progress)
+        losses = cached_losses(
+            self.loaded, self.pieces, new_cache, config, progress, self._known
+        )
         gap = gap_percent(losses.whole, self.exact.whole)
         end = gap_percent(losses.end, self.exact.end)
         n, stats = losses.whole.n_tokens.sum(), losses.stats
         row: Row = {
-            "keys": cache.key_format, "values": cache.value_format, "window": cache.window,
-            "sinks": cache.sinks, "sliding": cache.sliding, "exempt": str(list(cache.exempt)),
             "key_bits": stats.packed_bits.key, "value_bits": stats.packed_bits.value,
             "bits": stats.packed_bits.average, "effective_bits": stats.effective_bits.average,
             "reduction": stats.reduction, "n_packed": losses.whole.n_compressed,
@@ -278,16 +311,16 @@ class Judge:
             "end_gap": end.value, "end_gap_low": end.low, "end_gap_high": end.high,
             "kl": float(losses.whole.kl.sum() / n), "top1": float(losses.whole.agree.sum() / n),
         }  # fmt: skip
-        return row | self._retrieved(new_cache) if with_needles else row
+        return row | self._retrieved(new_cache, step) if with_needles else row
 
-    def _retrieved(self, new_cache: NewCache | None) -> Row:
+    def _retrieved(self, new_cache: NewCache | None, step: int | None = None) -> Row:
         """Shares of the needles' ends that are found again, at each depth and over all."""
         found = {
-            f"needle_{depth:g}": self._share(task.hidden, new_cache)
+            f"needle_{depth:g}": self._share(task.hidden, new_cache, step)
             for depth, task in self.needles.items()
         }
         return {"needle": sum(found.values()) / len(found), **found}
 
-    def _share(self, ids: Tensor, new_cache: NewCache | None) -> float:
+    def _share(self, ids: Tensor, new_cache: NewCache | None, step: int | None = None) -> float:
         answer = self.needles[DEPTHS[0]].answer  # the same at every depth
-        return retrieval(self.loaded, ids, answer, new_cache, self.config.batch_size)
+        return retrieval(self.loaded, ids, answer, new_cache, self.config.batch_size, step)

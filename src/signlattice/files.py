@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -85,6 +88,40 @@ def remembered(file: Path, make: Callable[[], Mapping[int, Tensor]]) -> dict[int
             f"{shown(file)} is damaged ({error}): delete it and run again"
         ) from None
     return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What an interrupted run leaves behind, by name: the next one does not make it again."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, root: Path, *known: object) -> Scratch:
+        """A folder under ``root`` for results that depend on what is ``known``, as JSON writes it.
+        """
+        digest = hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
+        return cls(Path(root) / digest[:16])
+
+    def row(self, name: str, make: Callable[[], dict]) -> dict:
+        """A row of a table, as JSON. Raises ``IntegrityError`` if what was kept is damaged."""
+        file = self.file(name, ".json")
+        if not file.exists():
+            write_text(file, json.dumps(make()))
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise IntegrityError(
+                f"{shown(file)} is damaged ({error}): delete it and run again"
+            ) from None
+
+    def tensors(self, name: str, make: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:
+        """As `remembered`."""
+        return remembered(self.file(name, ".safetensors"), make)
+
+    def file(self, name: str, suffix: str) -> Path:
+        """Where what has that name is kept."""
+        return self.folder / (hashlib.sha256(name.encode()).hexdigest()[:16] + suffix)
 
 
 def check_writable(folder: Path) -> None:

@@ -36,6 +36,9 @@ from .stores import (
     value_store,
 )
 
+NewStores = Callable[[torch.dtype], tuple[Store, Store]]
+"""Makes empty stores of keys and of values; the dtype is that of what is whole."""
+
 BLOCK = 256
 """Queries that attend at once where a prompt is read: keys are whole for those near, not all."""
 
@@ -155,6 +158,7 @@ class PackedLayer(CacheLayerMixin):
         self.format = fmt
         self.code = code
         self.reader = reader
+        self.new_stores: NewStores = self._stores_by_format
         self.is_sliding = layer.window is not None
         self._clear()
 
@@ -188,13 +192,16 @@ class PackedLayer(CacheLayerMixin):
         if self.code is not None:
             self.code = self.code.to(self.device)
             self.mean = self.code.centering.mean
-        self.key_store = key_store(self.format.keys, self.dtype, self.code, self.format.impl)
-        self.value_store = value_store(self.format.values, self.dtype)
+        self.key_store, self.value_store = self.new_stores(self.dtype)
         for kept, n in ((self.recent, 0), (self.sinks, self.format.sinks)):
             kept["keys"] = key_states.new_zeros((batch, n_heads, n, d), dtype=self.dtype)
             shape = (batch, n_heads, n, value_states.shape[-1])
             kept["values"] = value_states.new_zeros(shape, dtype=self.dtype)
         self.is_initialized = True
+
+    def _stores_by_format(self, dtype: torch.dtype) -> tuple[Store, Store]:
+        fmt = self.format
+        return key_store(fmt.keys, dtype, self.code, fmt.impl), value_store(fmt.values, dtype)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
-from scipy.stats import norm
 from torch import Tensor, nn
 
 from .ablation import rotate_heads
-from .attention import attention_layers, keys_seen_by, score_scaling
+from .attention import attention_layers, score_scaling, states_seen_by
 from .beta import cosine
 from .bits import sign
+from .centering import Centering
 from .codec import KeyCodec, token_scale
+from .coded import seen_through
 from .errors import InputError
 from .evaluate import (
     Interval,
@@ -36,6 +36,7 @@ from .evaluate import (
 from .models import LoadedModel
 from .records import Row
 from .solvers import Progress, tell
+from .vector_codes import LevelCode, SignCode
 
 SIDES = ("keys", "queries", "both")
 """What is signed: the keys, the queries, or both."""
@@ -101,8 +102,8 @@ def attention_states(
 ) -> dict[int, States]:
     """What attention sees of one sequence ``ids`` [T] in every layer, keys through ``codec``.
 
-    Raises ``InputError`` if the model has no separate value projections, or layers that do not see
-    all tokens before a query, or share keys, or cap their scores.
+    Raises ``InputError`` if the model has layers that do not see all tokens before a query, or
+    share keys, or cap their scores.
     """
     for layer in attention_layers(loaded.model).values():
         if not layer.owns_keys or layer.window or layer.softcap or layer.sinks:
@@ -110,25 +111,20 @@ def attention_states(
                 f"layer {layer.index} of {loaded.name} has a window, a soft-cap, sinks or the keys "
                 "of another layer: scores are measured on models whose layers see all tokens"
             )
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
-    values: dict[int, Tensor] = {}
+    seen: dict[int, States] = {}
 
-    def record(layer: int, query: Tensor, key: Tensor) -> Tensor:
+    def record(
+        layer: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if codec is not None and layer in codec.layers:
             code = codec.layers[layer]
             key = code.decode(code.encode(key)).to(key.dtype)
-        seen[layer] = (query[0].float(), key[0].float())
-        return key
+        seen[layer] = States(query[0].float(), key[0].float(), value[0].float())
+        return query, key, value
 
-    def keep(layer: int, value: Tensor) -> None:
-        values[layer] = value[0].float()
-
-    with _values_seen_by(loaded.model, keep), keys_seen_by(loaded.model, record):
+    with states_seen_by(loaded.model, record):
         loaded.model(ids[None], use_cache=False)
-    return {
-        layer: States(query, key, values[layer].unflatten(-1, (len(key), -1)).transpose(0, 1))
-        for layer, (query, key) in seen.items()
-    }
+    return seen
 
 
 def whole_passages(pieces: Sequence[Passage], context: int, count: int) -> list[Passage]:
@@ -311,16 +307,19 @@ def signed_attention(
     if side not in SIDES:
         raise InputError(f"unknown side {side!r}: choose one of {', '.join(SIDES)}")
 
-    def through_signs(layer: int, query: Tensor, key: Tensor) -> Tensor:
+    def through_signs(
+        layer: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rotation, mean = rotations[layer], key_mean[layer].unsqueeze(1)
         if side != "keys":
             grouped = query.unflatten(1, (len(rotation), -1))
             turned = rotation.unsqueeze(1)
-            # In place: attention takes keys from this callback, and its queries as they are here.
-            query.copy_((_signed(grouped @ turned.mT) @ turned).flatten(1, 2))
-        return key if side == "queries" else _signed((key - mean) @ rotation.mT) @ rotation + mean
+            query = (_signed(grouped @ turned.mT) @ turned).flatten(1, 2)
+        if side != "queries":
+            key = _signed((key - mean) @ rotation.mT) @ rotation + mean
+        return query, key, value
 
-    with torch.no_grad(), keys_seen_by(model, through_signs):
+    with torch.no_grad(), states_seen_by(model, through_signs):
         yield
 
 
@@ -360,11 +359,11 @@ def value_rows(
     for coded, codec in (("values", None), ("keys and values", keys)):
         for rule in ("mse", "unbiased"):
             codes = {
-                layer: ValueCode(mean, calibrated.rotations["srht"][layer], rule=rule)
-                for layer, mean in calibrated.value_mean.items()
+                layer: _value_code(calibrated, layer, 1, rule) for layer in calibrated.value_mean
             }
-            with coded_values(loaded.model, codes):
-                losses = token_losses(loaded, pieces, codec)
+            coded_keys = {} if codec is None else {i: SignCode(c) for i, c in codec.layers.items()}
+            with seen_through(loaded, coded_keys, codes):
+                losses = token_losses(loaded, pieces)
             rows.append({"coded": coded, "value_rule": rule} | _gap(losses, exact))
             tell(progress)
     return rows
@@ -374,53 +373,6 @@ def _gap(losses: TokenLosses, exact: TokenLosses) -> dict[str, float]:
     gap = perplexity_gap(losses, exact)
     value = perplexity(losses).value
     return {"perplexity": value, "gap": gap.value, "low": gap.low, "high": gap.high}
-
-
-@cache
-def gaussian_levels(bits: int) -> Tensor:
-    """The 2^bits levels of least squared error for a standard Gaussian, ascending (Lloyd, Max).
-
-    One bit gives ±√(2/π), which is the sign code. Raises ``InputError`` unless 1 <= bits <= 8.
-    """
-    if not 1 <= bits <= 8:
-        raise InputError(f"bits={bits}: use 1 to 8")
-    levels = norm.ppf((np.arange(2**bits) + 0.5) / 2**bits)
-    for _ in range(20 * 4**bits):
-        edges = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
-        levels, former = -np.diff(norm.pdf(edges)) / np.diff(norm.cdf(edges)), levels
-        if np.abs(levels - former).max() < 1e-9:
-            break
-    return torch.from_numpy(levels).float()
-
-
-@dataclass(frozen=True, eq=False)
-class ValueCode:
-    """A layer's values at ``bits`` per coordinate: mean [H, D] off, rotation [H, D, D], levels.
-
-    The levels are those of a Gaussian; each token of each head has one scale, which makes the
-    error least (``mse``) or keeps the code's inner product with its value (``unbiased``). At one
-    bit this is the sign code of the keys.
-    """
-
-    mean: Tensor
-    rotation: Tensor
-    bits: int = 1
-    rule: str = "mse"
-
-    def decoded(self, values: Tensor) -> Tensor:
-        """What values [..., H, T, D] are read back as."""
-        y = (values - self.mean.unsqueeze(1)) @ self.rotation.mT
-        levels = gaussian_levels(self.bits)
-        unit = y / y.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-        code = levels[torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2, right=True)]
-        product = (y * code).sum(-1, keepdim=True)
-        if self.rule == "unbiased":
-            scale = y.square().sum(-1, keepdim=True) / product.clamp_min(1e-12)
-        elif self.rule == "mse":
-            scale = product / code.square().sum(-1, keepdim=True)
-        else:
-            raise InputError(f"unknown scale rule {self.rule!r} for values: use mse or unbiased")
-        return (scale * code) @ self.rotation + self.mean.unsqueeze(1)
 
 
 @torch.no_grad()
@@ -439,10 +391,9 @@ def output_rows(
     for piece in pieces:
         for layer, states in attention_states(loaded, piece.ids).items():
             weights = log_weights(states, scaling[layer]).exp()[:, :, config.first_query :]
-            mean = calibrated.value_mean[layer]
             for bits in config.value_bits:
                 for rule in ("mse", "unbiased"):
-                    code = ValueCode(mean, calibrated.rotations["srht"][layer], bits, rule)
+                    code = _value_code(calibrated, layer, bits, rule)
                     energies = _output_energies(states.value, code, weights)
                     name = (layer, bits, rule)
                     sums[name] = sums.get(name, 0) + energies / len(pieces)
@@ -453,10 +404,15 @@ def output_rows(
     ]
 
 
-def _output_energies(values: Tensor, code: ValueCode, weights: Tensor) -> Tensor:
+def _value_code(calibrated: Calibrated, layer: int, bits: int, rule: str) -> LevelCode:
+    centering = Centering("token_mean", calibrated.value_mean[layer])
+    return LevelCode(centering, calibrated.rotations["srht"][layer], bits, rule)
+
+
+def _output_energies(values: Tensor, code: LevelCode, weights: Tensor) -> Tensor:
     """Means per head [6, H]: ‖v‖², v·v̂, ‖v̂‖², ‖Σ w v‖², ‖Σ w (v̂ − v)‖², Σ w²."""
-    v = values - code.mean.unsqueeze(1)
-    coded = code.decoded(values) - code.mean.unsqueeze(1)
+    v, mean = code.centering.split(values)
+    coded = code.read_back(values) - mean
     output = weights @ v.unsqueeze(1)
     error = weights @ (coded - v).unsqueeze(1)
     return torch.stack([
@@ -477,23 +433,6 @@ def _output_row(layer: int, head: int, bits: int, rule: str, energies: Sequence[
         "predicted": (1 - slope) ** 2 * output / value + noise * squared_weights,
         "measured": error / value, "output_energy": output / value, "relative": error / output,
     }  # fmt: skip
-
-
-@contextmanager
-def coded_values(model: nn.Module, codes: Mapping[int, ValueCode]) -> Iterator[None]:
-    """While open, the layers of ``codes`` read every value only through its code.
-
-    Raises ``InputError`` if the model has no separate value projections.
-    """
-
-    def through_the_code(layer: int, value: Tensor) -> Tensor | None:
-        if layer not in codes:
-            return None
-        heads = value.unflatten(-1, (len(codes[layer].mean), -1)).transpose(-3, -2)
-        return codes[layer].decoded(heads).transpose(-3, -2).flatten(-2).to(value.dtype)
-
-    with _values_seen_by(model, through_the_code):
-        yield
 
 
 @torch.no_grad()
@@ -530,26 +469,6 @@ def _value_layers(model: nn.Module) -> dict[int, nn.Module]:
     if not layers:
         raise InputError(f"{type(model).__name__} has no separate value projection")
     return layers
-
-
-@contextmanager
-def _values_seen_by(
-    model: nn.Module, callback: Callable[[int, Tensor], Tensor | None]
-) -> Iterator[None]:
-    """Hand every layer's values [B, T, H·D] to ``callback``; what it returns replaces them."""
-
-    def hook_of(layer: int):
-        return lambda module, args, output: callback(layer, output)
-
-    hooks = [
-        module.v_proj.register_forward_hook(hook_of(layer))
-        for layer, module in _value_layers(model).items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _pooled(passages: Sequence[Mapping[int, States]]) -> dict[int, States]:

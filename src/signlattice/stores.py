@@ -21,6 +21,7 @@ from .errors import InputError
 from .kernels import Impl
 from .kernels.layout import PackedKeys, PackedValues
 from .rotations import srht
+from .vector_codes import VectorCode
 
 ValueFormat = Literal["whole", "fp8", "int8", "int4", "int2"]
 KeyFormat = Literal["sign", "whole", "fp8", "int8", "int4", "int2"]
@@ -206,6 +207,44 @@ class RoundedStore(Store):
 
     def _turn(self, like: Tensor) -> Tensor:
         return srht(like.shape[-1], 0).to(like.device)
+
+
+class CodeStore(Store):
+    """Vectors as they are, read through a code: to measure what a code loses.
+
+    Its bytes are those that the code would take.
+    """
+
+    def __init__(self, code: VectorCode) -> None:
+        super().__init__()
+        self.code = code
+        self.n_written = 0
+
+    @property
+    def n_bytes(self) -> int:
+        """By the code's account."""
+        coordinates = sum(part.numel() for part in self.parts.values())
+        return round(coordinates * self.code.bits / 8)
+
+    def empty(self, like: Tensor, room: int) -> dict[str, Tensor]:
+        """As `Store.empty`."""
+        batch, n_heads, _, d = like.shape
+        return {"vectors": like.new_zeros((batch, n_heads, room, d), dtype=torch.float32)}
+
+    def write(self, at: int, vectors: Tensor) -> None:
+        """As `Store.write`."""
+        self.n_written = at + vectors.shape[2]
+        self.parts["vectors"][:, :, at : self.n_written] = vectors
+
+    def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """As `Store.read`."""
+        group = self.code.group
+        start = first // group * group
+        end = min(-(-last // group) * group, self.n_written)
+        vectors = self.parts["vectors"][:, :, start:end]
+        if not vectors.numel():
+            return vectors.to(dtype)
+        return self.code.read_back(vectors)[:, :, first - start : last - start].to(dtype)
 
 
 def value_store(fmt: ValueFormat, dtype: torch.dtype) -> Store:
