@@ -28,7 +28,7 @@ LAYERS = (
      "fullsize"),
     ("evaluate", "train", "coded"),
     ("ablation", "solvers", "convergence", "scores", "compounding", "snapshots", "fidelity",
-     "kernel_times", "architectures", "calibrate", "cache_quality"),
+     "kernel_times", "architectures", "calibrate", "cache_quality", "comparison"),
     ("cache_lab",),
     ("cli",),
     ("__main__",),

@@ -1,0 +1,111 @@
+"""What compares codes: that it sees nothing where nothing changed, and the right error elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import TEXTS
+from signlattice.attention import AttentionLayer
+from signlattice.centering import Centering
+from signlattice.comparison import Comparison, ComparisonConfig, head_errors
+from signlattice.corpus import Document
+from signlattice.errors import InputError
+from signlattice.files import Scratch
+from signlattice.models import load_model
+from signlattice.rotations import srht
+from signlattice.texts import Text
+from signlattice.vector_codes import LevelCode
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIG = ComparisonConfig(n_fit=100, n_passages=3, n_heads_on=2, first_query=4)
+FOLDERS = ("olmoe_folder", "llama_folder", "gemma_folder", "gemma_moe_folder")
+
+
+def documents(side):
+    return tuple(
+        Document(side, f"{side}/{i}.py", f"# {side}\n" + text * 4, side)
+        for i, text in enumerate(TEXTS)
+    )
+
+
+TEXT = Text("tiny", "none", documents("calibration"), documents("evaluation"))
+
+
+@pytest.fixture(params=FOLDERS)
+def loaded(request):
+    return load_model(request.getfixturevalue(request.param))
+
+
+def compared(loaded, folder):
+    return Comparison(loaded, TEXT, CONFIG, Scratch(folder))
+
+
+def levels(comparison, bits):
+    keys = {
+        index: LevelCode(
+            Centering.fit(states.keys, "token_mean"),
+            srht(states.keys.shape[-1], 0).expand(len(states.keys), -1, -1), bits, "unbiased",
+        )
+        for index, states in comparison.fit.items()
+    }  # fmt: skip
+    values = {i: LevelCode(Centering("none"), code.rotation, bits) for i, code in keys.items()}
+    return keys, values
+
+
+def test_no_code_loses_nothing(loaded, tmp_path):
+    comparison = compared(loaded, tmp_path)
+    row = comparison.row("nothing")
+    assert row["gap"] == pytest.approx(0, abs=1e-4) and row["top1"] == 1
+    assert row["perplexity"] == pytest.approx(comparison.exact_row()["perplexity"], rel=1e-6)
+    for head in comparison.heads():
+        assert head["correlation"] == pytest.approx(1, abs=1e-5)
+        errors = [head[name] for name in ("score_error", "attention_kl", "output_error")]
+        assert errors == pytest.approx([0, 0, 0], abs=1e-6)
+
+
+def test_fewer_bits_lose_more_in_every_figure(loaded, tmp_path):
+    comparison = compared(loaded, tmp_path)
+    found = {bits: comparison.heads(*levels(comparison, bits)) for bits in (1, 4)}
+    assert len(found[1]) == sum(
+        layer.n_heads * len(comparison.fit[i].queries) for i, layer in comparison.layers.items()
+    )
+    for coarse, fine in zip(found[1], found[4]):
+        for name in ("score_error", "output_error"):
+            assert coarse[name] > 4 * fine[name] > 0
+        assert coarse["correlation"] < fine["correlation"] < 1
+    kl = {bits: comparison.row(f"{bits}", *levels(comparison, bits))["kl"] for bits in (1, 4)}
+    assert kl[1] > 4 * kl[4] > 0
+
+
+def test_rows_are_kept_and_not_computed_again(loaded, tmp_path, monkeypatch):
+    row = compared(loaded, tmp_path).row("a")
+    monkeypatch.setattr("signlattice.comparison.token_losses", lambda *args: 1 / 0)
+    again = compared(loaded, tmp_path)
+    assert again.row("a") == row
+    with pytest.raises(ZeroDivisionError):
+        again.row("b")
+
+
+def test_a_shift_that_all_keys_share_is_no_error_and_a_scale_is():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(n, 40, 8, generator=generator) for n in (4, 2, 2))
+    layer = AttentionLayer(0, 0, 2, 4, 8, scaling=8**-0.5)
+    shifted = head_errors(layer, (query, key, value), (query, key + 3, value), 5)
+    torch.testing.assert_close(shifted[[0, 2, 3]], torch.zeros(3, 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(shifted[1], torch.ones(2))
+    longer = head_errors(layer, (query, key, value), (query, 1.5 * key, value), 5)
+    torch.testing.assert_close(longer[0], torch.full((2,), 0.25))
+    torch.testing.assert_close(longer[1], torch.ones(2))
+    assert (longer[2] > 0.01).all()
+    values = head_errors(layer, (query, key, value), (query, key, 0.9 * value), 5)
+    torch.testing.assert_close(values[:3], shifted[:3], atol=1e-5, rtol=0)
+    assert (values[3] > 0).all()
+    with pytest.raises(InputError, match="first_query=40 of 40 tokens"):
+        head_errors(layer, (query, key, value), (query, key, value), 40)
+
+
+def test_a_count_below_one_is_refused():
+    with pytest.raises(InputError, match="n_fit=0: use 1 or more"):
+        ComparisonConfig(n_fit=0)
