@@ -345,7 +345,7 @@ def test_an_interrupted_run_goes_on_where_it_was(code, llama48, text, tmp_path, 
     monkeypatch.setattr(calibrate, "bank_of", counted_bank)
     for name in ("learn_rotations", "learn_basis"):
         monkeypatch.setattr(calibrate, name, counted(name))
-    monkeypatch.setattr(calibrate, "_null", lambda *arguments: whole.calibration.noise_null)
+    monkeypatch.setattr(calibrate, "null_betas", lambda *arguments: whole.calibration.noise_null)
 
     def interrupt(part):
         if part == parts[0]:

@@ -126,12 +126,7 @@ def learn_codec(
         scratch = scratch / _identity(loaded, text, config)
     fit, judged = _passages(loaded, text, layers, config)
     bank = _captured(loaded, fit, config, scratch, tell)
-    readers = _readers(loaded)
-    codes = {}
-    for index, layer in layers.items():
-        file = None if scratch is None else scratch / f"layer-{index}.safetensors"
-        codes[index] = _learned(bank, layer, readers[index], config, file)
-        tell(f"learned layer {index}")
+    codes = learn_layers(loaded, bank, config, scratch, tell)
     held_out = bank_of(loaded, judged, queries=False, batch_size=config.batch_size)
     beta = {
         index: tuple(code.cosines(held_out.keys(index)).double().mean(-1).tolist())
@@ -150,8 +145,30 @@ def learn_codec(
             "seed": str(config.seed),
             "signlattice": __version__,
         },
-        Calibration(_hash(fit), n_keys, beta, _null(n_keys, smallest, config)),
+        Calibration(_hash(fit), n_keys, beta, null_betas(n_keys, smallest, config)),
     )
+
+
+def learn_layers(
+    loaded: LoadedModel,
+    bank: KeyBank,
+    config: CalibrateConfig = CalibrateConfig(),
+    scratch: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[int, LayerCodec]:
+    """The codes that `learn_codec` learns, of keys and queries that are captured already.
+
+    Keys are a sample by the seed, ``keys_per_dim`` of them if the bank has more; the metric is of
+    all its queries. Raises ``InputError`` as `coded_layers`.
+    """
+    readers = _readers(loaded)
+    codes = {}
+    for index, layer in coded_layers(loaded, config).items():
+        file = None if scratch is None else scratch / f"layer-{index}.safetensors"
+        codes[index] = _learned(bank, layer, readers[index], config, file)
+        if progress is not None:
+            progress(f"learned layer {index}")
+    return codes
 
 
 def n_parts(loaded: LoadedModel, config: CalibrateConfig) -> int:
@@ -169,6 +186,21 @@ def measure_codec(
     return {
         index: head_quality(code, bank, layers[index]) for index, code in codec.layers.items()
     }
+
+
+def null_betas(n_keys: int, d: int, config: CalibrateConfig) -> tuple[float, float]:
+    """β (in sample, held out) of the same learning on ``n_keys`` of Gaussian noise in d dimensions.
+    """
+    if config.code == "rotation":
+        return noise_null(n_keys, d, config.rotation, config.seed)
+    noise = torch.randn(
+        1, 2 * n_keys, d, generator=torch.Generator().manual_seed(config.seed)
+    )
+    eye = torch.eye(d)[None]
+    basis = learn_basis(noise[:, :n_keys], eye.double(), config.lattice)
+    code = LayerCodec(basis, Centering("none"), metric=eye)
+    inside, outside = code.cosines(noise)[0].double().split(n_keys)
+    return float(inside.mean()), float(outside.mean())
 
 
 def _passages(
@@ -242,20 +274,6 @@ def _few(bank: KeyBank, layer: int, n_sequences: int = 12) -> KeyBank:
     few.append("keys", layer, bank.keys(layer).transpose(0, 1)[:n_tokens])
     few.append("queries", layer, bank.queries(layer).transpose(0, 1)[:n_tokens])
     return few
-
-
-def _null(n_keys: int, d: int, config: CalibrateConfig) -> tuple[float, float]:
-    """β (in sample, held out) of the same learning on Gaussian noise."""
-    if config.code == "rotation":
-        return noise_null(n_keys, d, config.rotation, config.seed)
-    noise = torch.randn(
-        1, 2 * n_keys, d, generator=torch.Generator().manual_seed(config.seed)
-    )
-    eye = torch.eye(d)[None]
-    basis = learn_basis(noise[:, :n_keys], eye.double(), config.lattice)
-    code = LayerCodec(basis, Centering("none"), metric=eye)
-    inside, outside = code.cosines(noise)[0].double().split(n_keys)
-    return float(inside.mean()), float(outside.mean())
 
 
 def _hash(pieces: Sequence[Passage]) -> str:
