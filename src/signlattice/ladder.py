@@ -78,7 +78,9 @@ class LadderConfig:
     window: int = 60
     sinks: int = 4
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
-    quality: QualityConfig = field(default_factory=QualityConfig)
+    quality: QualityConfig = field(
+        default_factory=lambda: QualityConfig(n_passages=48, n_needles=12)
+    )
 
     def __post_init__(self) -> None:
         for name in ("window", "sinks"):
