@@ -22,14 +22,14 @@ LAYERS = (
     ("kernels",),
     ("checkpoints", "sources", "shards", "learn", "spread", "lattice"),
     ("curvature",),
-    ("codec", "vector_codes"),
+    ("codec", "vector_codes", "gauges"),
     ("stores",),
     ("models", "corpus", "capture", "attention", "packed_layer", "cache", "hub", "texts",
      "fullsize"),
-    ("evaluate", "train", "coded"),
+    ("evaluate", "train", "coded", "peers"),
     ("ablation", "solvers", "convergence", "scores", "compounding", "snapshots", "fidelity",
      "kernel_times", "architectures", "calibrate", "cache_quality", "comparison"),
-    ("cache_lab",),
+    ("cache_lab", "ladder", "second_code", "query_codes", "values", "sensitivity", "gauge_lab"),
     ("cli",),
     ("__main__",),
 )
@@ -43,7 +43,7 @@ AUDITORS = ("provenance",)
 
 WITH_MODELS = (
     "models", "corpus", "capture", "attention", "packed_layer", "cache", "evaluate", "train",
-    "kernel_times", "fullsize",
+    "kernel_times", "fullsize", "peers",
 )  # fmt: skip
 EXTERNAL = {
     "transformers": WITH_MODELS,

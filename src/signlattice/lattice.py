@@ -85,27 +85,34 @@ def query_metric(readers: Sequence[Tensor], n_heads: int, config: LatticeConfig)
 
 
 def learn_basis(
-    keys: Tensor, metric: Tensor, config: LatticeConfig, progress: Progress | None = None
-) -> Tensor:
+    keys: Tensor, metric: Tensor, config: LatticeConfig, progress: Progress | None = None, *,
+    vectors_per_dim: int = 1,
+) -> Tensor:  # fmt: skip
     """A basis [H, D, D] of centred keys [H, N, D] in a metric [H, D, D], longest vectors first.
 
-    Raises ``InputError`` on shapes that do not belong together, fewer keys than coordinates, keys
-    that are not finite, or a metric that is not positive definite.
+    With ``vectors_per_dim`` m it has m · D vectors, [H, m D, D], hence as many bits to a key; m D
+    is a head size that `kernels.nearest_signs` takes.
+
+    Raises ``InputError`` on shapes that do not belong together, fewer keys than vectors, keys
+    that are not finite, a metric that is not positive definite, or no vector to a dimension.
     """
+    if vectors_per_dim < 1:
+        raise InputError(f"vectors_per_dim={vectors_per_dim}: use 1 or more")
     if keys.ndim != 3:
         raise InputError(f"keys of shape {list(keys.shape)}: expected [H, N, D]")
     n_heads, n_keys, d = keys.shape
     if metric.shape != (n_heads, d, d):
         raise InputError(f"metric of shape {list(metric.shape)}: expected {[n_heads, d, d]}")
-    if n_keys < d or not keys.isfinite().all():
-        raise InputError(f"{n_keys} keys of {d} coordinates: give {d} or more, all finite")
+    n = vectors_per_dim * d
+    if n_keys < n or not keys.isfinite().all():
+        raise InputError(f"{n_keys} keys of {d} coordinates: give {n} or more, all finite")
     x, metric, tiny = keys.double(), metric.double(), torch.finfo(torch.float64).tiny
     root, failed = torch.linalg.cholesky_ex(metric)
     if failed.any() or not metric.isfinite().all():
         raise InputError("metric is not positive definite: see query_metric")
     energy = (x @ metric * x).sum((1, 2)).clamp_min(tiny)
-    basis = _halving_basis(x, root)
-    ridge = torch.eye(d, dtype=x.dtype, device=x.device)
+    basis = _halving_basis(x, root, n)
+    ridge = torch.eye(n, dtype=x.dtype, device=x.device)
     for number in range(config.rounds):
         weighted = x @ metric
         correlations = weighted @ basis.mT
@@ -127,16 +134,16 @@ def learn_basis(
     return basis.float()
 
 
-def _halving_basis(x: Tensor, root: Tensor) -> Tensor:
+def _halving_basis(x: Tensor, root: Tensor, n: int) -> Tensor:
     """Vector after vector along the widest direction of what those before have left of the keys.
 
     A sign along it takes off the mean size there, so that a direction in which keys are wide comes
-    up again and again, each time with a vector of about half the length. ``root``: the metric's
-    Cholesky factor.
+    up again and again, each time with a vector of about half the length. ``n``: vectors in all;
+    ``root``: the metric's Cholesky factor.
     """
     left = x @ root  # the metric of this space is the identity
     found = []
-    for _ in range(x.shape[-1]):
+    for _ in range(n):
         axis = torch.linalg.eigh(left.mT @ left).eigenvectors[..., -1:]  # [H, D, 1]
         along = left @ axis
         size = along.abs().mean(1, keepdim=True)

@@ -1,0 +1,202 @@
+"""Queries of few bits: that frames are whose they say, and that the mean of queries does not cancel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conftest import TEXTS
+from signlattice import query_codes
+from signlattice.bits import sign
+from signlattice.coded import LayerStates, seen_through
+from signlattice.comparison import Comparison, ComparisonConfig
+from signlattice.corpus import Document
+from signlattice.errors import InputError
+from signlattice.figures.query_codes import fig_queries
+from signlattice.files import Scratch
+from signlattice.models import load_model
+from signlattice.query_codes import Case, Frames, QueriesConfig, mean_rows, pooled_queries
+from signlattice.texts import Text
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIG = QueriesConfig(
+    widths=(8,), comparison=ComparisonConfig(n_fit=96, n_passages=2, n_heads_on=1, first_query=4)
+)
+
+
+def documents(side):
+    return tuple(
+        Document(side, f"{side}/{i}.py", f"# {side}\n" + text * 4, side)
+        for i, text in enumerate(TEXTS)
+    )
+
+
+TEXT = Text("tiny", "none", documents("calibration"), documents("evaluation"))
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["llama_folder", "gemma_folder"])
+def frames(request, tmp_path):
+    """Grouped queries, and a layer that reads the keys of another."""
+    loaded = load_model(request.getfixturevalue(request.param))
+    return Frames(Comparison(loaded, TEXT, CONFIG.comparison, Scratch(tmp_path)))
+
+
+def test_every_layer_that_asks_has_a_frame_for_each_query_head(frames):
+    fit = frames.comparison.fit
+    own = frames.rotations("own")
+    assert set(own) == {reader for states in fit.values() for reader in states.queries}
+    for states in fit.values():
+        for reader, queries in states.queries.items():
+            d = queries.shape[-1]
+            assert own[reader].shape == (len(queries), d, d)
+            eye = torch.eye(d).expand_as(own[reader])
+            torch.testing.assert_close(own[reader] @ own[reader].mT, eye, atol=1e-4, rtol=0)
+
+
+def test_a_frame_of_its_own_is_nearer_to_the_queries_that_it_was_learned_on(frames):
+    """On calibration queries the mean cosine of each head is highest in the frame of that head."""
+    for index, states in frames.comparison.fit.items():
+        for reader, queries in states.queries.items():
+            def cosine(rotation):
+                y = queries @ rotation.repeat_interleave(len(queries) // len(rotation), 0).mT
+                return (y.abs().sum(-1) / y.norm(dim=-1)).mean(-1) / y.shape[-1] ** 0.5
+
+            own = cosine(frames.rotations("own")[reader])
+            for frame in ("srht", "keys"):
+                assert (own > cosine(frames.rotations(frame)[index]) + 0.01).all()
+
+
+def test_a_signed_query_is_its_signs_turned_back_in_the_frame_that_was_asked_for(frames):
+    index, states = next(iter(frames.comparison.fit.items()))
+    reader, queries = list(states.queries.items())[-1]
+    groups = len(queries) // len(states.keys)
+    for frame in ("keys", "own"):
+        for mean in ("in", "kept"):
+            code = frames.queries(Case("whole", frame, mean=mean))[reader]
+            read = code(queries[None])[0]
+            for head in range(len(queries)):
+                turn = frames.rotations(frame, mean == "kept")
+                turn = turn[reader][head] if frame == "own" else turn[index][head // groups]
+                offset = queries[head].mean(0) * (mean == "kept")
+                y = (queries[head] - offset) @ turn.T
+                scale = y.square().sum(-1, keepdim=True) / y.abs().sum(-1, keepdim=True)
+                expected = scale * sign(y) @ turn + offset
+                torch.testing.assert_close(read[head], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_scores_of_two_frames_go_through_the_matrix_between_them(frames):
+    index, states = next(iter(frames.comparison.fit.items()))
+    reader, queries = next(iter(states.queries.items()))
+    case = Case("rotation", "own")
+    query = frames.queries(case)[reader](queries[None])[0, 0]
+    centering = frames._key_centerings[index]
+    key = frames.keys(case)[index].read_back(states.keys[None])[0, 0] - centering.mean[0]
+    between = frames.rotations("own")[reader][0] @ frames.rotations("keys")[index][0].T
+    turned = queries[0] @ frames.rotations("own")[reader][0].T
+    centred = (states.keys[0] - centering.mean[0]) @ frames.rotations("keys")[index][0].T
+    scales = [y.square().sum(-1) / y.abs().sum(-1) for y in (turned, centred)]
+    expected = torch.outer(*scales) * (sign(turned) @ between @ sign(centred).T)
+    torch.testing.assert_close(query @ key.T, expected, rtol=1e-3, atol=1e-2)
+    assert not case.counted and Case("rotation", "keys").counted and Case("frame", "both").counted
+    assert not Case("rotation", "keys", 4).counted and not Case("whole", "keys").counted
+
+
+def test_a_mean_of_queries_that_is_left_out_is_missed_and_one_that_is_kept_is_not(frames):
+    """Unlike a mean of keys, which softmax does not see."""
+    comparison = frames.comparison
+    dropped = frames.queries(Case("whole", mean="dropped"))
+    ids = comparison.exact.pieces[0].ids[None]
+    model = comparison.loaded.model
+    shifted = {
+        reader: lambda query, code=code: code(query) + (query - code(query)).detach()
+        for reader, code in dropped.items()
+    }
+    with torch.no_grad():
+        exact = model(ids, use_cache=False).logits
+        with seen_through(comparison.loaded, queries=shifted):
+            kept = model(ids, use_cache=False).logits
+        with seen_through(comparison.loaded, queries=dropped):
+            lost = model(ids, use_cache=False).logits
+    torch.testing.assert_close(kept, exact, atol=1e-3, rtol=0)
+    assert (lost - exact).abs().max() > 0.1
+    for row in comparison.heads(queries=dropped):
+        assert row["score_error"] > 1e-4
+
+
+def test_the_share_of_the_mean_is_that_of_scores_one_by_one():
+    keys, queries = gaussian(2, 50, 8), gaussian(4, 60, 8, seed=1) + 2 * gaussian(4, 1, 8, seed=2)
+    rows = mean_rows({3: LayerStates(keys, keys, {3: queries, 5: 2 * queries})})
+    assert [(row["layer"], row["query_head"], row["head"]) for row in rows] == [
+        (layer, head, head // 2) for layer in (3, 5) for head in range(4)
+    ]
+    for row, again in zip(rows[:4], rows[4:]):
+        query, key = queries[row["query_head"]], keys[row["head"]]
+        mean = query.mean(0)
+        of_mean = (key @ mean).var(unbiased=False)
+        of_all = (query @ key.T).var(-1, unbiased=False).mean()
+        assert row["score"] == pytest.approx(float(of_mean / of_all), rel=1e-4)
+        energy = mean.square().sum() / query.square().sum(-1).mean()
+        assert row["energy"] == pytest.approx(float(energy), rel=1e-4)
+        assert row["score"] == pytest.approx(again["score"])
+
+
+def test_pooled_queries_are_of_every_head_and_layer_that_reads():
+    """Each head is marked by a number of its own."""
+    marks = {0: torch.arange(4.0), 7: torch.arange(10.0, 14.0)}
+    queries = {layer: m[:, None, None].expand(4, 64, 8) for layer, m in marks.items()}
+    keys = torch.zeros(2, 64, 8)
+    pooled = pooled_queries(LayerStates(keys, keys, queries), False)
+    assert pooled.shape == keys.shape
+    for head, wanted in enumerate(([0, 1, 10, 11], [2, 3, 12, 13])):
+        found, counts = pooled[head, :, 0].unique(return_counts=True)
+        assert found.tolist() == wanted and (counts == 16).all()
+    assert (pooled_queries(LayerStates(keys, keys, queries), True) == 0).all()
+
+
+def test_the_lab_measures_every_case_and_goes_on_where_it_was(gemma, tmp_path, monkeypatch):
+    every, told = query_codes.cases(CONFIG), []
+    assert len(set(every)) == len(every)
+    wanted = [
+        case for case in every
+        if case.keys in ("whole", "rotation") and case.frame in ("", "keys", "own")
+        and case.rule == "unbiased" or case == Case("frame", "srht")
+    ]  # fmt: skip
+    monkeypatch.setattr(query_codes, "cases", lambda config: wanted)
+    tables = query_codes.measure(gemma, TEXT, CONFIG, tmp_path, told.append)
+    assert len(told) == query_codes.n_parts(gemma, CONFIG) == len(wanted) + 1
+    assert len(wanted) == len(tables["rows"])
+    for name, rows in tables.items():
+        assert len({tuple(row) for row in rows}) == 1, name
+    assert {row["layer"] for row in tables["heads"]} == {2, 4}  # 4 reads the keys of 2
+    of = {case: row for case, row in zip(wanted, tables["rows"])}
+    eight = of[Case("whole", "keys", 8)]
+    assert eight["correlation"] > 0.9999 and abs(eight["gap"]) < 0.5
+    assert of[Case("whole", "keys")]["correlation"] < 0.95
+    assert of[Case("rotation")]["extra"] == 0 and of[Case("frame", "srht")]["extra"] is None
+    assert of[Case("whole", mean="dropped")]["q"] == "whole"
+    assert of[Case("rotation", "keys", 8)]["extra"] == pytest.approx(0, abs=1.0)
+    assert of[Case("whole", "own", mean="kept")]["mean_bits"] == 16 * 8 / 32  # two layers of four
+    assert of[Case("whole", "own", mean="dropped")]["mean_bits"] == 0
+    drawn = fig_queries({"tiny": SimpleNamespace(table=tables.get)}).axes[0]
+    whole = {"keys whole": 2, "keys signed, rotation": 3, "keys signed in the same frame": 1}
+    found = {bar.get_label(): len(bar[0].get_xdata()) for bar in drawn.containers}
+    assert whole.items() <= found.items()
+    monkeypatch.setattr("signlattice.comparison.token_losses", lambda *args, **kw: 1 / 0)
+    monkeypatch.setattr("signlattice.query_codes.learn_rotations", lambda *args: 1 / 0)
+    monkeypatch.setattr(Comparison, "exact_row", lambda self: {"perplexity": 1.0})
+    again = query_codes.measure(gemma, TEXT, CONFIG, tmp_path)
+    assert again["rows"] == tables["rows"] and again["heads"] == tables["heads"]
+
+
+def test_a_width_of_queries_that_there_is_not_is_refused():
+    for width in (1, 9):
+        with pytest.raises(InputError):
+            replace(CONFIG, widths=(width,))
