@@ -6,7 +6,8 @@ PROFILE ?= mini
 # A model of full size is not trained here; the minis all are, and one of them is looked at closely.
 # In this order: a lab may read what an earlier one has made.
 CLOSELY := $(if $(filter olmoe-mini,$(MODEL)),ablation solvers convergence scores kernels)
-LAB    ?= $(if $(filter full,$(PROFILE)),,train $(CLOSELY)) architectures $(if $(filter full,$(PROFILE)),,cache)
+OPEN    := $(if $(filter olmoe-mini,$(MODEL)),values queries second sensitivity) gauge ladder
+LAB    ?= $(if $(filter full,$(PROFILE)),,train $(CLOSELY)) architectures $(if $(filter full,$(PROFILE)),,cache $(OPEN))
 LAB_OPTIONS = -p model "$(MODEL)" $(if $(filter-out mini,$(PROFILE)),-p profile $(PROFILE)) \
   $(if $(TEXT),-p text "$(TEXT)") $(if $(CONTEXT),-p context $(CONTEXT)) \
   $(if $(REVISION),-p revision $(REVISION)) \
