@@ -277,11 +277,18 @@ def test_a_model_without_a_layer_to_learn_is_refused(llama48, text):
 @pytest.mark.parametrize("n_documents", [1, 3])
 def test_text_that_is_too_short_is_refused(n_documents, llama48, text):
     little = tuple(replace(d, text="a\n") for d in side("calibration")[:n_documents])
-    with pytest.raises(InputError, match=r"calibration side of tiny has \d+ tokens: .* least 16"):
+    with pytest.raises(InputError, match=r"calibration side of tiny has \d+ tokens: .* least 64"):
         learn_codec(llama48, replace(text, calibration=little), CONFIG)
     for empty in (dict(calibration=()), dict(evaluation=())):
         with pytest.raises(InputError, match="no text to evaluate on"):
             learn_codec(llama48, replace(text, **empty), CONFIG)
+
+
+def test_a_lattice_of_too_few_keys_is_refused_and_a_rotation_is_not(llama48, text):
+    few = replace(CONFIG, keys_per_dim=3)
+    with pytest.raises(InputError, match="keys_per_dim=3: learning a lattice takes 4 or more"):
+        learn_codec(llama48, text, few)
+    assert learn_codec(llama48, text, replace(few, code="rotation")).calibration.n_keys == 3 * 16
 
 
 def test_fewer_keys_than_were_asked_for_are_told(llama48, text):

@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_refused():
         ResidualSigns(Centering("none"), FIRST, SECOND, first_rule="best")
     with pytest.raises(InputError, match="metric of shape"):
         LatticeCode(Centering("none"), FIRST, torch.eye(D))
-    for change in ({"gradient": 0}, {"annealed": (4,)}, {"rounds": (6,)}):
+    for change in ({"gradient": 0}, {"more_keys": 1}, {"annealed": (4,)}, {"rounds": (6,)}):
         (name,) = change
         with pytest.raises(InputError, match=f"{name}="):
             SecondConfig(**change)

@@ -38,6 +38,8 @@ from .texts import Text
 
 Code = Literal["lattice", "rotation"]
 CODES: tuple[Code, ...] = get_args(Code)
+LEAST_KEYS_PER_DIM = {"lattice": 4, "rotation": 1}
+"""Keys of a head for each of its coordinates; of fewer, learning a lattice diverges."""
 Progress = Callable[[str], object]
 """Told of each part of the work as it is done."""
 
@@ -210,10 +212,15 @@ def _passages(
     widest = max(layer.head_dim for layer in layers.values())
     fit = up_to(passages(loaded, text.calibration, 4), config.keys_per_dim * widest)
     n_tokens = sum(len(piece.ids) for piece in fit)
-    if n_tokens < widest:
+    least = LEAST_KEYS_PER_DIM[config.code]
+    if config.keys_per_dim < least:
+        raise InputError(
+            f"keys_per_dim={config.keys_per_dim}: learning a {config.code} takes {least} or more"
+        )
+    if n_tokens < least * widest:
         raise InputError(
             f"the calibration side of {text.name} has {n_tokens} tokens: "
-            f"give at least {widest}, one for each coordinate of a head"
+            f"give at least {least * widest}, {least} for each coordinate of a head"
         )
     return fit, up_to(passages(loaded, text.evaluation, 4), config.n_held_out)
 

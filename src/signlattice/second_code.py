@@ -224,8 +224,8 @@ class SecondConfig:
         comparison: on how much text.
 
     Raises:
-        InputError: on no training of a kind, or one below 1 step, round or multiple of keys; or
-            multiples without the 1 that all else builds on.
+        InputError: on fewer than 1 step or round, or 2 times the keys; or multiples and rounds
+            without those that all else builds on: 1, and the lattice's own.
     """
 
     text: str = "corpus"
@@ -238,9 +238,9 @@ class SecondConfig:
     comparison: ComparisonConfig = field(default_factory=lambda: ComparisonConfig(n_heads_on=4))
 
     def __post_init__(self) -> None:
-        for name in ("gradient", "more_keys"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
+        for name, least in (("gradient", 1), ("more_keys", 2)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)}: use {least} or more")
         if 1 not in self.annealed or min(self.annealed) <= 0:
             raise InputError(f"annealed={self.annealed}: use numbers above 0, among them 1")
         if LatticeConfig.rounds not in self.rounds or min(self.rounds) < 1:

@@ -67,7 +67,7 @@ def fig_queries(records: Mapping[str, RunRecord], mean: str = "in") -> Figure:
             )  # fmt: skip
         axes.set_yticks(range(len(places)), list(FRAME_NAMES.values()))
         axes.set_xscale("log")
-        ticks = [t for t in (0.1, 1, 10, 100, 1000) if t < 2 * axes.get_xlim()[1]]
+        ticks = [t for t in (1, 10, 100, 1000) if t < 2 * axes.get_xlim()[1]]
         axes.set_xticks([_LEAST, *ticks], [f"≤ {_LEAST}", *(f"{tick:g}" for tick in ticks)])
         axes.minorticks_off()
         axes.set_title(model)
