@@ -24,7 +24,7 @@ def fig_calibration(record: RunRecord) -> Figure:
     """Perplexity lost, and how near keys come to their lattice, against keys per coordinate.
 
     Below: filled on held-out keys, open on the keys that were learned from, dashed what
-    learning makes of as much noise, on the noise itself.
+    learning makes of as much noise, on the noise itself. A lattice of too few keys lies below.
     """
     figure = Figure(figsize=(6.4, 6.0))
     above, below = figure.subplots(2, sharex=True)
@@ -45,7 +45,7 @@ def fig_calibration(record: RunRecord) -> Figure:
     above.set(xscale="log", yscale="log", ylabel="perplexity lost, %")
     above.set_xticks(x, map(str, x))
     above.yaxis.set_major_formatter("{x:g}")
-    above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    above.yaxis.set_major_locator(LogLocator())
     above.minorticks_off()
     above.legend()
     for label, line in (
@@ -54,7 +54,7 @@ def fig_calibration(record: RunRecord) -> Figure:
         ("in sample, of noise", {"ls": "--", "lw": 1.2}),
     ):
         below.plot([], [], color=COLOURS["grey"], ms=5, label=label, **line)
-    below.set(ylabel="β", xlabel="calibration keys per coordinate of a head")
+    below.set(ylabel="β", ylim=(0.75, 1), xlabel="calibration keys per coordinate of a head")
     below.legend()
     return figure
 
@@ -108,7 +108,7 @@ def fig_factors(record: RunRecord, measure: str = "gap") -> Figure:
     for place, size in enumerate(sizes):
         axes.annotate(
             f"{size:.3g}", (size, place), (8, 0), textcoords="offset points", va="center",
-            fontsize=9,
+            fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
     axes.plot(sizes, range(len(sizes)), "o", ms=7, color=COLOURS["blue"])
     for row, (colour, line) in zip(select(rows, kind="code"), _BARS):
