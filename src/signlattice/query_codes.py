@@ -79,8 +79,8 @@ class QueriesConfig:
 class Case:
     """Keys and queries to be measured.
 
-    ``keys`` of `KEYS`; ``frame`` of `FRAMES`, "" for queries that stay whole. ``mean`` of each query
-    head: "in" the code; taken off and "kept" whole, to meet the keys as they are read; or
+    ``keys`` of `KEYS`; ``frame`` of `FRAMES`, "" for queries that stay whole. ``mean`` of each
+    query head: "in" the code; taken off and "kept" whole, to meet the keys as they are read; or
     "dropped", which is not what attention asks for. ``main``: whether its heads are told.
     """
 

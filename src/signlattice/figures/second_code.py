@@ -59,10 +59,13 @@ def fig_second(record: RunRecord) -> Figure:
         xlabel="seconds of learning, one thread",
     )  # fmt: skip
     axes.set_xticks([_UNTRAINED, 1, 10, 100], ["none", "1", "10", "100"])
-    axes.set_yticks([0.01, 0.1, 1, 10, 100], ["≤ 0.01", "0.1", "1", "10", "100"])
+    low = min(max(row["gap"], _LEAST) for row in rows) / 2
+    high = 1.5 * max(row["gap_high"] for row in rows)
+    ticks = [n * ten for ten in (0.01, 0.1, 1, 10, 100) for n in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    low = min(max(row["gap"], _LEAST) for row in rows)
-    axes.set_ylim(low / 2, 2 * max(row["gap_high"] for row in rows))
+    axes.set_ylim(low, high)
     for bits, colour in ((1, "blue"), (2, "vermilion")):
         true = sorted({row["bits"] for row in rows if row["levels"] == bits})
         told = " or ".join(f"{number:.4g}" for number in true)
