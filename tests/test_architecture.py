@@ -22,7 +22,7 @@ LAYERS = (
     ("kernels",),
     ("checkpoints", "sources", "shards", "learn", "spread", "lattice"),
     ("curvature",),
-    ("codec", "vector_codes", "gauges"),
+    ("codec", "vector_codes", "gauges", "two_bits"),
     ("stores",),
     ("models", "corpus", "capture", "attention", "packed_layer", "cache", "hub", "texts",
      "fullsize"),

@@ -97,7 +97,7 @@ def test_scores_of_two_frames_go_through_the_matrix_between_them(frames):
     reader, queries = next(iter(states.queries.items()))
     case = Case("rotation", "own")
     query = frames.queries(case)[reader](queries[None])[0, 0]
-    centering = frames._key_centerings[index]
+    centering = frames.comparison.key_centerings[index]
     key = frames.keys(case)[index].read_back(states.keys[None])[0, 0] - centering.mean[0]
     between = frames.rotations("own")[reader][0] @ frames.rotations("keys")[index][0].T
     turned = queries[0] @ frames.rotations("own")[reader][0].T

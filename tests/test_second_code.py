@@ -19,8 +19,9 @@ from signlattice.errors import InputError
 from signlattice.figures.second_code import fig_second
 from signlattice.lattice import LatticeConfig, learn_basis, query_metric
 from signlattice.rotations import haar
-from signlattice.second_code import LatticeCode, ResidualSigns, SecondConfig, least_squares
+from signlattice.second_code import SecondConfig
 from signlattice.texts import Text
+from signlattice.two_bits import LatticeCode, ResidualSigns, least_squares
 from signlattice.vector_codes import SignCode
 
 pytestmark = pytest.mark.usefixtures("one_thread")

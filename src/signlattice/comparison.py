@@ -16,10 +16,12 @@ from torch import Tensor
 
 from .attention import AttentionLayer, attention_layers
 from .cache_quality import full_windows, gap_percent
+from .centering import Centering
 from .coded import Codes, LayerStates, QueryCode, read_states, seen_through, whole_layers
 from .errors import InputError
 from .evaluate import TokenLosses, logits_of, perplexity, spread, token_losses
 from .files import Scratch
+from .lattice import LatticeConfig, query_metric
 from .models import LoadedModel
 from .records import Row
 from .texts import Text
@@ -74,6 +76,24 @@ class Comparison:
         pieces = full_windows(self.loaded, self._text.calibration, needed)
         n_tokens = min(self.config.n_fit, len(pieces) * self.loaded.context)
         return read_states(self.loaded, pieces, n_tokens)
+
+    @cached_property
+    def key_centerings(self) -> dict[int, Centering]:
+        """Of each layer's keys: a static mean, where softmax is blind to it."""
+        return {
+            index: Centering.fit(
+                states.keys, "token_mean" if self.layers[index].mean_cancels else "none"
+            )
+            for index, states in self.fit.items()
+        }
+
+    @cached_property
+    def query_metrics(self) -> dict[int, Tensor]:
+        """Second moments [H, D, D] of all queries that read each layer's keys, fp64."""
+        return {
+            index: query_metric(list(states.queries.values()), len(states.keys), LatticeConfig())
+            for index, states in self.fit.items()
+        }
 
     @cached_property
     def exact(self) -> TokenLosses:

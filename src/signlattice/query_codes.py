@@ -28,7 +28,7 @@ from .coded import Codes, LayerStates, QueryCode
 from .comparison import Comparison, ComparisonConfig
 from .errors import InputError
 from .files import Scratch
-from .lattice import LatticeConfig, learn_basis, query_metric
+from .lattice import LatticeConfig, learn_basis
 from .learn import CalibrationWarning, LearnConfig, learn_rotations
 from .models import LoadedModel
 from .records import Row
@@ -223,13 +223,16 @@ class Frames:
         if case.keys == "lattice":
             return {
                 index: SignCode(
-                    LayerCodec(basis, self._key_centerings[index], metric=metric.float())
+                    LayerCodec(
+                        basis, self.comparison.key_centerings[index],
+                        metric=self.comparison.query_metrics[index].float(),
+                    )
                 )
-                for (index, basis), metric in zip(self._lattices.items(), self._metrics.values())
+                for index, basis in self._lattices.items()
             }
         frame = "keys" if case.keys == "rotation" else case.frame
         return {
-            index: LevelCode(self._key_centerings[index], rotation, 1, "unbiased")
+            index: LevelCode(self.comparison.key_centerings[index], rotation, 1, "unbiased")
             for index, rotation in self.rotations(frame).items()
         }
 
@@ -276,7 +279,8 @@ class Frames:
                 for index, states in fit.items()
             }  # fmt: skip
         if frame == "keys":
-            vectors = {i: self._key_centerings[i].split(s.keys)[0] for i, s in fit.items()}
+            centerings = self.comparison.key_centerings
+            vectors = {i: centerings[i].split(s.keys)[0] for i, s in fit.items()}
         elif frame == "own":
             vectors = {
                 reader: _without_mean(queries) if centred else queries
@@ -286,7 +290,7 @@ class Frames:
         else:
             vectors = {index: pooled_queries(states, centred) for index, states in fit.items()}
         if frame == "both":
-            keys = {i: self._key_centerings[i].split(s.keys)[0] for i, s in fit.items()}
+            keys = {i: self.comparison.key_centerings[i].split(s.keys)[0] for i, s in fit.items()}
             vectors = {
                 i: torch.cat([keys[i][:, ::2], queries[:, 1::2]], 1)
                 for i, queries in vectors.items()
@@ -295,29 +299,12 @@ class Frames:
         return self.comparison.scratch.tensors(name, lambda: _learned(vectors, self.seed))
 
     @cached_property
-    def _key_centerings(self) -> dict[int, Centering]:
-        return {
-            index: Centering.fit(
-                states.keys,
-                "token_mean" if self.comparison.layers[index].mean_cancels else "none",
-            )
-            for index, states in self.comparison.fit.items()
-        }
-
-    @cached_property
-    def _metrics(self) -> dict[int, Tensor]:
-        return {
-            index: query_metric(list(states.queries.values()), len(states.keys), LatticeConfig())
-            for index, states in self.comparison.fit.items()
-        }
-
-    @cached_property
     def _lattices(self) -> dict[int, Tensor]:
         def learn() -> dict[int, Tensor]:
             return {
                 index: learn_basis(
-                    self._key_centerings[index].split(states.keys)[0], self._metrics[index],
-                    LatticeConfig(),
+                    self.comparison.key_centerings[index].split(states.keys)[0],
+                    self.comparison.query_metrics[index], LatticeConfig(),
                 )
                 for index, states in self.comparison.fit.items()
             }  # fmt: skip
