@@ -30,7 +30,6 @@ VERDICTS = (
     "contradicts itself",  # another statement of the paper says otherwise
     "definition",  # nothing to refute; kept to be compared with
     "unstated",  # what the claim needs to be meaningful is not said
-    "unsupported",  # neither shown nor refuted by what is given
     "misleading",
     "not reproduced",  # tried here, with another outcome
     "not checkable",  # the data it rests on could not be had
@@ -121,7 +120,7 @@ GROUPS = {
     "holds": ("holds", "holds with correction", "definition"),
     "does not hold": ("false", "contradicts itself", "two quantities", "misleading"),
     "was tried here, with another outcome": ("not reproduced",),
-    "cannot be told": ("unstated", "unsupported", "not checkable", "open"),
+    "cannot be told": ("unstated", "not checkable", "open"),
 }
 """Verdicts by what they mean for whoever wants to rely on a claim; each is in one group."""
 
