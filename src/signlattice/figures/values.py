@@ -97,8 +97,9 @@ def fig_output_layers(
                 label=f"{label} at {bits} bits",
             )  # fmt: skip
         axes.set_xticks(layers, [str(row["layer"]) for row in rows])
-        axes.set(title=model, xlim=(-0.5, len(rows) - 0.5), ylim=(0, None))
+        axes.set(title=model, xlim=(-0.5, len(rows) - 0.5))
         axes.grid(axis="x", visible=False)
+    axes_of[0].set_ylim(bottom=0)  # of all, since they share it
     return labelled(figure, axes_of, "layer that attends", "error of the output, share")
 
 
