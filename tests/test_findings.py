@@ -514,6 +514,17 @@ def test_the_balanced_gauge_wins_where_queries_are_narrow(name):
     assert gap["lattice", "free"]["gap_high"] < gap["balanced", "learned"]["gap_low"]
 
 
+def test_a_gauge_can_be_worth_more_than_any_rotation():
+    """The ladder: on the hybrid a learned rotation gains nothing, and the balanced gauge half."""
+    rows_ = tables.select(
+        records.read("gauge", "gemma4-e2b-mini").table("rows"), rule="unbiased"
+    )
+    gap = {(row["gauge"], row["rotation"]): row for row in rows_}
+    srht, learned = gap["identity", "srht"], gap["identity", "learned"]
+    assert srht["gap_low"] < learned["gap"] < srht["gap_high"]
+    assert gap["balanced", "srht"]["gap_high"] < learned["gap_low"]
+
+
 def test_what_matters_more_than_the_rotation(name):
     """The ladder: window and code do, the seed and the number of keys beyond a few do not."""
     found = tables.select(records.read("sensitivity", name).table("summary"), measure="kl")
