@@ -102,8 +102,9 @@ def test_winners_have_the_least_of_their_head_over_all_that_read_it(measured):
 
 def test_nothing_is_made_twice(measured, monkeypatch):
     loaded, tables, _, scratch = measured
-    for name in ("learn_rotations", "learn_score_rotation", "weighted_itq", "learn_codec", "Judge"):
+    for name in ("learn_rotations", "learn_score_rotation", "weighted_itq", "Judge"):
         monkeypatch.setattr(f"signlattice.gauge_lab.{name}", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("signlattice.calibrate.learn_codec", lambda *a, **k: 1 / 0)
     monkeypatch.setattr("signlattice.comparison.head_errors", lambda *a, **k: 1 / 0)
     assert measure(loaded, TEXT, CONFIG, scratch) == tables
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import TEXTS
-from signlattice import values
+from signlattice import calibrate, values
 from signlattice.ablation import rotate_heads
 from signlattice.beta import beta
 from signlattice.centering import Centering
@@ -212,7 +212,7 @@ def test_a_lattice_beside_the_model_is_taken_and_that_of_another_is_not(
 ):
     folder = shutil.copytree(llama_folder, tmp_path / "model")
     loaded = load_model(folder)
-    monkeypatch.setattr(values, "learn_codec", lambda *_: sign_codec(loaded, seed=5))
+    monkeypatch.setattr(calibrate, "learn_codec", lambda *_: sign_codec(loaded, seed=5))
 
     def basis(codec):
         codec.save(folder / "lattice.safetensors")

@@ -19,7 +19,7 @@ from .attention import AttentionLayer, attention_layers
 from .capture import KeyBank, open_bank
 from .centering import Centering
 from .codec import SCALE_RULES, Calibration, KeyCodec, LayerCodec, ScaleRule
-from .errors import InputError
+from .errors import InputError, IntegrityError
 from .evaluate import (
     HeadQuality,
     Passage,
@@ -33,7 +33,7 @@ from .files import remembered
 from .kernels import HEAD_DIMS
 from .lattice import LatticeConfig, learn_basis, query_metric
 from .learn import CalibrationWarning, LearnConfig, learn_rotations
-from .models import LoadedModel
+from .models import MODELS, LoadedModel
 from .texts import Text
 
 Code = Literal["lattice", "rotation"]
@@ -171,6 +171,21 @@ def learn_layers(
         if progress is not None:
             progress(f"learned layer {index}")
     return codes
+
+
+def shipped_lattice(
+    loaded: LoadedModel, text: Text, config: CalibrateConfig, kept: Path
+) -> KeyCodec:
+    """The lattice in the model's own folder; for a model that has none, one learned and ``kept``.
+
+    Raises ``InputError`` as `learn_codec`.
+    """
+    try:
+        return KeyCodec.load(MODELS / loaded.name / "lattice.safetensors", loaded.weights_hash)
+    except IntegrityError:
+        if not kept.exists():
+            learn_codec(loaded, text, config).save(kept, bits=8)
+        return KeyCodec.load(kept, loaded.weights_hash)
 
 
 def n_parts(loaded: LoadedModel, config: CalibrateConfig) -> int:

@@ -20,12 +20,12 @@ from . import __version__
 from .ablation import rotate_heads
 from .cache import CacheConfig
 from .cache_quality import Judge, QualityConfig
-from .calibrate import CalibrateConfig, learn_codec
+from .calibrate import CalibrateConfig, shipped_lattice
 from .centering import Centering
-from .codec import SCALE_RULES, KeyCodec, LayerCodec
+from .codec import SCALE_RULES, LayerCodec
 from .coded import CodedCache, Codes, LayerStates
 from .comparison import Comparison, ComparisonConfig
-from .errors import InputError, IntegrityError
+from .errors import InputError
 from .files import Scratch
 from .gauges import (
     GAUGES,
@@ -39,7 +39,7 @@ from .gauges import (
 )
 from .lattice import LatticeConfig, query_metric
 from .learn import CalibrationWarning, LearnConfig, learn_rotations
-from .models import MODELS, LoadedModel
+from .models import LoadedModel
 from .records import Row
 from .texts import Text
 from .vector_codes import SignCode, VectorCode
@@ -317,11 +317,5 @@ class _Shelf:
     def _lattice(self) -> dict[int, LayerCodec]:
         """The codec of the model's file, or one that is learned and kept."""
         kept = self.kept.file("lattice", ".safetensors")
-        try:
-            file = MODELS / self.loaded.name / "lattice.safetensors"
-            codec = KeyCodec.load(file, self.loaded.weights_hash)
-        except IntegrityError:
-            if not kept.exists():
-                learn_codec(self.loaded, self.text, self.config.calibrate).save(kept, bits=8)
-            codec = KeyCodec.load(kept, self.loaded.weights_hash)
+        codec = shipped_lattice(self.loaded, self.text, self.config.calibrate, kept)
         return {i: codec.layers[i] for i in self._keys}

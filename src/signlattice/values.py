@@ -26,16 +26,16 @@ from torch import Tensor
 from . import __version__
 from .ablation import rotate_heads
 from .attention import attention_layers
-from .calibrate import CalibrateConfig, learn_codec
+from .calibrate import CalibrateConfig, shipped_lattice
 from .centering import CENTERING_METHODS, Centering
-from .codec import SCALE_RULES, KeyCodec
+from .codec import SCALE_RULES
 from .coded import Codes, LayerStates, read_states, seen_through, whole_layers
 from .comparison import Comparison, ComparisonConfig
 from .errors import InputError
 from .evaluate import spread
 from .files import Scratch
 from .learn import CalibrationWarning, LearnConfig, learn_rotations
-from .models import MODELS, LoadedModel
+from .models import LoadedModel
 from .records import Row
 from .texts import Text
 from .vector_codes import LevelCode, SignCode
@@ -376,14 +376,8 @@ class _Study:
     @cached_property
     def _lattice(self) -> Codes:
         """The one-bit keys: the codec beside the model, or one that is learned if there is none."""
-        loaded = self._loaded
-        file = MODELS / loaded.name / "lattice.safetensors"
-        codec = KeyCodec.load(file) if file.is_file() else None
-        if codec is None or codec.model_hash != loaded.weights_hash:
-            file = self._scratch.file("lattice", ".safetensors")
-            if not file.exists():
-                learn_codec(loaded, self._text, self.config.calibrate).save(file, bits=8)
-            codec = KeyCodec.load(file, loaded.weights_hash)
+        kept = self._scratch.file("lattice", ".safetensors")
+        codec = shipped_lattice(self._loaded, self._text, self.config.calibrate, kept)
         return {layer: SignCode(code) for layer, code in codec.layers.items()}
 
     @cached_property
