@@ -514,6 +514,14 @@ def test_the_balanced_gauge_wins_where_queries_are_narrow(name):
     assert gap["lattice", "free"]["gap_high"] < gap["balanced", "learned"]["gap_low"]
 
 
+def test_on_the_hybrids_balanced_wins_in_every_head_and_the_lattice_over_it():
+    """The ladder: by the divergence of attention, which shows what perplexity cannot there."""
+    for name in sorted(set(models.MINIS) - {"olmoe-mini"}):
+        heads = tables.select(records.read("gauge", name).table("winners"), measure="attention_kl")
+        for lattice, winner in ((False, "balanced"), (True, "lattice")):
+            assert {row["winner"] for row in heads if row["lattice"] == lattice} == {winner}
+
+
 def test_a_gauge_can_be_worth_more_than_any_rotation():
     """The ladder: on the hybrid a learned rotation gains nothing, and the balanced gauge half."""
     rows_ = tables.select(

@@ -35,7 +35,7 @@ READ = re.compile(r"""records\.read\(\s*["']([\w.-]+)["'],\s*["']([\w.-]+)["']""
 SHOWN = re.compile(r"\(/(results/[\w.-]+/[\w.-]+\.json)\) of (\d{4}-\d\d-\d\d \d\d:\d\d UTC)")
 
 
-EVERY_MODEL = ("train", "architectures", "cache", "ladder")
+EVERY_MODEL = ("train", "architectures", "cache", "gauge", "ladder")
 """Labs that owe a record for every mini; the others owe one for the model that they name."""
 
 
