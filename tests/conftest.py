@@ -30,6 +30,14 @@ TEXTS = [
 ]
 
 
+def documents(side: str, repeat: int = 4) -> tuple[corpus.Document, ...]:
+    """Short documents of one side of a text."""
+    return tuple(
+        corpus.Document(side, f"{side}/{i}.py", f"# {side}\n" + text * repeat, side)
+        for i, text in enumerate(TEXTS)
+    )
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For small matrices: two threads on cores that are shared wait for each other, not compute."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TEXTS
+from conftest import documents
 from signlattice import cache_lab, cache_quality
 from signlattice.cache import CacheConfig, SignKeyCache
 from signlattice.cache_lab import CacheLabConfig, cases, measure
@@ -42,13 +42,6 @@ CALIBRATE = CalibrateConfig(
     keys_per_dim=8, n_held_out=100, lattice=LatticeConfig(rounds=2),
     rotation=LearnConfig(solver="itq", steps=3),
 )  # fmt: skip
-
-
-def documents(side: str, repeat: int) -> tuple[Document, ...]:
-    return tuple(
-        Document(side, f"{side}/{i}.py", f"# {side}\n" + text * repeat, side)
-        for i, text in enumerate(TEXTS)
-    )
 
 
 @pytest.fixture(scope="module")

@@ -350,7 +350,7 @@ def test_an_interrupted_run_goes_on_where_it_was(code, llama48, text, tmp_path, 
         return learn
 
     monkeypatch.setattr(calibrate, "bank_of", counted_bank)
-    for name in ("learn_rotations", "learn_basis"):
+    for name in ("learned_matrices", "learn_basis"):
         monkeypatch.setattr(calibrate, name, counted(name))
     monkeypatch.setattr(calibrate, "null_betas", lambda *arguments: whole.calibration.noise_null)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import TEXTS
+from conftest import documents
 from signlattice.attention import AttentionLayer
 from signlattice.centering import Centering
 from signlattice.comparison import Comparison, ComparisonConfig, head_errors
-from signlattice.corpus import Document
 from signlattice.errors import InputError
 from signlattice.files import Scratch
 from signlattice.models import load_model
@@ -21,13 +20,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = ComparisonConfig(n_fit=100, n_passages=3, n_heads_on=2, first_query=4)
 FOLDERS = ("olmoe_folder", "llama_folder", "gemma_folder", "gemma_moe_folder")
-
-
-def documents(side):
-    return tuple(
-        Document(side, f"{side}/{i}.py", f"# {side}\n" + text * 4, side)
-        for i, text in enumerate(TEXTS)
-    )
 
 
 TEXT = Text("tiny", "none", documents("calibration"), documents("evaluation"))

@@ -7,11 +7,10 @@ from statistics import fmean
 import pytest
 import torch
 
-from conftest import TEXTS
+from conftest import documents
 from signlattice.cache_quality import QualityConfig
 from signlattice.calibrate import CalibrateConfig
 from signlattice.comparison import Comparison, ComparisonConfig
-from signlattice.corpus import Document
 from signlattice.errors import InputError
 from signlattice.figures.gauge import fig_gauge_gap, fig_gauges
 from signlattice.files import Scratch
@@ -34,13 +33,6 @@ CONFIG = GaugeConfig(
     calibrate=CalibrateConfig(keys_per_dim=4, n_held_out=100, lattice=LatticeConfig(rounds=2)),
     quality=QualityConfig(n_passages=3, n_needles=1),
 )  # fmt: skip
-
-
-def documents(side):
-    return tuple(
-        Document(side, f"{side}/{i}.py", f"# {side}\n" + text * 4, side)
-        for i, text in enumerate(TEXTS)
-    )
 
 
 TEXT = Text("tiny", "none", documents("calibration"), documents("evaluation"))
@@ -102,7 +94,7 @@ def test_winners_have_the_least_of_their_head_over_all_that_read_it(measured):
 
 def test_nothing_is_made_twice(measured, monkeypatch):
     loaded, tables, _, scratch = measured
-    for name in ("learn_rotations", "learn_score_rotation", "weighted_itq", "Judge"):
+    for name in ("learned_matrices", "learn_score_rotation", "weighted_itq", "Judge"):
         monkeypatch.setattr(f"signlattice.gauge_lab.{name}", lambda *a, **k: 1 / 0)
     monkeypatch.setattr("signlattice.calibrate.learn_codec", lambda *a, **k: 1 / 0)
     monkeypatch.setattr("signlattice.comparison.head_errors", lambda *a, **k: 1 / 0)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from conftest import documents
 from signlattice import ladder, records
 from signlattice.cache_quality import Judge, QualityConfig
 from signlattice.calibrate import CalibrateConfig
@@ -16,7 +17,6 @@ from signlattice.ladder import LadderConfig, Rung, measure, rungs, with_pareto
 from signlattice.lattice import LatticeConfig
 from signlattice.models import load_model
 from signlattice.texts import Text
-from test_cache_quality import documents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,12 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import TEXTS
+from conftest import documents
 from signlattice import query_codes
 from signlattice.bits import sign
 from signlattice.coded import LayerStates, seen_through
 from signlattice.comparison import Comparison, ComparisonConfig
-from signlattice.corpus import Document
 from signlattice.errors import InputError
 from signlattice.figures.query_codes import fig_queries
 from signlattice.files import Scratch
@@ -26,13 +25,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = QueriesConfig(
     widths=(8,), comparison=ComparisonConfig(n_fit=96, n_passages=2, n_heads_on=1, first_query=4)
 )
-
-
-def documents(side):
-    return tuple(
-        Document(side, f"{side}/{i}.py", f"# {side}\n" + text * 4, side)
-        for i, text in enumerate(TEXTS)
-    )
 
 
 TEXT = Text("tiny", "none", documents("calibration"), documents("evaluation"))
@@ -190,7 +182,7 @@ def test_the_lab_measures_every_case_and_goes_on_where_it_was(gemma, tmp_path, m
     found = {bar.get_label(): len(bar[0].get_xdata()) for bar in drawn.containers}
     assert whole.items() <= found.items()
     monkeypatch.setattr("signlattice.comparison.token_losses", lambda *args, **kw: 1 / 0)
-    monkeypatch.setattr("signlattice.query_codes.learn_rotations", lambda *args: 1 / 0)
+    monkeypatch.setattr("signlattice.query_codes.learned_matrices", lambda *args: 1 / 0)
     monkeypatch.setattr(Comparison, "exact_row", lambda self: {"perplexity": 1.0})
     again = query_codes.measure(gemma, TEXT, CONFIG, tmp_path)
     assert again["rows"] == tables["rows"] and again["heads"] == tables["heads"]

@@ -7,14 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import TEXTS
+from conftest import documents
 from signlattice import second_code
 from signlattice.bits import sign
 from signlattice.centering import Centering
 from signlattice.codec import LayerCodec, token_scale
 from signlattice.comparison import ComparisonConfig
 from signlattice.convergence import code_errors
-from signlattice.corpus import Document
 from signlattice.errors import InputError
 from signlattice.figures.second_code import fig_second
 from signlattice.lattice import LatticeConfig, learn_basis, query_metric
@@ -31,13 +30,6 @@ CONFIG = SecondConfig(
     annealed=(1, 2), gradient=60, rounds=(24,), more_keys=2, window=8, sinks=2,
     comparison=ComparisonConfig(n_fit=96, n_passages=2, n_heads_on=1, first_query=4),
 )  # fmt: skip
-
-
-def documents(side):
-    return tuple(
-        Document(side, f"{side}/{i}.py", f"# {side}\n" + text * 4, side)
-        for i, text in enumerate(TEXTS)
-    )
 
 
 TEXT = Text("tiny", "none", documents("calibration"), documents("evaluation"))
@@ -209,7 +201,7 @@ def test_the_lab_measures_every_case_once_and_goes_on_where_it_was(gemma, tmp_pa
     assert found["signs, annealed"] == 2 and found["signs, gradient (paper)"] == 2
     assert found["signs of the residual"] == 12 and found["four levels"] == 2
     monkeypatch.setattr("signlattice.comparison.token_losses", lambda *args, **kw: 1 / 0)
-    monkeypatch.setattr("signlattice.second_code.learn_rotations", lambda *args: 1 / 0)
+    monkeypatch.setattr("signlattice.second_code.learned_matrices", lambda *args: 1 / 0)
     monkeypatch.setattr(second_code.Comparison, "exact_row", lambda self: {"perplexity": 1.0})
     again = second_code.measure(loaded, TEXT, CONFIG, tmp_path)
     assert again["rows"] == tables["rows"] and again["windowed"] == tables["windowed"]

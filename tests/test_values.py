@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import TEXTS
+from conftest import documents
 from signlattice import calibrate, values
 from signlattice.ablation import rotate_heads
 from signlattice.beta import beta
@@ -17,7 +17,6 @@ from signlattice.centering import Centering
 from signlattice.codec import KeyCodec, LayerCodec
 from signlattice.coded import read_states, seen_through, whole_layers
 from signlattice.comparison import Comparison, ComparisonConfig
-from signlattice.corpus import Document
 from signlattice.errors import InputError
 from signlattice.evaluate import spread
 from signlattice.figures import values as figures
@@ -36,13 +35,6 @@ CONFIG = ValuesConfig(
     rules=("mse", "unbiased"), pairs=((1, 4),), layer_bits=(1,), head_bits=(1,),
     comparison=ComparisonConfig(100, 3, 2, first_query=4),
 )  # fmt: skip
-
-
-def documents(side):
-    return tuple(
-        Document(side, f"{side}/{i}.py", f"# {side}\n" + text * 4, side)
-        for i, text in enumerate(TEXTS)
-    )
 
 
 TEXT = Text("tiny", "none", documents("calibration"), documents("evaluation"))

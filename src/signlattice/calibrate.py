@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from .evaluate import (
 from .files import remembered
 from .kernels import HEAD_DIMS
 from .lattice import LatticeConfig, learn_basis, query_metric
-from .learn import CalibrationWarning, LearnConfig, learn_rotations
+from .learn import LearnConfig, learned_matrices
 from .models import MODELS, LoadedModel
 from .texts import Text
 
@@ -276,9 +275,7 @@ def _learned(
     def learn() -> dict[int, Tensor]:
         if config.code == "rotation":
             learning = replace(config.rotation, seed=config.seed)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", CalibrationWarning)  # held-out β says so
-                return {0: torch.stack([r.matrix for r in learn_rotations(centred, learning)])}
+            return {0: learned_matrices(centred, learning)}
         metric = query_metric([bank.queries(i) for i in readers], layer.n_heads, config.lattice)
         return {0: learn_basis(centred, metric, config.lattice), 1: metric.float()}
 

@@ -88,6 +88,14 @@ class Comparison:
         }
 
     @cached_property
+    def centred_keys(self) -> dict[int, Tensor]:
+        """Keys [H, N, D] of the calibration text, by layer, less what their centering takes off."""
+        return {
+            index: self.key_centerings[index].split(states.keys)[0]
+            for index, states in self.fit.items()
+        }
+
+    @cached_property
     def query_metrics(self) -> dict[int, Tensor]:
         """Second moments [H, D, D] of all queries that read each layer's keys, fp64."""
         return {
@@ -106,7 +114,8 @@ class Comparison:
         return logits_of(self.loaded, self.exact.pieces)
 
     @cached_property
-    def _held_out(self) -> list[dict[int, LayerStates]]:
+    def held_out(self) -> list[dict[int, LayerStates]]:
+        """States of each evaluation window on which heads are looked at, by layer."""
         pieces = spread(self.exact.pieces, self.config.n_heads_on)
         return [read_states(self.loaded, [piece]) for piece in pieces]
 
@@ -154,7 +163,7 @@ class Comparison:
         keys, values, queries = keys or {}, values or {}, queries or {}
         readers = attention_layers(self.loaded.model)
         found: dict[tuple[int, int], list[Tensor]] = {}
-        for states in self._held_out:
+        for states in self.held_out:
             for source, seen in states.items():
                 sides = [seen.keys, seen.values]
                 for side, codes in enumerate((keys, values)):

@@ -7,7 +7,6 @@ instead, and the learned lattice, which answers the same question with a free ba
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -38,7 +37,7 @@ from .gauges import (
     weighted_itq,
 )
 from .lattice import LatticeConfig, query_metric
-from .learn import CalibrationWarning, LearnConfig, learn_rotations
+from .learn import LearnConfig, learned_matrices
 from .models import LoadedModel
 from .records import Row
 from .texts import Text
@@ -300,10 +299,7 @@ class _Shelf:
         if name == "srht":
             return rotate_heads(keys, "srht", seed)
         if name == "learned":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", CalibrationWarning)  # all is judged held out
-                found = learn_rotations(keys, replace(self.config.learn, seed=seed))
-            return torch.stack([each.matrix for each in found])
+            return learned_matrices(keys, replace(self.config.learn, seed=seed))
         learned = self._rotations(gauge, "learned")[layer]
         if name in WEIGHTS:
             return weighted_itq(keys, learned, WEIGHTS[name])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from .ablation import rotate_heads
 from .cache import CacheConfig, SignKeyCache
 from .cache_quality import Judge, NewCache, QualityConfig, full_windows
 from .calibrate import CalibrateConfig, coded_layers, learn_codec
@@ -37,7 +38,6 @@ from .peers import (
     TurboQuant,
 )
 from .records import Row
-from .rotations import srht
 from .stores import KeyFormat, ValueFormat
 from .texts import Text
 from .vector_codes import SignCode, VectorCode
@@ -171,9 +171,9 @@ class Calibrated:
     def _srht(self) -> dict[int, LayerCodec]:
         found = {}
         for index, layer in coded_layers(self.loaded, self.config.calibrate).items():
-            turns = torch.stack([srht(layer.head_dim, head) for head in range(layer.n_heads)])
-            method = "token_mean" if layer.mean_cancels else "none"
-            centering = Centering.fit(self.states[index].keys, method)
+            keys = self.states[index].keys
+            turns = rotate_heads(keys, "srht", seed=0)
+            centering = Centering.fit(keys, "token_mean" if layer.mean_cancels else "none")
             found[index] = LayerCodec(turns, centering, self.config.calibrate.scale_rule)
         return found
 
@@ -319,7 +319,8 @@ def _cached(
         codec, static = None, 0
         if signs is not None:
             codec = calibrated.codec(signs)
-            static = sum(_static_bytes(code, signs) for code in codec.layers.values())
+            codes = [SignCode(code, learned=signs != "srht") for code in codec.layers.values()]
+            static = sum(code.static_bytes for code in codes)
         return Made(lambda: SignKeyCache(calibrated.loaded, codec, cache), static)
 
     return Rung(name, family, source, "our cache", make, sum(kept))
@@ -356,11 +357,6 @@ def _theirs(
 def _whole_config(window: int, sinks: int) -> CacheConfig:
     whole = {"key_format": "whole", "value_format": "whole", "dtype": torch.float16}
     return CacheConfig(window=window, sinks=sinks, spare=0, **whole)
-
-
-def _static_bytes(code: LayerCodec, signs: Signs) -> int:
-    """What a layer's codec keeps once; a rotation that comes from a seed weighs nothing."""
-    return SignCode(code).static_bytes - (code.basis.numel() if signs == "srht" else 0)
 
 
 def _rule(kind: type[VectorCode], **arguments) -> Rule:

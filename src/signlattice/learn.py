@@ -61,6 +61,7 @@ __all__ = [
     "TracePoint",
     "learn_rotation",
     "learn_rotations",
+    "learned_matrices",
     "mean_cosine",
     "polar",
     "smoothed_gradient",
@@ -275,6 +276,16 @@ def learn_rotations(
     """
     task = _prepare(keys, held_out, config, impl, "[H, N, d]")
     return _learned(task, progress, checkpoint)
+
+
+def learned_matrices(keys: Tensor, config: LearnConfig) -> Tensor:
+    """The rotations alone of `learn_rotations`, [H, d, d] of keys [H, N, d].
+
+    Few keys are not warned of: for those who judge what they learned on keys held out.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        return torch.stack([learned.matrix for learned in learn_rotations(keys, config)])
 
 
 def _learned(

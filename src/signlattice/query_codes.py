@@ -12,7 +12,6 @@ reads it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from .ablation import rotate_heads
 from .centering import Centering
 from .codec import LayerCodec, ScaleRule
 from .coded import Codes, LayerStates, QueryCode
@@ -29,10 +29,9 @@ from .comparison import Comparison, ComparisonConfig
 from .errors import InputError
 from .files import Scratch
 from .lattice import LatticeConfig, learn_basis
-from .learn import CalibrationWarning, LearnConfig, learn_rotations
+from .learn import LearnConfig, learned_matrices
 from .models import LoadedModel
 from .records import Row
-from .rotations import srht
 from .texts import Text
 from .vector_codes import LevelCode, SignCode, gaussian_levels
 
@@ -271,16 +270,10 @@ class Frames:
         """
         fit = self.comparison.fit
         if frame == "srht":
-            return {
-                index: torch.stack([
-                    srht(states.keys.shape[-1], self.seed + head)
-                    for head in range(len(states.keys))
-                ])
-                for index, states in fit.items()
-            }  # fmt: skip
+            return {i: rotate_heads(s.keys, "srht", self.seed) for i, s in fit.items()}
+        keys = self.comparison.centred_keys
         if frame == "keys":
-            centerings = self.comparison.key_centerings
-            vectors = {i: centerings[i].split(s.keys)[0] for i, s in fit.items()}
+            vectors = keys
         elif frame == "own":
             vectors = {
                 reader: _without_mean(queries) if centred else queries
@@ -290,7 +283,6 @@ class Frames:
         else:
             vectors = {index: pooled_queries(states, centred) for index, states in fit.items()}
         if frame == "both":
-            keys = {i: self.comparison.key_centerings[i].split(s.keys)[0] for i, s in fit.items()}
             vectors = {
                 i: torch.cat([keys[i][:, ::2], queries[:, 1::2]], 1)
                 for i, queries in vectors.items()
@@ -302,12 +294,9 @@ class Frames:
     def _lattices(self) -> dict[int, Tensor]:
         def learn() -> dict[int, Tensor]:
             return {
-                index: learn_basis(
-                    self.comparison.key_centerings[index].split(states.keys)[0],
-                    self.comparison.query_metrics[index], LatticeConfig(),
-                )
-                for index, states in self.comparison.fit.items()
-            }  # fmt: skip
+                index: learn_basis(keys, self.comparison.query_metrics[index], LatticeConfig())
+                for index, keys in self.comparison.centred_keys.items()
+            }
 
         return self.comparison.scratch.tensors("lattice", learn)
 
@@ -330,11 +319,4 @@ def _without_mean(queries: Tensor) -> Tensor:
 
 
 def _learned(vectors: Mapping[int, Tensor], seed: int) -> dict[int, Tensor]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CalibrationWarning)  # held-out gaps say so
-        return {
-            index: torch.stack([
-                learned.matrix for learned in learn_rotations(each, LearnConfig(seed=seed))
-            ])
-            for index, each in vectors.items()
-        }  # fmt: skip
+    return {i: learned_matrices(each, LearnConfig(seed=seed)) for i, each in vectors.items()}

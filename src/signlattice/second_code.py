@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from .ablation import rotate_heads
 from .cache import CacheConfig
 from .cache_quality import Judge, QualityConfig
 from .centering import Centering
@@ -26,10 +27,9 @@ from .comparison import Comparison, ComparisonConfig
 from .errors import InputError
 from .files import Scratch
 from .lattice import LatticeConfig, learn_basis
-from .learn import CalibrationWarning, LearnConfig, learn_rotations
+from .learn import CalibrationWarning, LearnConfig, learned_matrices
 from .models import LoadedModel
 from .records import Row
-from .rotations import srht
 from .snapshots import snapshots
 from .texts import Text
 from .two_bits import LatticeCode, ResidualSigns
@@ -323,16 +323,18 @@ class _Maker:
             return {}
         return {
             index: LevelCode(
-                Centering.fit(states.values, "token_mean"), _srht(states.values, self.seed), bits
+                Centering.fit(states.values, "token_mean"),
+                rotate_heads(states.values, "srht", self.seed), bits,
             )
             for index, states in self.comparison.fit.items()
-        }
+        }  # fmt: skip
 
     def learned(self, training: Training) -> _Learned:
         """What a training gives."""
         fit = self.comparison if training.more_keys == 1 else self.more
         if training == NONE:
-            return _Learned({i: _srht(s.keys, self.seed) for i, s in fit.fit.items()})
+            states = fit.fit.items()
+            return _Learned({i: rotate_heads(seen.keys, "srht", self.seed) for i, seen in states})
         if training.solver == "gradient":
             return self._path()[int(training.effort)]
         if training.solver == "annealed":
@@ -360,7 +362,8 @@ class _Maker:
         if case.second == "same":
             return _Learned(first)
         if case.second == "SRHT":
-            return _Learned({i: _srht(r, self.seed + _SECOND_SEED) for i, r in first.items()})
+            seed = self.seed + _SECOND_SEED
+            return _Learned({i: rotate_heads(r, "srht", seed) for i, r in first.items()})
         return self._timed(f"residual of {case.training}", self.comparison, lambda keys: (
             self._annealed({
                 i: ResidualSigns(Centering("none"), first[i], first[i]).residual(x)
@@ -369,13 +372,12 @@ class _Maker:
         ))  # fmt: skip
 
     def _annealed(self, keys: dict[int, Tensor], training: Training) -> dict[int, Tensor]:
-        found = {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CalibrationWarning)  # held-out gaps say so
-            for index, vectors in keys.items():
-                learn = replace(_annealing(vectors.shape[-1], training), seed=self.seed)
-                found[index] = torch.stack([r.matrix for r in learn_rotations(vectors, learn)])
-        return found
+        return {
+            index: learned_matrices(
+                vectors, replace(_annealing(vectors.shape[-1], training), seed=self.seed)
+            )
+            for index, vectors in keys.items()
+        }
 
     def _steps(self, training: Training) -> int:
         """Steps or rounds; of the annealed solver those before its polish, in the first layer."""
@@ -441,9 +443,6 @@ def _points(gradient: int) -> list[int]:
     return [*(step for step in AT if step < gradient), gradient]
 
 
-def _srht(like: Tensor, seed: int) -> Tensor:
-    """A rotation from a seed for each head of ``like`` [H, ., D]."""
-    return torch.stack([srht(like.shape[-1], seed + head) for head in range(len(like))])
 
 
 def _count(keys: dict[int, Tensor]) -> int:

@@ -13,7 +13,6 @@ of the model has a part in it.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
@@ -29,12 +28,11 @@ from .attention import attention_layers
 from .calibrate import CalibrateConfig, shipped_lattice
 from .centering import CENTERING_METHODS, Centering
 from .codec import SCALE_RULES
-from .coded import Codes, LayerStates, read_states, seen_through, whole_layers
+from .coded import Codes, seen_through, whole_layers
 from .comparison import Comparison, ComparisonConfig
 from .errors import InputError
-from .evaluate import spread
 from .files import Scratch
-from .learn import CalibrationWarning, LearnConfig, learn_rotations
+from .learn import LearnConfig, learned_matrices
 from .models import LoadedModel
 from .records import Row
 from .texts import Text
@@ -380,16 +378,11 @@ class _Study:
         codec = shipped_lattice(self._loaded, self._text, self.config.calibrate, kept)
         return {layer: SignCode(code) for layer, code in codec.layers.items()}
 
-    @cached_property
-    def _held_out(self) -> list[dict[int, LayerStates]]:
-        pieces = spread(self.comparison.exact.pieces, self.config.comparison.n_heads_on)
-        return [read_states(self._loaded, [piece]) for piece in pieces]
-
     def _cosines(self, spec: LevelSpec) -> dict[int, Tensor]:
         """Mean cosine [H] of held-out centred values to their code, by layer."""
         found = {}
         for layer, code in self._codes("values", spec).items():
-            values = torch.cat([states[layer].values for states in self._held_out], 1)
+            values = torch.cat([states[layer].values for states in self.comparison.held_out], 1)
             centred, offset = code.centering.split(values)
             coded = code.read_back(values) - offset
             found[layer] = torch.cosine_similarity(centred, coded, dim=-1).mean(-1)
@@ -398,14 +391,14 @@ class _Study:
     def _effective_keys(self) -> dict[int, Tensor]:
         """1 / E Σ w² of exact attention [H], by the layer that asks."""
         readers, squares = attention_layers(self._loaded.model), {}
-        for states in self._held_out:
+        for states in self.comparison.held_out:
             for seen in states.values():
                 for reader, queries in seen.queries.items():
                     grouped = queries.unflatten(0, (len(seen.keys), -1))
                     weights = readers[reader].log_weights(grouped @ seen.keys.unsqueeze(1).mT)
                     late = weights[:, :, self.config.comparison.first_query :].exp()
                     mean = late.square().sum(-1).mean((1, 2))
-                    squares[reader] = squares.get(reader, 0) + mean / len(self._held_out)
+                    squares[reader] = squares.get(reader, 0) + mean / len(self.comparison.held_out)
         return {reader: 1 / mean for reader, mean in squares.items()}
 
 
@@ -414,10 +407,7 @@ def learned_rotations(centred: Tensor, seed: int) -> Tensor:
 
     Raises ``InputError`` as `learn.learn_rotations` does.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CalibrationWarning)  # held-out cosines say so
-        learned = learn_rotations(centred, LearnConfig(seed=seed))
-    return torch.stack([head.matrix for head in learned])
+    return learned_matrices(centred, LearnConfig(seed=seed))
 
 
 def _plain(bits: int | None, rule: str) -> LevelSpec | None:

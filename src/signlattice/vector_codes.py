@@ -49,9 +49,10 @@ class VectorCode(ABC):
 
 @dataclass(frozen=True, eq=False)
 class SignCode(VectorCode):
-    """Signs and scales of a layer's codec, rotation or lattice."""
+    """Signs and scales of a layer's codec, rotation or lattice; ``learned``, or from a seed."""
 
     code: LayerCodec
+    learned: bool = True
 
     @property
     def bits(self) -> float:
@@ -62,7 +63,8 @@ class SignCode(VectorCode):
     @property
     def static_bytes(self) -> int:
         """Of a file with eight bits to a number of basis and metric, four to one of the mean."""
-        matrices = self.code.basis.numel() * (1 if self.code.metric is None else 2)
+        n_matrices = (1 if self.code.metric is None else 2) if self.learned else 0
+        matrices = n_matrices * self.code.basis.numel()
         mean = self.code.centering.mean
         return matrices + (0 if mean is None else 4 * mean.numel())
 
