@@ -13,19 +13,28 @@ from collections.abc import Mapping, Sequence
 import torch
 from tqdm import tqdm
 
-from signlattice import kernel_times, records
 from signlattice.errors import InputError
-from signlattice.kernel_times import KernelTimesConfig
-from signlattice.records import Row
-from signlattice.tables import select
+from signlattice_paper import records
+from signlattice_paper.experiments import kernel_times
+from signlattice_paper.experiments.kernel_times import KernelTimesConfig
+from signlattice_paper.records import Row
+from signlattice_paper.tables import select
 
 COLUMNS = {
-    "decode": ("tokens", "head_dim", "group", "contender", "seconds", "speed_up", "over_loop",
-               "bandwidth"),
+    "decode": (
+        "tokens",
+        "head_dim",
+        "group",
+        "contender",
+        "seconds",
+        "speed_up",
+        "over_loop",
+        "bandwidth",
+    ),
     "transforms": ("kernel", "n", "contender", "seconds", "bandwidth", "of_copy"),
     "trainer": ("d", "n_heads", "n_keys", "impl", "seconds", "speed_up", "held_out_beta"),
     "memory": ("tokens", "head_dim", "group", "contender", "bytes", "beyond"),
-}  # fmt: skip
+}
 
 
 def bars(tables: Mapping[str, Sequence[Row]], device: str) -> list[Row]:
@@ -41,16 +50,24 @@ def bars(tables: Mapping[str, Sequence[Row]], device: str) -> list[Row]:
     else:
         million = [row for row in decode if row["cached"] >= 2**20 and row["head_dim"] == 128]
         found = [
-            (f"{name} over fp16, 1M keys or more",
-             min(row["speed_up"] for row in select(million, contender=name, group=4)), least)
+            (
+                f"{name} over fp16, 1M keys or more",
+                min(row["speed_up"] for row in select(million, contender=name, group=4)),
+                least,
+            )
             for name, least in (("1-bit K, fp16 V", 1.6), ("1-bit K, 4-bit V", 3.0))
-        ]  # fmt: skip
+        ]
         found += [
-            (f"{kernel} of a copy's bandwidth",
-             min(row["of_copy"] for row in select(tables["transforms"], kernel=kernel,
-                                                   contender="triton")), 0.8)
+            (
+                f"{kernel} of a copy's bandwidth",
+                min(
+                    row["of_copy"]
+                    for row in select(tables["transforms"], kernel=kernel, contender="triton")
+                ),
+                0.8,
+            )
             for kernel in ("Hadamard", "pack")
-        ]  # fmt: skip
+        ]
     return [
         {"bar": name, "measured": value, "least": least, "met": value >= least}
         for name, value, least in found

@@ -12,12 +12,15 @@ import sys
 
 from tqdm import tqdm
 
-from signlattice import models, records
 from signlattice.errors import InputError
-from signlattice.learn import LearnConfig, learn_rotation
-from signlattice.records import Metric, Row
-from signlattice.rotations import orthogonality_defect
-from signlattice.solvers import SolverConfig, bar, head_keys, planted_keys
+from signlattice.models import loading
+from signlattice.rotations.config import LearnConfig
+from signlattice.rotations.fixed import orthogonality_defect
+from signlattice.rotations.learned import learn_rotation
+from signlattice.rotations.synthetic import planted_keys
+from signlattice_paper import records
+from signlattice_paper.experiments.solvers import SolverConfig, bar, head_keys
+from signlattice_paper.records import Metric, Row
 
 PLANTED = ((64, 8192, 0.900, 3.0), (128, 16384, 0.905, 10.0), (256, 49152, 0.905, 90.0))
 """Head size, keys, least held-out beta, most seconds."""
@@ -43,11 +46,18 @@ def planted_rows(seeds: int) -> list[Row]:
             met = beta >= least and seconds <= most and defect <= DEFECT
             rows.append(
                 {
-                    "d": d, "n_keys": n_keys, "seed": seed, "held_out_beta": beta,
-                    "optimum": keys.optimum, "least": least, "seconds": seconds, "most": most,
-                    "defect": defect, "met": met,
+                    "d": d,
+                    "n_keys": n_keys,
+                    "seed": seed,
+                    "held_out_beta": beta,
+                    "optimum": keys.optimum,
+                    "least": least,
+                    "seconds": seconds,
+                    "most": most,
+                    "defect": defect,
+                    "met": met,
                 }
-            )  # fmt: skip
+            )
             print("  ".join(f"{k} {v:.4g}" for k, v in rows[-1].items() if k != "met"), met)
     return rows
 
@@ -59,13 +69,16 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="draws of each planted size")
     options = parser.parse_args()
     try:
-        loaded = models.load_model(options.model)
+        loaded = loading.load_model(options.model)
         n_layers = loaded.model.config.get_text_config(decoder=True).num_hidden_layers
         config = SolverConfig(layers=tuple(range(n_layers)))
         run = records.begin(
-            "bench_solvers", options.model, config=config, seeds=tuple(range(options.seeds)),
+            "bench_solvers",
+            options.model,
+            config=config,
+            seeds=tuple(range(options.seeds)),
             weights_hash=loaded.weights_hash,
-        )  # fmt: skip
+        )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

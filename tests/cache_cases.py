@@ -25,12 +25,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from signlattice import rotations
-from signlattice.attention import attention_layers
-from signlattice.cache import CacheConfig, SignKeyCache
-from signlattice.centering import Centering
-from signlattice.codec import KeyCodec, LayerCodec
-from signlattice.packed_layer import PackedLayer
+from signlattice.cache.layer import PackedLayer
+from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
+from signlattice.models.hooks import attention_layers
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.codec import KeyCodec
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.rotations import fixed
 
 VOCABULARY = 211
 
@@ -38,9 +39,15 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]
 
 _SHARED = dict(
-    vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_attention_heads=4,
-    max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=None,
-)  # fmt: skip
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=64,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=None,
+)
 _TYPES = ["sliding_attention", "full_attention"]
 
 _MODELS = {
@@ -64,16 +71,26 @@ _MODELS = {
         Gemma2ForCausalLM,
         Gemma2Config,
         dict(
-            num_hidden_layers=2, num_key_value_heads=2, head_dim=16, sliding_window=12,
-            query_pre_attn_scalar=16, attn_logit_softcapping=3.0, layer_types=_TYPES,
+            num_hidden_layers=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            sliding_window=12,
+            query_pre_attn_scalar=16,
+            attn_logit_softcapping=3.0,
+            layer_types=_TYPES,
         ),
     ),
     "gpt_oss": (
         GptOssForCausalLM,
         GptOssConfig,
         dict(
-            num_hidden_layers=2, num_key_value_heads=2, head_dim=16, sliding_window=12,
-            num_local_experts=4, num_experts_per_tok=2, layer_types=_TYPES,
+            num_hidden_layers=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            sliding_window=12,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            layer_types=_TYPES,
         ),
     ),
     # layers 3 and 4 read the keys of layers 1 and 2
@@ -81,13 +98,18 @@ _MODELS = {
         Gemma4ForCausalLM,
         Gemma4TextConfig,
         dict(
-            num_hidden_layers=5, num_key_value_heads=1, head_dim=16, global_head_dim=32,
-            layer_types=["sliding_attention", *_TYPES, *_TYPES], sliding_window=8,
-            num_kv_shared_layers=2, hidden_size_per_layer_input=8,
+            num_hidden_layers=5,
+            num_key_value_heads=1,
+            head_dim=16,
+            global_head_dim=32,
+            layer_types=["sliding_attention", *_TYPES, *_TYPES],
+            sliding_window=8,
+            num_kv_shared_layers=2,
+            hidden_size_per_layer_input=8,
             vocab_size_per_layer_input=VOCABULARY,
         ),
     ),
-}  # fmt: skip
+}
 MODELS = tuple(_MODELS)
 MEAN_CANCELS = ("llama", "qwen3", "olmoe", "mistral", "gemma4")
 """Models in whose softmax a static mean of the keys cancels: no cap, no sink logit."""
@@ -129,7 +151,7 @@ def layer_code(
 
     mean = 0.7 * random(n_heads, d) if centering == "token_mean" else None
     if kind == "rotation":
-        basis = torch.stack([rotations.haar(d, seed + head) for head in range(n_heads)])
+        basis = torch.stack([fixed.haar(d, seed + head) for head in range(n_heads)])
         return LayerCodec(basis.float(), Centering(centering, mean))
     basis = 1.5 * random(n_heads, d, d) / d  # as long as makes up a key of length sqrt(d)
     half = random(n_heads, d, d)

@@ -13,11 +13,18 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter; read w
     os.environ["TRITON_INTERPRET"] = "1"
 
 from hypothesis import settings
-from transformers import Gemma4ForCausalLM, LlamaForCausalLM, OlmoeForCausalLM
-from transformers import Gemma4TextConfig, LlamaConfig, OlmoeConfig, PreTrainedTokenizerFast
+from transformers import (
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from signlattice import corpus
-from signlattice.models import LoadedModel, load_model
+from signlattice.data import corpus
+from signlattice.models.loading import LoadedModel, load_model
 
 torch.set_num_threads(2)
 settings.register_profile("patient", deadline=None)  # cores are few and shared
@@ -54,9 +61,7 @@ def texts() -> list[str]:
 
 
 @pytest.fixture
-def small_corpus(
-    texts: list[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., None]:
+def small_corpus(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A function that puts the small documents, each ``repeat`` times, in place of the corpus."""
 
     def put(repeat: int = 1) -> None:
@@ -89,10 +94,19 @@ def olmoe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny OLMoE checkpoint: 2 layers, 4 heads of 16, mixture of 4 experts."""
     torch.manual_seed(0)
     config = OlmoeConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, num_experts=4, num_experts_per_tok=2,
-        max_position_embeddings=64, pad_token_id=0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return _save(OlmoeForCausalLM(config), tmp_path_factory.mktemp("tiny") / "olmoe")
 
 
@@ -101,10 +115,17 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama checkpoint with grouped queries: 4 query heads on 2 KV heads of 16, no QK-norm."""
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        pad_token_id=0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return _save(LlamaForCausalLM(config), tmp_path_factory.mktemp("tiny") / "llama")
 
 
@@ -116,14 +137,30 @@ def gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     torch.manual_seed(2)
     config = Gemma4TextConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=5,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention",
-                     "sliding_attention", "full_attention"],
-        sliding_window=8, num_attention_heads=4, num_key_value_heads=1, head_dim=16,
-        global_head_dim=32, num_kv_shared_layers=2, hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=300, max_position_embeddings=64,
-        pad_token_id=0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=5,
+        layer_types=[
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+            "full_attention",
+        ],
+        sliding_window=8,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        global_head_dim=32,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=300,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return _save(Gemma4ForCausalLM(config), tmp_path_factory.mktemp("tiny") / "gemma")
 
 
@@ -132,14 +169,29 @@ def gemma_moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Gemma-4 mixture: two KV heads of 16 under a window, one of 32 whose keys are values."""
     torch.manual_seed(3)
     config = Gemma4TextConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=32, num_hidden_layers=3,
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=3,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-        sliding_window=8, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        num_global_key_value_heads=1, global_head_dim=32, attention_k_eq_v=True,
-        hidden_size_per_layer_input=0, num_kv_shared_layers=0, enable_moe_block=True,
-        num_experts=4, top_k_experts=2, moe_intermediate_size=32, max_position_embeddings=64,
-        pad_token_id=0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        sliding_window=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_global_key_value_heads=1,
+        global_head_dim=32,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return _save(Gemma4ForCausalLM(config), tmp_path_factory.mktemp("tiny") / "gemma_moe")
 
 

@@ -6,16 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from signlattice import ablation, corpus
-from signlattice.ablation import AblationConfig, rotate_heads, run_ablation
-from signlattice.corpus import Document
+from signlattice.data import corpus
+from signlattice.data.corpus import Document
 from signlattice.errors import InputError
-from signlattice.rotations import orthogonality_defect
+from signlattice.rotations import factory
+from signlattice.rotations.factory import rotate_heads
+from signlattice.rotations.fixed import orthogonality_defect
+from signlattice_paper.experiments import ablation
+from signlattice_paper.experiments.ablation import AblationConfig, run_ablation
 
 CONFIG = AblationConfig(
-    rotations=("identity", "srht"), centerings=("none", "token_mean"),
-    scale_rules=("mse", "unbiased"), n_keys=100, windows=4, temperature_passages=2,
-)  # fmt: skip
+    rotations=("identity", "srht"),
+    centerings=("none", "token_mean"),
+    scale_rules=("mse", "unbiased"),
+    n_keys=100,
+    windows=4,
+    temperature_passages=2,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +79,7 @@ def test_another_configuration_does_not_read_what_this_one_left(olmoe, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("rotation", ablation.ROTATIONS)
+@pytest.mark.parametrize("rotation", factory.ROTATIONS)
 def test_every_rotation_is_orthogonal_and_differs_between_heads(rotation):
     keys = torch.randn(2, 4096, 16, generator=torch.Generator().manual_seed(0))
     first, second = rotate_heads(keys, rotation, seed=0)

@@ -24,11 +24,32 @@ LAYERS = (
     ("curvature",),
     ("codec", "vector_codes", "gauges", "two_bits"),
     ("stores",),
-    ("models", "corpus", "capture", "attention", "packed_layer", "cache", "hub", "texts",
-     "fullsize"),
+    (
+        "models",
+        "corpus",
+        "capture",
+        "attention",
+        "packed_layer",
+        "cache",
+        "hub",
+        "texts",
+        "fullsize",
+    ),
     ("evaluate", "train", "coded", "peers"),
-    ("ablation", "solvers", "convergence", "scores", "compounding", "snapshots", "fidelity",
-     "kernel_times", "architectures", "calibrate", "cache_quality", "comparison"),
+    (
+        "ablation",
+        "solvers",
+        "convergence",
+        "scores",
+        "compounding",
+        "snapshots",
+        "fidelity",
+        "kernel_times",
+        "architectures",
+        "calibrate",
+        "cache_quality",
+        "comparison",
+    ),
     ("cache_lab", "ladder", "second_code", "query_codes", "values", "sensitivity", "gauge_lab"),
     ("cli",),
     ("__main__",),
@@ -37,14 +58,33 @@ LAYERS = (
 LEAVES = ("records", "memory", "notebooks", "roofline", "scale", "timing")
 # What shows results reads records, closed forms and the sign convention; it runs no model.
 READERS = ("figures", "explorer", "tables", "claims", "theorems", "four_models")
-READABLE = ("errors", "files", "records", "memory", "roofline", "beta", "densities", "bits", *READERS)
+READABLE = (
+    "errors",
+    "files",
+    "records",
+    "memory",
+    "roofline",
+    "beta",
+    "densities",
+    "bits",
+    *READERS,
+)
 # Stands above all, since it compares labs, records and models; nothing imports it but `cli`.
 AUDITORS = ("provenance",)
 
 WITH_MODELS = (
-    "models", "corpus", "capture", "attention", "packed_layer", "cache", "evaluate", "train",
-    "kernel_times", "fullsize", "peers",
-)  # fmt: skip
+    "models",
+    "corpus",
+    "capture",
+    "attention",
+    "packed_layer",
+    "cache",
+    "evaluate",
+    "train",
+    "kernel_times",
+    "fullsize",
+    "peers",
+)
 EXTERNAL = {
     "transformers": WITH_MODELS,
     "tokenizers": WITH_MODELS,
@@ -210,18 +250,32 @@ def test_imports_have_no_cycle() -> None:
 @pytest.mark.parametrize(
     ("name", "source", "wrong"),
     [
-        ("beta", "from .learn import x", ["beta imports signlattice.learn"]),
-        ("beta", "from signlattice import codec", ["beta imports signlattice.codec"]),
-        ("records", "def f():\n    from .codec import x", ["records imports signlattice.codec"]),
-        ("figures", "import signlattice.models", ["figures imports signlattice.models"]),
+        ("beta", "from .learn import x", ["beta imports signlattice.rotations.solvers"]),
+        ("beta", "from signlattice import codec", ["beta imports signlattice.quantizers.codec"]),
+        (
+            "records",
+            "def f():\n    from .codec import x",
+            ["records imports signlattice.quantizers.codec"],
+        ),
+        (
+            "figures",
+            "import signlattice.models.loading",
+            ["figures imports signlattice.models.loading"],
+        ),
         ("codec", "import transformers", ["codec imports transformers"]),
         ("codec", "import pandas", ["codec imports pandas"]),
         ("codec", "import os\nimport torch\nfrom .learn import x\nfrom .records import y", []),
         ("kernels.pack.triton", "import triton\nfrom ...bits import x", []),
-        ("kernels.pack.reference", "import triton",
-         ["kernels.pack.reference imports triton, only kernels/*/triton.py may"]),
-        ("kernels.pack.triton", "from ...codec import x",
-         ["kernels.pack.triton imports signlattice.codec"]),
+        (
+            "kernels.pack.reference",
+            "import triton",
+            ["kernels.pack.reference imports triton, only kernels/*/triton.py may"],
+        ),
+        (
+            "kernels.pack.triton",
+            "from ...codec import x",
+            ["kernels.pack.triton imports signlattice.quantizers.codec"],
+        ),
     ],
 )
 def test_the_rule_tells_wrong_imports(name: str, source: str, wrong: list[str]) -> None:
@@ -255,7 +309,7 @@ def test_what_the_package_imports_is_pinned() -> None:
 
 
 def test_corpus_packages_are_pinned_to_the_text_that_was_read() -> None:
-    from signlattice.corpus import PACKAGES
+    from signlattice.data.corpus import PACKAGES
 
     for package in PACKAGES:
         assert PINS.get(package.name.lower()) == package.version, package.name

@@ -7,21 +7,35 @@ import pytest
 import torch
 
 from conftest import TEXTS
-from test_fullsize import CONFIGS, built, saved
-from signlattice import architectures, evaluate
-from signlattice.architectures import ArchitectureConfig, configured, load, measure, n_parts
 from signlattice.beta import haar_beta
-from signlattice.capture import open_bank
-from signlattice.corpus import Document
+from signlattice.data.corpus import Document
+from signlattice.data.texts import Text
 from signlattice.errors import InputError, IntegrityError
-from signlattice.evaluate import batches, passages
-from signlattice.models import LoadedModel, load_model
-from signlattice.texts import Text
+from signlattice.models import passages as evaluate
+from signlattice.models.capture import open_bank
+from signlattice.models.loading import LoadedModel, load_model
+from signlattice.models.passages import batches, passages
+from signlattice.rotations import fixed
+from signlattice_paper.experiments import architectures
+from signlattice_paper.experiments.architectures import (
+    ArchitectureConfig,
+    configured,
+    load,
+    measure,
+    n_parts,
+)
+from test_fullsize import CONFIGS, built, saved
 
 CONFIG = ArchitectureConfig(
-    keys_per_dim=20, n_held_out=400, seeds=(0, 1), context=48, n_passages=6, batch_size=3,
-    solver="itq", steps=8,
-)  # fmt: skip
+    keys_per_dim=20,
+    n_held_out=400,
+    seeds=(0, 1),
+    context=48,
+    n_passages=6,
+    batch_size=3,
+    solver="itq",
+    steps=8,
+)
 
 
 @pytest.fixture(scope="module")
@@ -195,19 +209,19 @@ def test_a_capture_cut_short_is_made_again_and_a_damaged_shard_is_named(gemma48,
 def test_what_is_kept_depends_on_model_text_and_configuration(gemma48, olmoe48, text):
     fewer = dataclasses.replace(text, calibration=text.calibration[1:])
     runs = [
-        (gemma48, text, CONFIG), (olmoe48, text, CONFIG), (gemma48, fewer, CONFIG),
+        (gemma48, text, CONFIG),
+        (olmoe48, text, CONFIG),
+        (gemma48, fewer, CONFIG),
         (gemma48, text, dataclasses.replace(CONFIG, steps=9)),
-    ]  # fmt: skip
+    ]
     assert len({architectures._identity(*run) for run in runs}) == 4
 
 
 def test_a_layer_whose_heads_have_no_hadamard_together_is_measured_by_heads(
     olmoe48, text, tmp_path, monkeypatch
 ):
-    known = architectures.rotations.supported_head_dim
-    monkeypatch.setattr(
-        architectures.rotations, "supported_head_dim", lambda d: d < 64 and known(d)
-    )
+    known = fixed.rotations.supported_head_dim
+    monkeypatch.setattr(fixed.rotations, "supported_head_dim", lambda d: d < 64 and known(d))
     rows = measure(olmoe48, text, CONFIG, tmp_path).tables["beta"]
     assert {row["scope"] for row in rows} == {"head"}
 
@@ -243,12 +257,19 @@ def test_keys_that_are_zero_in_a_head_are_left_out():
 def test_what_does_not_cancel_is_said():
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from signlattice.attention import attention_layers
+    from signlattice.models.hooks import attention_layers
 
     config = AutoConfig.for_model(
-        "gemma2", vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, attn_logit_softcapping=5.0,
-    )  # fmt: skip
+        "gemma2",
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        attn_logit_softcapping=5.0,
+    )
     layers = attention_layers(AutoModelForCausalLM.from_config(config))
     rows = [architectures._layer_row(layer) for layer in layers.values()]
     assert [row["mean_cancels"] for row in rows] == [False, False]

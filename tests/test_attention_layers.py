@@ -11,15 +11,21 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from signlattice.attention import AttentionLayer, attention_layers, keys_seen_by
-from signlattice.capture import capture_keys
 from signlattice.errors import InputError
+from signlattice.models.capture import capture_keys
+from signlattice.models.hooks import AttentionLayer, attention_layers, keys_seen_by
 
 IDS = torch.randint(1, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 SMALL = dict(
-    vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=16, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    pad_token_id=0,
+)
 SPECIAL = {
     "gemma2": dict(attn_logit_softcapping=5.0, sliding_window=8, query_pre_attn_scalar=9),
     "gpt_oss": dict(num_local_experts=2, num_experts_per_tok=1, sliding_window=8),
@@ -100,8 +106,10 @@ def test_layers_read_the_keys_that_gemma_says_they_share(gemma):
 def test_keys_and_values_that_are_one_projection_are_told_by_their_shape(gemma_moe):
     layers = attention_layers(gemma_moe.model)
     assert [(layer.n_heads, layer.head_dim) for layer in layers.values()] == [
-        (2, 16), (2, 16), (1, 32),
-    ]  # fmt: skip
+        (2, 16),
+        (2, 16),
+        (1, 32),
+    ]
 
 
 def test_heads_without_groups_are_as_many_as_queries():
@@ -119,7 +127,14 @@ def test_a_model_without_attention_of_a_decoder_is_told():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(InputError, match="Linear has no decoder attention"):
         attention_layers(model)
-    bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                intermediate_size=16, vocab_size=30))  # fmt: skip
+    bert = BertModel(
+        BertConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            vocab_size=30,
+        )
+    )
     with pytest.raises(InputError, match="BertModel has no decoder attention"):
         attention_layers(bert)

@@ -185,9 +185,7 @@ def test_elliptical_ceiling_against_adaptive_quadrature(spectrum):
     assert elliptical_ceiling(spectrum) == pytest.approx(2 / math.pi * sum(pieces), abs=1e-9)
 
 
-@given(
-    arrays(np.float64, st.integers(1, 30), elements=st.floats(1e-6, 1)), st.floats(1e-3, 1e3)
-)
+@given(arrays(np.float64, st.integers(1, 30), elements=st.floats(1e-6, 1)), st.floats(1e-3, 1e3))
 @settings(deadline=None, max_examples=40)
 def test_elliptical_ceiling_is_bounded_and_ignores_scale_and_order(spectrum, scale):
     ceiling = elliptical_ceiling(spectrum)

@@ -138,6 +138,6 @@ def test_claims_and_verdicts_get_their_classes() -> None:
 
 
 def test_every_verdict_has_a_tone_or_is_undecided() -> None:
-    from signlattice.claims import VERDICTS
+    from signlattice_paper.claims import VERDICTS
 
     assert set(book_repairs.TONES) <= set(VERDICTS)

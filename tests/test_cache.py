@@ -13,6 +13,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
 from cache_cases import (
     DEVICES,
     MEAN_CANCELS,
@@ -27,16 +30,14 @@ from cache_cases import (
     tiny,
     tokens,
 )
-from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-
-from signlattice.attention import attention_layers
-from signlattice.cache import CacheConfig, SignKeyCache
-from signlattice.codec import KeyCodec
+from signlattice.cache.layer import PackedLayer
+from signlattice.cache.masks import MaskReader
+from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
+from signlattice.cache.storage import PAGE
 from signlattice.errors import InputError, IntegrityError
-from signlattice.evaluate import one_bit_keys
-from signlattice.packed_layer import MaskReader, PackedLayer
-from signlattice.stores import PAGE
+from signlattice.evaluation.perplexity import one_bit_keys
+from signlattice.models.hooks import attention_layers
+from signlattice.quantizers.codec import KeyCodec
 
 EXACT = 1e-5
 """Of ‖got − expected‖ / ‖expected‖ over logits, where nothing is rounded but fp32 itself."""
@@ -52,9 +53,12 @@ GENERATING = ("olmoe", "gemma4", "llama", "qwen3", "mistral")
 
 
 def read(
-    model: PreTrainedModel, ids: Tensor, cache, sizes: tuple[int, ...] = (),
+    model: PreTrainedModel,
+    ids: Tensor,
+    cache,
+    sizes: tuple[int, ...] = (),
     mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Logits of ids that are read in calls of such sizes; the rest is the last call."""
     at, found = cache.get_seq_length(), []
     for part in ids.split((*sizes, ids.shape[1] - sum(sizes)), 1):
@@ -387,8 +391,12 @@ def test_a_text_of_many_windows(name):
     expected = read(model, ids, new_cache(model))
     for sizes in ((150, 63, 1, 1), (7,) * 37):
         assert most(read(model, ids, new_cache(model), sizes), expected) < ROUNDED
-    assert difference(read(model, ids, whole(model), (150, 63, 1, 1)),
-                      read(model, ids, dynamic(model))) < EXACT  # fmt: skip
+    assert (
+        difference(
+            read(model, ids, whole(model), (150, 63, 1, 1)), read(model, ids, dynamic(model))
+        )
+        < EXACT
+    )
 
 
 @pytest.mark.parametrize("step", [1, 25])
@@ -431,9 +439,17 @@ def storages(cache: SignKeyCache) -> int:
 
 
 FORMATS = [
-    ("sign", "int8"), ("sign", "int4"), ("sign", "int2"), ("sign", "whole"), ("sign", "fp8"),
-    ("whole", "whole"), ("fp8", "fp8"), ("int8", "int8"), ("int4", "int2"), ("int2", "int4"),
-]  # fmt: skip
+    ("sign", "int8"),
+    ("sign", "int4"),
+    ("sign", "int2"),
+    ("sign", "whole"),
+    ("sign", "fp8"),
+    ("whole", "whole"),
+    ("fp8", "fp8"),
+    ("int8", "int8"),
+    ("int4", "int2"),
+    ("int2", "int4"),
+]
 
 
 @pytest.mark.parametrize("n", [1, 64, 65, 200])
@@ -663,9 +679,15 @@ def test_a_mean_that_would_not_cancel_is_refused(name, why):
 
 def test_a_head_size_without_kernels_is_refused_for_signs_alone():
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=24, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=24,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     model, ids = LlamaForCausalLM(config).eval(), tokens(1, 30)
     with pytest.raises(InputError, match="has heads of 24: the kernels are made for 16, 32"):

@@ -10,10 +10,14 @@ import pytest
 import torch
 
 from conftest import documents
-from signlattice import cache_lab, cache_quality
-from signlattice.cache import CacheConfig, SignKeyCache
-from signlattice.cache_lab import CacheLabConfig, cases, measure
-from signlattice.cache_quality import (
+from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
+from signlattice.calibration import CalibrateConfig
+from signlattice.data.corpus import Document
+from signlattice.data.texts import Text
+from signlattice.errors import InputError
+from signlattice.evaluation import through_cache
+from signlattice.evaluation.perplexity import perplexity, token_losses
+from signlattice.evaluation.through_cache import (
     NEEDLE,
     Judge,
     QualityConfig,
@@ -23,14 +27,11 @@ from signlattice.cache_quality import (
     needles,
     retrieval,
 )
-from signlattice.calibrate import CalibrateConfig
-from signlattice.corpus import Document
-from signlattice.errors import InputError
-from signlattice.evaluate import perplexity, token_losses
-from signlattice.lattice import LatticeConfig
-from signlattice.learn import LearnConfig
-from signlattice.models import load_model
-from signlattice.texts import Text
+from signlattice.models.loading import load_model
+from signlattice.quantizers.basis import LatticeConfig
+from signlattice.rotations.config import LearnConfig
+from signlattice_paper.experiments import caches
+from signlattice_paper.experiments.caches import CacheLabConfig, cases, measure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,9 +40,11 @@ QUALITY = QualityConfig(n_passages=3, n_needles=2, batch_size=2)
 WHOLE = CacheConfig(key_format="whole", value_format="whole", window=8, sinks=0)
 COARSE = CacheConfig(key_format="int2", value_format="int2", window=0, sinks=0)
 CALIBRATE = CalibrateConfig(
-    keys_per_dim=8, n_held_out=100, lattice=LatticeConfig(rounds=2),
+    keys_per_dim=8,
+    n_held_out=100,
+    lattice=LatticeConfig(rounds=2),
     rotation=LearnConfig(solver="itq", steps=3),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +102,7 @@ def test_a_gap_is_the_ratio_of_perplexities(loaded, pieces):
 
 
 def test_short_documents_are_read_as_one(loaded):
-    short = tuple(
-        Document("p", f"{i}.py", f"x{i} = {i}\n" * 4, "evaluation") for i in range(64)
-    )
+    short = tuple(Document("p", f"{i}.py", f"x{i} = {i}\n" * 4, "evaluation") for i in range(64))
     found = full_windows(loaded, short, 5)
     assert found and all(len(piece.ids) == CONTEXT for piece in found)
     with pytest.raises(InputError, match="does not fill the context of 72"):
@@ -166,7 +167,7 @@ def test_cases_are_all_different_and_have_the_others_beside(loaded):
 
 def test_an_interrupted_table_goes_on_and_is_the_same(loaded, text, tmp_path, monkeypatch):
     few = [case for case in cases(loaded, CONFIG) if case.cache.value_format == "int4"][:4]
-    monkeypatch.setattr(cache_lab, "cases", lambda *_: few)
+    monkeypatch.setattr(caches, "cases", lambda *_: few)
     whole = measure(loaded, text, CONFIG, tmp_path / "whole")
     judged = []
 
@@ -188,4 +189,4 @@ def test_an_interrupted_table_goes_on_and_is_the_same(loaded, text, tmp_path, mo
     calls = again.tables["calls"][0]
     assert calls["bytes"] == pytest.approx(calls["expected_bytes"], rel=0.02)
     assert calls["n_packed_at_once"] == calls["n_packed_token_by_token"] > 0
-    assert cache_quality.DEPTHS == (0.1, 0.5, 0.9)
+    assert through_cache.DEPTHS == (0.1, 0.5, 0.9)

@@ -12,12 +12,20 @@ from pathlib import Path
 import pytest
 
 from signlattice.errors import InputError
-from signlattice.explorer import calculator
-from signlattice.explorer.calculator import FIELDS, SHAPES, Calculator, settings
 from signlattice.memory import (
-    FP16, NAMED_FORMATS, PAPER, SIGN_KEYS, CacheFormat, KVShape, crossover_length, effective_bits,
-    kv_bytes, memory_reduction,
-)  # fmt: skip
+    FP16,
+    NAMED_FORMATS,
+    PAPER,
+    SIGN_KEYS,
+    CacheFormat,
+    KVShape,
+    crossover_length,
+    effective_bits,
+    kv_bytes,
+    memory_reduction,
+)
+from signlattice_paper.explorer import calculator
+from signlattice_paper.explorer.calculator import FIELDS, SHAPES, Calculator, settings
 
 SCRIPT = Path(calculator.__file__).with_name("calculator.js")
 Case = tuple[KVShape, CacheFormat, int, int]
@@ -33,16 +41,20 @@ def run(expression: str, *values: object, folder: Path) -> list:
     main.write_text(
         'import { readFileSync } from "node:fs";\n'
         'import * as calculator from "./calculator.mjs";\n'
-        'const told = (f) => { try { return f(); } catch (error) { return error.message; } };\n'
+        "const told = (f) => { try { return f(); } catch (error) { return error.message; } };\n"
         f"const f = {expression};\n"
         'const values = JSON.parse(readFileSync(0, "utf-8"));\n'
         "console.log(JSON.stringify(values.map((value) => told(() => f(value)))));\n",
         encoding="utf-8",
     )
     done = subprocess.run(
-        ["node", str(main)], input=json.dumps(values), capture_output=True, text=True, check=True,
+        ["node", str(main)],
+        input=json.dumps(values),
+        capture_output=True,
+        text=True,
+        check=True,
         timeout=60,
-    )  # fmt: skip
+    )
     return json.loads(done.stdout)
 
 
@@ -57,19 +69,27 @@ def cases() -> list[Case]:
     chance = random.Random(0)
     for _ in range(300):
         shape = KVShape(
-            n_layers=chance.randint(1, 80), n_kv_heads=chance.randint(1, 64),
+            n_layers=chance.randint(1, 80),
+            n_kv_heads=chance.randint(1, 64),
             head_dim=chance.choice([1, 7, 64, 80, 96, 128, 256]),
             value_head_dim=chance.choice([None, 1, 64, 129]),
             sliding_window=chance.choice([None, 1, 128, 4096]),
-        )  # fmt: skip
+        )
         fmt = CacheFormat(
-            "any", key_bits=chance.choice([1, 1.58, 2.5, 8]), value_bits=chance.choice([1, 3.3, 16]),
-            key_scale_bits=chance.choice([0, 16, 32]), value_scale_bits=chance.choice([0, 16]),
-            value_group=chance.choice([None, 1, 32, 128]), mean_bits=chance.choice([0, 16]),
-            static_mean_bits=chance.choice([0, 32]), rotation_bits=chance.choice([0, 16, 32]),
-            temperature_bits=chance.choice([0, 32]), window=chance.choice([0, 5, 124]),
-            sinks=chance.choice([0, 4]), word_bits=chance.choice([1, 8, 32]),
-        )  # fmt: skip
+            "any",
+            key_bits=chance.choice([1, 1.58, 2.5, 8]),
+            value_bits=chance.choice([1, 3.3, 16]),
+            key_scale_bits=chance.choice([0, 16, 32]),
+            value_scale_bits=chance.choice([0, 16]),
+            value_group=chance.choice([None, 1, 32, 128]),
+            mean_bits=chance.choice([0, 16]),
+            static_mean_bits=chance.choice([0, 32]),
+            rotation_bits=chance.choice([0, 16, 32]),
+            temperature_bits=chance.choice([0, 32]),
+            window=chance.choice([0, 5, 124]),
+            sinks=chance.choice([0, 4]),
+            word_bits=chance.choice([1, 8, 32]),
+        )
         found.append((shape, fmt, chance.randint(1, 100_000), chance.randint(1, 64)))
     return found
 
@@ -128,16 +148,24 @@ def test_bad_input_is_told_by_name_and_value(
     tmp_path: Path, name: str, text: str, read: object
 ) -> None:
     field = next(vars(field) for field in FIELDS if field.name == name)
-    assert run("([field, text]) => calculator.read(field, text)", [field, text], folder=tmp_path) == [
-        read
-    ]
+    assert run(
+        "([field, text]) => calculator.read(field, text)", [field, text], folder=tmp_path
+    ) == [read]
 
 
 @needs_node
 def test_sizes_are_told_in_binary_units(tmp_path: Path) -> None:
     sizes = [0, 1023, 1024, 1536, 15.26 * 2**20, 2**30, 750 * 2**30, 2**41]
-    told = ["0 bytes", "1023 bytes", "1.00 KiB", "1.50 KiB", "15.3 MiB", "1.00 GiB", "750 GiB",
-            "2.00 TiB"]  # fmt: skip
+    told = [
+        "0 bytes",
+        "1023 bytes",
+        "1.00 KiB",
+        "1.50 KiB",
+        "15.3 MiB",
+        "1.00 GiB",
+        "750 GiB",
+        "2.00 TiB",
+    ]
     assert run("calculator.inBytes", *sizes, folder=tmp_path) == told
 
 

@@ -8,11 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import TEXTS
-from signlattice import calibrate
-from signlattice.ablation import bank_of
-from signlattice.attention import attention_layers
+from signlattice import calibration as calibrate
 from signlattice.beta import haar_beta
-from signlattice.calibrate import (
+from signlattice.calibration import (
     CODES,
     CalibrateConfig,
     coded_layers,
@@ -20,23 +18,31 @@ from signlattice.calibrate import (
     measure_codec,
     n_parts,
 )
-from signlattice.centering import Centering
-from signlattice.codec import Calibration, KeyCodec, LayerCodec
-from signlattice.corpus import Document
+from signlattice.data.corpus import Document
+from signlattice.data.texts import Text
 from signlattice.errors import InputError, IntegrityError
-from signlattice.evaluate import HeadQuality, passages, up_to
-from signlattice.lattice import LatticeConfig, query_metric
-from signlattice.learn import LearnConfig
-from signlattice.models import MODELS, LoadedModel, load_model
-from signlattice.rotations import orthogonality_defect
-from signlattice.texts import Text
+from signlattice.evaluation import heads
+from signlattice.evaluation.heads import HeadQuality
+from signlattice.models.bank import bank_of
+from signlattice.models.hooks import attention_layers
+from signlattice.models.loading import MODELS, LoadedModel, load_model
+from signlattice.models.passages import passages, up_to
+from signlattice.quantizers.basis import LatticeConfig, query_metric
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.codec import Calibration, KeyCodec
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.rotations.config import LearnConfig
+from signlattice.rotations.fixed import orthogonality_defect
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = CalibrateConfig(
-    keys_per_dim=30, n_held_out=400, batch_size=4, lattice=LatticeConfig(rounds=4),
+    keys_per_dim=30,
+    n_held_out=400,
+    batch_size=4,
+    lattice=LatticeConfig(rounds=4),
     rotation=LearnConfig(solver="itq", steps=8),
-)  # fmt: skip
+)
 
 
 def side(name: str, repeat: int = 8, salt: str = "") -> tuple[Document, ...]:
@@ -142,9 +148,12 @@ def test_a_lattice_loses_less_of_the_scores_than_a_rotation(llama48, text):
     lost = {}
     for code in CODES:
         config = replace(
-            CONFIG, code=code, scale_rule="mse", lattice=LatticeConfig(rounds=8),
+            CONFIG,
+            code=code,
+            scale_rule="mse",
+            lattice=LatticeConfig(rounds=8),
             rotation=LearnConfig(solver="itq"),
-        )  # fmt: skip
+        )
         lost[code] = []
         for index, layer in learn_codec(llama48, text, config).layers.items():
             keys, queries = bank.keys(index), bank.queries(index)
@@ -183,7 +192,7 @@ def test_a_temperature_is_fitted_where_it_is_asked_for(code, llama48, text):
 
 def test_a_temperature_reads_the_keys_of_its_own_layer_alone(gemma48, text, monkeypatch):
     seen = []
-    fit = calibrate.fit_temperature
+    fit = heads.fit_temperature
 
     def recorded(code, bank, layer):
         seen.append((layer.index, bank.layers, len(bank.lengths)))
@@ -198,9 +207,7 @@ def test_a_temperature_reads_the_keys_of_its_own_layer_alone(gemma48, text, monk
 
 
 @pytest.mark.parametrize("sliding, layers", [(False, [2]), (True, [0, 1, 2])])
-def test_layers_with_a_window_are_learned_where_they_are_asked_for(
-    sliding, layers, gemma48, text
-):
+def test_layers_with_a_window_are_learned_where_they_are_asked_for(sliding, layers, gemma48, text):
     """Layers 3 and 4 have no keys of their own; the heads of layer 2 are wider than others."""
     config = replace(CONFIG, sliding=sliding)
     codec = learn_codec(gemma48, text, config)
@@ -239,19 +246,31 @@ def built(like: LoadedModel, kind: str, **more) -> LoadedModel:
     """A model of random weights, with the tokens of another."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        kind, vocab_size=300, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=0,
-        eos_token_id=0, **more,
-    )  # fmt: skip
+        kind,
+        vocab_size=300,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        **more,
+    )
     return replace(like, model=AutoModelForCausalLM.from_config(config).eval())
 
 
 def test_a_mean_that_does_not_cancel_is_left_on_and_a_gain_is_not_fitted(llama48, text):
     """Under a soft-cap neither softmax takes the mean off, nor is the fit of a gain convex."""
     capped = built(
-        llama48, "gemma2", hidden_size=64, head_dim=16, attn_logit_softcapping=5.0,
+        llama48,
+        "gemma2",
+        hidden_size=64,
+        head_dim=16,
+        attn_logit_softcapping=5.0,
         layer_types=["full_attention", "full_attention"],
-    )  # fmt: skip
+    )
     assert attention_layers(capped.model)[0].softcap == 5.0
     codec = learn_codec(capped, text, replace(CONFIG, temperature=True))
     for layer in codec.layers.values():
@@ -376,9 +395,7 @@ def test_a_capture_that_did_not_end_is_made_again(llama48, text, tmp_path):
     with pytest.raises(Interrupted):
         learn_codec(llama48, text, CONFIG, tmp_path, interrupt)
     next(tmp_path.glob("*/keys/index.json")).unlink()  # it is written last
-    assert same(
-        learn_codec(llama48, text, CONFIG, tmp_path), learn_codec(llama48, text, CONFIG)
-    )
+    assert same(learn_codec(llama48, text, CONFIG, tmp_path), learn_codec(llama48, text, CONFIG))
     shard = next(tmp_path.glob("*/keys/keys.0.*"))
     shard.unlink()
     with pytest.raises(IntegrityError, match="capture the keys again"):
@@ -387,14 +404,15 @@ def test_a_capture_that_did_not_end_is_made_again(llama48, text, tmp_path):
 
 def test_what_is_kept_depends_on_model_text_and_configuration(llama48, gemma48, text):
     runs = [
-        (llama48, text, CONFIG), (gemma48, text, CONFIG),
+        (llama48, text, CONFIG),
+        (gemma48, text, CONFIG),
         (llama48, replace(text, calibration=text.calibration[1:]), CONFIG),
         (replace(llama48, context=32), text, CONFIG),
         (llama48, text, replace(CONFIG, code="rotation")),
         (llama48, text, replace(CONFIG, keys_per_dim=29)),
         (llama48, text, replace(CONFIG, lattice=LatticeConfig(rounds=5))),
         (llama48, text, replace(CONFIG, rotation=LearnConfig(solver="itq", steps=9))),
-    ]  # fmt: skip
+    ]
     assert len({calibrate._identity(*run) for run in runs}) == len(runs)
     assert len({calibrate._identity(*runs[0]) for _ in range(3)}) == 1
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from signlattice.attention import keys_seen_by
-from signlattice.capture import capture_keys, open_bank
 from signlattice.errors import InputError, IntegrityError
+from signlattice.models.capture import capture_keys, open_bank
+from signlattice.models.hooks import keys_seen_by
 
 IDS = torch.randint(1, 300, (3, 20), generator=torch.Generator().manual_seed(0))
 HEADS = {"olmoe": (4, 4), "llama": (4, 2)}

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from signlattice.centering import CENTERING_METHODS, Centering
 from signlattice.errors import InputError
+from signlattice.quantizers.centering import CENTERING_METHODS, Centering
 
 KEYS = arrays(
     np.float64, array_shapes(min_dims=2, max_dims=4, max_side=6), elements=st.floats(-50, 50)

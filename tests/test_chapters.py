@@ -13,8 +13,8 @@ import pytest
 import yaml
 from nbformat import NotebookNode
 
-from signlattice import notebooks
-from signlattice.claims import Claim, load_claims
+from signlattice_paper import notebooks
+from signlattice_paper.claims import Claim, load_claims
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
@@ -105,10 +105,13 @@ def _reads_record(node: ast.AST) -> bool:
     return any(
         isinstance(child, ast.Call)
         and isinstance(child.func, ast.Attribute)
-        and (_names(child.func.value) == {"records"} and child.func.attr in ("read", "load")
-             or child.func.attr == "finish")
+        and (
+            _names(child.func.value) == {"records"}
+            and child.func.attr in ("read", "load")
+            or child.func.attr == "finish"
+        )
         for child in ast.walk(node)
-    )  # fmt: skip
+    )
 
 
 def _stored(node: ast.AST) -> set[str]:
@@ -150,9 +153,15 @@ def _shows_numbers(call: ast.Call) -> bool:
     """Whether a call is `table` or `comparison`, not the method of a record."""
     if isinstance(call.func, ast.Name):
         return call.func.id in ("table", "comparison")
-    return isinstance(call.func, ast.Attribute) and _names(call.func.value) in (
-        {"tables"}, {"claims"},
-    )  and call.func.attr in ("table", "comparison")  # fmt: skip
+    return (
+        isinstance(call.func, ast.Attribute)
+        and _names(call.func.value)
+        in (
+            {"tables"},
+            {"claims"},
+        )
+        and call.func.attr in ("table", "comparison")
+    )
 
 
 def _names_its_record(call: ast.Call) -> bool:
@@ -183,7 +192,9 @@ def exercises(nb: NotebookNode) -> dict[str, bool]:
     labels, runs, solved = [], set(), None
     for cell in nb.cells:
         if cell.cell_type == "markdown":
-            labels += re.findall(r"^```\{exercise\}[^\n]*\n:label: (\S+)", cell.source, re.MULTILINE)
+            labels += re.findall(
+                r"^```\{exercise\}[^\n]*\n:label: (\S+)", cell.source, re.MULTILINE
+            )
             if begun := re.search(r"^```\{solution-start\} (\S+)\n:class: dropdown", cell.source):
                 solved = begun.group(1)
             if "```{solution-end}" in cell.source:
@@ -274,9 +285,10 @@ def test_chapter_shows_its_claims_and_their_verdicts(chapter: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "chapter", [path for path in CHAPTERS if re.match(r"s[1-8]_", path.stem)],
+    "chapter",
+    [path for path in CHAPTERS if re.match(r"s[1-8]_", path.stem)],
     ids=lambda path: path.stem,
-)  # fmt: skip
+)
 def test_chapter_ends_with_exercises_whose_solutions_run(chapter: Path) -> None:
     found = exercises(notebooks.read(chapter))
     assert len(found) >= 2 and all(found.values())

@@ -11,9 +11,9 @@ import pytest
 from docutils import nodes
 from docutils.utils import new_document
 
-from signlattice import records
-from signlattice.claims import ledger, load_claims, verdict_box
-from signlattice.tables import anchor, origins
+from signlattice_paper import records
+from signlattice_paper.claims import ledger, load_claims, verdict_box
+from signlattice_paper.tables import anchor, origins
 
 EXTENSION = Path(__file__).resolve().parents[1] / "book" / "_ext" / "claim_anchors.py"
 
@@ -30,7 +30,8 @@ def noted(extension: ModuleType, html: str) -> tuple[dict, dict]:
     """What a page with a piece of HTML is known by: MyST's places, and Sphinx's labels."""
     std = SimpleNamespace(anonlabels={})
     env = SimpleNamespace(
-        docname="book/page", metadata=defaultdict(dict), get_domain=lambda name: std)
+        docname="book/page", metadata=defaultdict(dict), get_domain=lambda name: std
+    )
     document = new_document("page")
     document += nodes.raw("", html, format="html")
     extension.note_places(SimpleNamespace(env=env), document)
@@ -48,9 +49,7 @@ def test_records_are_known_everywhere(extension) -> None:
     every = records.every()
     places, labels = noted(extension, origins(every).data)
     assert places == {}
-    assert labels == {
-        anchor(r.lab, r.model): ("book/page", anchor(r.lab, r.model)) for r in every
-    }
+    assert labels == {anchor(r.lab, r.model): ("book/page", anchor(r.lab, r.model)) for r in every}
 
 
 def test_other_html_is_left_alone(extension) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from signlattice import claims, records
-from signlattice.claims import Claim, load_claims
 from signlattice.errors import InputError, IntegrityError
-from signlattice.records import Metric
-from signlattice.tables import provenance
+from signlattice_paper import claims, records
+from signlattice_paper.claims import Claim, load_claims
+from signlattice_paper.records import Metric
+from signlattice_paper.tables import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = load_claims()
@@ -138,9 +138,18 @@ def test_a_verdict_marks_its_place_and_links_what_it_rests_on() -> None:
 
 def entry(**changes) -> dict:
     claim = {
-        "id": "one", "number": 1, "section": "S1", "statement": "A thing.", "quote": None,
-        "paper_value": {"beta": 0.5, "range": [1, 2]}, "verdict": "holds", "finding": "Yes.",
-        "check": None, "record": None, "chapter": "s1", "status": "open",
+        "id": "one",
+        "number": 1,
+        "section": "S1",
+        "statement": "A thing.",
+        "quote": None,
+        "paper_value": {"beta": 0.5, "range": [1, 2]},
+        "verdict": "holds",
+        "finding": "Yes.",
+        "check": None,
+        "record": None,
+        "chapter": "s1",
+        "status": "open",
     }
     return claim | changes
 

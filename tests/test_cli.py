@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from signlattice import __version__, calibrate, cli, codec, fullsize, stores
-from signlattice.cache import CacheConfig
-from signlattice.cache_quality import QualityConfig
+from signlattice import __version__, calibration, cli
+from signlattice.cache import storage
+from signlattice.cache.sign_key_cache import CacheConfig
 from signlattice.cli import main
 from signlattice.cli.show import plain, size, span, table
-from signlattice.codec import KeyCodec
+from signlattice.evaluation.through_cache import QualityConfig
+from signlattice.models import full_size
+from signlattice.quantizers import basis, codec, scales
+from signlattice.quantizers.codec import KeyCodec
 
 MODEL = "gemma4-e2b-mini"
 COMMANDS = ("learn", "measure", "evaluate", "generate", "bench", "inspect")
@@ -87,7 +90,7 @@ def test_inspect_needs_no_model(learned, capsys):
     assert found["n_keys"] == 64 * 128
     assert found["bytes"] == learned.stat().st_size
     assert found["provenance"]["model"] == MODEL
-    layer, = found["layers"]
+    (layer,) = found["layers"]
     assert (layer["layer"], layer["heads"], layer["head_dim"]) == (2, 1, 128)
     assert (layer["code"], layer["scale"], layer["temperature"]) == ("lattice", "unbiased", None)
     assert 0.8 < layer["beta"][0] < 1
@@ -96,7 +99,7 @@ def test_inspect_needs_no_model(learned, capsys):
 def test_measure_is_held_out_and_near_what_the_codec_says(learned, capsys):
     found, err = run(capsys, "measure", MODEL, learned, "--passages", 6)
     assert "6 passages" in err
-    head, = found["heads"]
+    (head,) = found["heads"]
     beta = KeyCodec.load(learned).calibration.beta[2][0]
     assert head["beta"] == pytest.approx(beta, abs=0.02)
     assert found["mean"]["kl"] == pytest.approx(head["kl"]) and head["kl"] > 0
@@ -104,8 +107,9 @@ def test_measure_is_held_out_and_near_what_the_codec_says(learned, capsys):
 
 
 def test_evaluate_puts_the_cache_beside_exact_attention_and_other_caches(learned, capsys):
-    found, err = run(capsys, "evaluate", MODEL, learned, "--values", "int8", "--window", 32,
-                     "--passages", 2)  # fmt: skip
+    found, err = run(
+        capsys, "evaluate", MODEL, learned, "--values", "int8", "--window", 32, "--passages", 2
+    )
     assert "100%" in err
     rows = {row["cache"]: row for row in found["rows"]}
     assert list(rows) == ["exact", "signs, int8 values", "fp16", "fp8", "int4", "int2"]
@@ -121,8 +125,19 @@ def test_evaluate_puts_the_cache_beside_exact_attention_and_other_caches(learned
 
 
 def test_generate_goes_on_with_exact_keys_and_through_the_cache(learned, capsys):
-    found, _ = run(capsys, "generate", MODEL, learned, "class Graph:\n    def ", "--window", 4,
-                   "--sinks", 1, "--max-new-tokens", 12)  # fmt: skip
+    found, _ = run(
+        capsys,
+        "generate",
+        MODEL,
+        learned,
+        "class Graph:\n    def ",
+        "--window",
+        4,
+        "--sinks",
+        1,
+        "--max-new-tokens",
+        12,
+    )
     assert len(found["tokens"]["exact"]) == len(found["tokens"]["cached"]) == 12
     assert found["agree"] == (found["tokens"]["exact"] == found["tokens"]["cached"])
     assert (found["first_difference"] is None) == found["agree"]
@@ -139,8 +154,24 @@ def test_generate_reads_stdin_draws_by_its_seed_and_says_that_nothing_was_packed
     for seed in (0, 0, 1):
         with prompt.open() as stdin:
             monkeypatch.setattr(sys, "stdin", stdin)
-            assert main(["generate", MODEL, str(learned), "-", "--sample", "--seed", str(seed),
-                         "--top-p", "0.9", "--max-new-tokens", "8"]) == 0  # fmt: skip
+            assert (
+                main(
+                    [
+                        "generate",
+                        MODEL,
+                        str(learned),
+                        "-",
+                        "--sample",
+                        "--seed",
+                        str(seed),
+                        "--top-p",
+                        "0.9",
+                        "--max-new-tokens",
+                        "8",
+                    ]
+                )
+                == 0
+            )
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     assert "agree in all 8 tokens" in texts[0]
@@ -148,8 +179,20 @@ def test_generate_reads_stdin_draws_by_its_seed_and_says_that_nothing_was_packed
 
 
 def test_bench_names_the_device_and_sets_torch_beside(capsys):
-    found, _ = run(capsys, "bench", "--tokens", 256, "--heads", 1, "--head-dim", 64,
-                   "--rounds", 1, "--device", "cpu")  # fmt: skip
+    found, _ = run(
+        capsys,
+        "bench",
+        "--tokens",
+        256,
+        "--heads",
+        1,
+        "--head-dim",
+        64,
+        "--rounds",
+        1,
+        "--device",
+        "cpu",
+    )
     assert "threads" in found["device"]
     names = {row["contender"] for row in found["rows"]}
     assert {"1-bit K, bf16 V", "1-bit K, 4-bit V", "SDPA bf16"} <= names
@@ -161,8 +204,21 @@ def test_any_checkpoint_and_any_text_walk_the_whole_way(
 ):
     monkeypatch.setattr("signlattice.cli.commands.LARGEST_SHARE", 0.01)
     file = tmp_path / "new" / "codec.safetensors"
-    learn = ("learn", llama_folder, "-o", file, "--text", own_text, "--code", "rotation",
-             "--scale", "mse", "--temperature", "--keys-per-dim", 32)  # fmt: skip
+    learn = (
+        "learn",
+        llama_folder,
+        "-o",
+        file,
+        "--text",
+        own_text,
+        "--code",
+        "rotation",
+        "--scale",
+        "mse",
+        "--temperature",
+        "--keys-per-dim",
+        32,
+    )
     for command in (
         learn,
         ("inspect", file),
@@ -193,13 +249,13 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(
     assert main([*learn, "-o", str(whole)]) == 0
     calls = []
 
-    def interrupted(*arguments, real=calibrate.learn_basis):
+    def interrupted(*arguments, real=basis.learn_basis):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(calibrate, "learn_basis", interrupted)
+    monkeypatch.setattr(calibration, "learn_basis", interrupted)
     capsys.readouterr()
     scratch = tmp_path / "scratch"
     learn += ["-o", str(file), "--scratch", str(scratch)]
@@ -244,9 +300,7 @@ def test_a_truncated_codec_is_told(learned, capsys, tmp_path):
     assert "not a whole safetensors file" in told(capsys, "measure", MODEL, short)
 
 
-def test_an_output_that_cannot_be_written_is_told_before_work_begins(
-    capsys, tmp_path, monkeypatch
-):
+def test_an_output_that_cannot_be_written_is_told_before_work_begins(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("signlattice.cli.commands._load", lambda options: pytest.fail("too late"))
     file = tmp_path / "file"
     file.touch()
@@ -325,10 +379,10 @@ def test_help_has_an_example(command, capsys):
 
 
 def test_arguments_may_be_what_the_library_takes():
-    assert set(cli.VALUES) == set(stores.VALUE_FORMATS)
-    assert set(cli.CODES) == set(calibrate.CODES)
-    assert set(cli.SCALES) == set(codec.SCALE_RULES)
-    assert cli.DTYPES == ("auto", *fullsize.DTYPES)
+    assert set(cli.VALUES) == set(storage.VALUE_FORMATS)
+    assert set(cli.CODES) == set(calibration.CODES)
+    assert set(cli.SCALES) == set(scales.SCALE_RULES)
+    assert cli.DTYPES == ("auto", *full_size.DTYPES)
 
 
 def test_it_runs_as_a_module_without_waiting_for_torch():
@@ -354,8 +408,11 @@ def test_a_reader_that_has_read_enough_is_no_error(learned):
 def test_tables_align_text_left_and_numbers_right():
     rows = [{"a": "x", "b": 1.0}, {"a": "long", "b": None}, {"a": None, "b": 22.25}]
     assert table(rows, {"a": ("name", ""), "b": ("b", ".1f")}) == [
-        "name     b", "x      1.0", "long     -", "-     22.2",
-    ]  # fmt: skip
+        "name     b",
+        "x      1.0",
+        "long     -",
+        "-     22.2",
+    ]
 
 
 def test_sizes_spans_and_plain_values():

@@ -12,22 +12,16 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from signlattice import codec as codec_module
 from signlattice.beta import beta, cosine
 from signlattice.bits import pack_signs, sign, unpack_signs
-from signlattice.centering import CENTERING_METHODS, Centering
-from signlattice.codec import (
-    LEAST_COSINE,
-    SCALE_RULES,
-    Calibration,
-    KeyCodec,
-    LayerCodec,
-    scale_of,
-    token_scale,
-)
 from signlattice.errors import InputError, IntegrityError
-from signlattice.models import MODELS, weights_hash
-from signlattice.rotations import haar
+from signlattice.models.loading import MODELS, weights_hash
+from signlattice.quantizers import codec as codec_module
+from signlattice.quantizers.centering import CENTERING_METHODS, Centering
+from signlattice.quantizers.codec import Calibration, KeyCodec
+from signlattice.quantizers.scales import LEAST_COSINE, SCALE_RULES, scale_of, token_scale
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.rotations.fixed import haar
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,7 +42,7 @@ def layer_codec(keys: torch.Tensor, method: str, rule: str = "unbiased", **more)
 def random_metric(seed: int = 0, condition: float = 30.0) -> torch.Tensor:
     """[H, D, D], eigenvalues from 1 to ``condition`` along axes of no meaning."""
     axes = torch.stack([haar(D, 100 + seed + head) for head in range(H)]).double()
-    return (axes.mT * torch.logspace(0, 1, D).double() ** torch.tensor(condition).log10() @ axes)
+    return axes.mT * torch.logspace(0, 1, D).double() ** torch.tensor(condition).log10() @ axes
 
 
 def lattice_codec(keys: torch.Tensor, method: str, rule: str = "unbiased", **more) -> LayerCodec:
@@ -574,7 +568,9 @@ WRONG_TENSORS = {
     "a step that is infinite": ("3.basis_step", lambda t: first(t, torch.inf), "basis holds"),
     "a step that overflows": ("3.basis_step", lambda t: first(t.float(), 3e38), "basis holds"),
     "a step of the metric that overflows": (
-        "10.metric_step", lambda t: first(t.float(), 1e25), "metric holds .*far too large"
+        "10.metric_step",
+        lambda t: first(t.float(), 1e25),
+        "metric holds .*far too large",
     ),
     "a rotation that is none": ("2.basis_step", lambda t: 2 * t, "no rotation"),
     "a rotation of zeros": ("2.basis", torch.zeros_like, "no rotation"),
@@ -590,7 +586,7 @@ WRONG_TENSORS = {
     "a temperature of other heads": ("3.temperature", lambda t: t[:2], "temperature of shape"),
     "a temperature that is infinite": ("3.temperature", lambda t: first(t, torch.inf), "temper"),
     "complex numbers": ("3.temperature", lambda t: t + 1j, "temperature is torch.complex64"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("error")  # such as that of numbers whose imaginary part is dropped
@@ -611,9 +607,13 @@ def test_a_small_file_that_stands_for_huge_matrices_takes_no_memory(path):
     """A matrix of no head has any size in no bytes, and so has the triangle of its metric."""
     d = 1 << 20
     header = {
-        "schema": 2, "model_hash": "a", "provenance": {}, "calibration": None,
-        "centerings": {"0": "none"}, "scale_rules": {"0": "mse"},
-    }  # fmt: skip
+        "schema": 2,
+        "model_hash": "a",
+        "provenance": {},
+        "calibration": None,
+        "centerings": {"0": "none"},
+        "scale_rules": {"0": "mse"},
+    }
     empty = {"0.basis": torch.empty(0, d, d), "0.metric": torch.empty(0, d * (d + 1) // 2)}
     write(path, header, empty)
     with pytest.raises(IntegrityError, match="basis of shape"):

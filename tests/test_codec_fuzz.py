@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save, save_file
 
-from signlattice import codec as codec_module
-from signlattice.centering import Centering
-from signlattice.codec import Calibration, KeyCodec, LayerCodec
 from signlattice.errors import InputError, IntegrityError
-from signlattice.rotations import haar
+from signlattice.quantizers import codec as codec_module
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.codec import Calibration, KeyCodec
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.rotations.fixed import haar
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,9 +29,12 @@ H, D = 2, 16
 def fuzzed(n: int) -> settings:
     """The same ``n`` examples in every run: what is found once is found again."""
     return settings(
-        max_examples=n, deadline=None, derandomize=True, database=None,
+        max_examples=n,
+        deadline=None,
+        derandomize=True,
+        database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -117,8 +121,10 @@ def test_random_bytes_are_refused(content, sized, path):
 
 PIECES = st.tuples(
     st.sampled_from(["flip", "insert", "delete", "overwrite", "repeat"]),
-    st.integers(0, 2**20), st.integers(1, 64), st.binary(min_size=1, max_size=64),
-)  # fmt: skip
+    st.integers(0, 2**20),
+    st.integers(1, 64),
+    st.binary(min_size=1, max_size=64),
+)
 
 
 def mutated(content: bytes, pieces: list[tuple[str, int, int, bytes]]) -> bytes:
@@ -161,16 +167,28 @@ def test_a_damaged_file_is_refused_or_says_the_same(bits, part, pieces, path):
 WORDS = ["0", "3", "03", "none", "dc", "token_mean", "mse", "unbiased", 10**400]
 NAMED = st.sampled_from(["0", "3", "beta", "text", "-1"]) | st.text(max_size=2)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.integers() | st.floats()
-    | st.text(max_size=3) | st.sampled_from(WORDS),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.sampled_from(WORDS),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMED, inner, max_size=3),
     max_leaves=6,
-)  # fmt: skip
+)
 HEADER = json.loads(FILES[8][8 : 8 + int.from_bytes(FILES[8][:8], "little")])["__metadata__"]
 HEADER = json.loads(HEADER["signlattice"])
-PLACES = [(name,) for name in HEADER] + [
-    (name, inner) for name, value in HEADER.items() if isinstance(value, dict) for inner in value
-] + [("calibration", "beta", "0"), ("calibration", "beta", "3")]  # fmt: skip
+PLACES = (
+    [(name,) for name in HEADER]
+    + [
+        (name, inner)
+        for name, value in HEADER.items()
+        if isinstance(value, dict)
+        for inner in value
+    ]
+    + [("calibration", "beta", "0"), ("calibration", "beta", "3")]
+)
 
 
 def signed(header: object, tensors: dict[str, torch.Tensor]) -> bytes:
@@ -203,10 +221,19 @@ def test_metadata_of_any_values_is_refused(header, path):
 
 
 DTYPES = [
-    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.uint8,
-    torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e8m0fnu,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int8,
+    torch.uint8,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+    torch.float8_e8m0fnu,
     torch.uint16,
-]  # fmt: skip
+]
 NAMES = sorted({*load(FILES[8]), "0.metric", "0.metric_step", "3.temperature", "0.mean", "3.x"})
 SIZES = st.sampled_from([0, 1, H, 8, D, D * (D + 1) // 2])
 
@@ -216,8 +243,11 @@ def tensors_of_any_kind(draw) -> torch.Tensor:
     kind = draw(st.sampled_from(["shape", "basis", "rows", "heads", "triangle"]))
     shape = {
         "shape": draw(st.lists(SIZES, max_size=4)),
-        "basis": (H, D, D), "rows": (H, D), "heads": (H,), "triangle": (H, D * (D + 1) // 2),
-    }[kind]  # fmt: skip
+        "basis": (H, D, D),
+        "rows": (H, D),
+        "heads": (H,),
+        "triangle": (H, D * (D + 1) // 2),
+    }[kind]
     if torch.Size(shape).numel() > 1 << 14:
         shape = shape[:2]
     size = draw(st.sampled_from([0.0, 1e-30, 1e-4, 1.0, 127.0, 1e9, 1e20, 3e38, torch.inf]))

@@ -7,16 +7,20 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from signlattice.attention import attention_layers, states_seen_by
-from signlattice.cache import CacheConfig, SignKeyCache
-from signlattice.centering import Centering
-from signlattice.codec import KeyCodec, LayerCodec
-from signlattice.coded import CodedCache, read_states, seen_through, whole_layers
+from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
+from signlattice.cache.simulated import CodedCache, seen_through
 from signlattice.errors import InputError
-from signlattice.evaluate import Passage
-from signlattice.models import load_model
-from signlattice.rotations import srht
-from signlattice.vector_codes import LevelCode, SignCode, VectorCode
+from signlattice.models.hooks import attention_layers, states_seen_by
+from signlattice.models.loading import load_model
+from signlattice.models.passages import Passage
+from signlattice.models.states import read_states, whole_layers
+from signlattice.quantizers.base import VectorCode
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.codec import KeyCodec
+from signlattice.quantizers.levels import LevelCode
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign_code import SignCode
+from signlattice.rotations.fixed import srht
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

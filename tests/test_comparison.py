@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from conftest import documents
-from signlattice.attention import AttentionLayer
-from signlattice.centering import Centering
-from signlattice.comparison import Comparison, ComparisonConfig, head_errors
+from signlattice.data.texts import Text
 from signlattice.errors import InputError
-from signlattice.files import Scratch
-from signlattice.models import load_model
-from signlattice.rotations import srht
-from signlattice.texts import Text
-from signlattice.vector_codes import LevelCode
+from signlattice.io import Scratch
+from signlattice.models.hooks import AttentionLayer
+from signlattice.models.loading import load_model
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.levels import LevelCode
+from signlattice.rotations.fixed import srht
+from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig, head_errors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,10 +38,12 @@ def levels(comparison, bits):
     keys = {
         index: LevelCode(
             Centering.fit(states.keys, "token_mean"),
-            srht(states.keys.shape[-1], 0).expand(len(states.keys), -1, -1), bits, "unbiased",
+            srht(states.keys.shape[-1], 0).expand(len(states.keys), -1, -1),
+            bits,
+            "unbiased",
         )
         for index, states in comparison.fit.items()
-    }  # fmt: skip
+    }
     values = {i: LevelCode(Centering("none"), code.rotation, bits) for i, code in keys.items()}
     return keys, values
 
@@ -73,7 +75,9 @@ def test_fewer_bits_lose_more_in_every_figure(loaded, tmp_path):
 
 def test_rows_are_kept_and_not_computed_again(loaded, tmp_path, monkeypatch):
     row = compared(loaded, tmp_path).row("a")
-    monkeypatch.setattr("signlattice.comparison.token_losses", lambda *args: 1 / 0)
+    monkeypatch.setattr(
+        "signlattice_paper.experiments.comparison.token_losses", lambda *args: 1 / 0
+    )
     again = compared(loaded, tmp_path)
     assert again.row("a") == row
     with pytest.raises(ZeroDivisionError):

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from signlattice import compounding
-from signlattice.centering import Centering
-from signlattice.codec import KeyCodec, LayerCodec
-from signlattice.evaluate import Passage, TokenLosses
-from signlattice.rotations import srht
+from signlattice.evaluation.perplexity import TokenLosses
+from signlattice.models.passages import Passage
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.codec import KeyCodec
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.rotations.fixed import srht
+from signlattice_paper.experiments import compounding
 
 PIECES = [Passage(f"{i}.py", torch.arange(1, 61) * (i + 3) % 290, 100) for i in range(3)]
 

@@ -5,17 +5,26 @@ import math
 import pytest
 import torch
 
-from signlattice import convergence, rotations, solvers
 from signlattice.beta import cosine, residual_energy
-from signlattice.convergence import ConvergenceConfig
 from signlattice.errors import InputError
-from signlattice.learn import SOLVERS, TracePoint
+from signlattice.rotations import fixed, synthetic
+from signlattice.rotations.config import SOLVERS, TracePoint
+from signlattice_paper.experiments import convergence
+from signlattice_paper.experiments.convergence import ConvergenceConfig
 
 SMALL = ConvergenceConfig(
-    planted=((16, 512),), noise=((16, 64), (32, 64)), model=((1, 64), (2, 64)), layers=(0, 1),
-    plateau_dims=(16,), plateau_seeds=(0,), plateau_steps=10, signal_dims=(16,), signal_draws=4,
-    scan_dim=16, scan_keys=256,
-)  # fmt: skip
+    planted=((16, 512),),
+    noise=((16, 64), (32, 64)),
+    model=((1, 64), (2, 64)),
+    layers=(0, 1),
+    plateau_dims=(16,),
+    plateau_seeds=(0,),
+    plateau_steps=10,
+    signal_dims=(16,),
+    signal_draws=4,
+    scan_dim=16,
+    scan_keys=256,
+)
 
 
 @pytest.fixture
@@ -54,7 +63,7 @@ def test_a_run_says_when_it_passed_its_marks():
 
 
 def test_no_lift_has_no_hundredth_of_it():
-    flat = solvers.noise_keys(16, 4096)
+    flat = synthetic.noise_keys(16, 4096)
     (row,), _ = convergence.runs([flat], ("gradient",), SMALL)
     assert row["train"] - row["start"] < convergence.LEFT
     assert row["to_99"] is None and row["to_left"] is None and row["to_target"] is None
@@ -131,7 +140,7 @@ def test_a_scan_tells_a_lattice_from_noise(heads):
 
 def test_quarter_turns_make_spikes_of_corners():
     turn = convergence.quarter_turns(4)
-    assert rotations.orthogonality_defect(turn) < 1e-6
+    assert fixed.orthogonality_defect(turn) < 1e-6
     spikes = torch.tensor([[1.0, 1, 1, -1]]) @ turn.T
     assert spikes[0].abs().sort().values.tolist() == pytest.approx([0, 0, 2**0.5, 2**0.5])
 

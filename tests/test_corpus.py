@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from signlattice import corpus
+from signlattice.data import corpus
 from signlattice.errors import InputError, IntegrityError
 
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from signlattice import rotations
-from signlattice.curvature import (
+from signlattice.errors import InputError
+from signlattice.rotations import fixed
+from signlattice_paper.experiments.curvature import (
     curvature,
     direction_in,
     geodesic,
@@ -17,7 +18,6 @@ from signlattice.curvature import (
     random_direction,
     slope,
 )
-from signlattice.errors import InputError
 
 D = 16
 
@@ -46,7 +46,7 @@ def keys():
 @given(st.integers(0, 10**6), st.sampled_from([0.15, 0.4, 1.5]))
 @settings(max_examples=15, deadline=None)
 def test_slope_and_curvature_are_the_differences_along_a_geodesic(seed, temperature):
-    keys, rotation = gaussian(40, D, seed), rotations.haar(D, seed, dtype=torch.float64)
+    keys, rotation = gaussian(40, D, seed), fixed.haar(D, seed, dtype=torch.float64)
     direction, step = random_direction(D, seed + 1), 1e-3
     ahead, here, back = (
         rounded_beta(keys, geodesic(rotation, direction, t), temperature)
@@ -60,7 +60,7 @@ def test_slope_and_curvature_are_the_differences_along_a_geodesic(seed, temperat
 
 @pytest.mark.parametrize("temperature", [0.0, 0.2, 1.0])
 def test_the_hessian_gives_the_curvature_along_every_direction(keys, temperature):
-    rotation = rotations.haar(D, 3, dtype=torch.float64)
+    rotation = fixed.haar(D, 3, dtype=torch.float64)
     matrix = hessian(keys, rotation, temperature)
     assert matrix.shape == (D * (D - 1) // 2,) * 2
     torch.testing.assert_close(matrix, matrix.T)
@@ -73,7 +73,7 @@ def test_the_hessian_gives_the_curvature_along_every_direction(keys, temperature
 
 
 def test_the_hessian_is_bilinear_not_only_right_on_its_diagonal(keys):
-    rotation = rotations.haar(D, 3, dtype=torch.float64)
+    rotation = fixed.haar(D, 3, dtype=torch.float64)
     one, other = random_direction(D, 0), random_direction(D, 1)
     plus, minus = (curvature(keys, rotation, one + s * other, 0.3) for s in (1, -1))
     mixed = coordinates(one) @ hessian(keys, rotation, 0.3) @ coordinates(other)
@@ -111,7 +111,7 @@ def test_automatic_differentiation_leaves_the_corners_out(keys):
 
 
 def test_units_do_not_matter(keys):
-    rotation = rotations.haar(D, 3, dtype=torch.float64)
+    rotation = fixed.haar(D, 3, dtype=torch.float64)
     scaled = keys * torch.logspace(-2, 2, len(keys), dtype=torch.float64)[:, None]
     for function in (hessian, slope):
         torch.testing.assert_close(function(keys, rotation, 0.3), function(scaled, rotation, 0.3))
@@ -144,7 +144,7 @@ def test_wrong_input_is_told_in_one_line(call, told, keys):
 @pytest.mark.parametrize("temperature", [0.0, 0.2])
 def test_plane_curvatures_are_the_diagonal_of_the_hessian(temperature):
     keys = torch.randn(500, 16, generator=torch.Generator().manual_seed(0)).double() ** 3
-    rotation = rotations.haar(16, 1).double()
+    rotation = fixed.haar(16, 1).double()
     planes = plane_curvatures(keys, rotation, temperature)
     whole = hessian(keys, rotation, temperature)
     torch.testing.assert_close(planes, whole.diagonal())

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from signlattice.beta import GAUSSIAN_BETA, moment_ratio, rank_ceiling
-from signlattice.densities import LOWEST_BETA, REGIMES, density, effective_rank
 from signlattice.errors import InputError
+from signlattice_paper.densities import LOWEST_BETA, REGIMES, density, effective_rank
 
 # Nearer to 1 almost all mass lies within rounding of the edge, out of reach of a quadrature.
 BETAS = [0.06, 0.3, 0.5, 0.7071, 0.75, 0.7978, GAUSSIAN_BETA, 0.7980, 0.83, 0.866, 0.9, 0.919]

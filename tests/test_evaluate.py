@@ -6,30 +6,30 @@ import numpy as np
 import pytest
 import torch
 
-from signlattice import rotations
-from signlattice.attention import AttentionLayer, attention_layers
 from signlattice.beta import haar_beta
-from signlattice.capture import capture_keys
-from signlattice.centering import Centering
-from signlattice.codec import KeyCodec, LayerCodec
-from signlattice.corpus import Document
+from signlattice.data.corpus import Document
 from signlattice.errors import InputError, IntegrityError
-from signlattice.evaluate import (
+from signlattice.evaluation.bootstrap import bootstrap
+from signlattice.evaluation.heads import fit_temperature, head_quality
+from signlattice.evaluation.perplexity import (
     bigram_bits_per_byte,
     bits_per_byte,
-    bootstrap,
-    fit_temperature,
     gap_ratio,
-    head_quality,
     logits_of,
-    noise_null,
     one_bit_keys,
-    passages,
     perplexity,
     perplexity_gap,
     token_losses,
 )
-from signlattice.learn import LearnConfig
+from signlattice.models.capture import capture_keys
+from signlattice.models.hooks import AttentionLayer, attention_layers
+from signlattice.models.passages import passages
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.codec import KeyCodec
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.rotations import fixed
+from signlattice.rotations.config import LearnConfig
+from signlattice.rotations.null import noise_null
 
 
 @pytest.fixture(params=["olmoe", "llama"])
@@ -53,7 +53,7 @@ def codec_for(loaded, seed: int = 0, method: str = "none", rule: str = "unbiased
         loaded.model(ids)
     layers = {
         layer: LayerCodec(
-            torch.stack([rotations.haar(16, seed + h) for h in range(len(bank.keys(layer)))]),
+            torch.stack([fixed.haar(16, seed + h) for h in range(len(bank.keys(layer)))]),
             Centering.fit(bank.keys(layer), method),
             rule,
         )
@@ -105,21 +105,21 @@ class capture_keys_inside:
         self.seen = {}
 
     def __enter__(self):
-        from signlattice import attention
+        from signlattice.models import hooks
 
-        self.former = attention.sdpa_attention_forward
+        self.former = hooks.sdpa_attention_forward
 
         def record(module, query, key, *rest, **kwargs):
             self.seen[module.layer_idx] = key
             return self.former(module, query, key, *rest, **kwargs)
 
-        attention.sdpa_attention_forward = record
+        hooks.sdpa_attention_forward = record
         return self.seen
 
     def __exit__(self, *error):
-        from signlattice import attention
+        from signlattice.models import hooks
 
-        attention.sdpa_attention_forward = self.former
+        hooks.sdpa_attention_forward = self.former
 
 
 def test_every_key_is_counted(loaded, pieces):
@@ -131,7 +131,7 @@ def test_every_key_is_counted(loaded, pieces):
 
 def test_an_evaluation_that_compressed_nothing_fails(loaded, pieces, monkeypatch):
     codec = codec_for(loaded)
-    monkeypatch.setattr("signlattice.evaluate.keys_seen_by", nothing_seen)
+    monkeypatch.setattr("signlattice.evaluation.perplexity.keys_seen_by", nothing_seen)
     with pytest.raises(RuntimeError, match="compressed 0 keys, expected"):
         token_losses(loaded, pieces, codec)
 
@@ -168,7 +168,7 @@ def test_the_interval_is_over_documents_and_holds_the_estimate(loaded, pieces):
 
 def test_the_bootstrap_covers_a_known_mean():
     """Documents of two equal passages each: the interval must be that of 40 values, not of 80."""
-    from signlattice.evaluate import Passage
+    from signlattice.models.passages import Passage
 
     values = np.repeat(np.random.default_rng(0).normal(size=40), 2)
     made = [Passage(str(i // 2), torch.zeros(2), 1) for i in range(80)]
@@ -202,7 +202,7 @@ def test_a_bigram_of_uniform_bytes_needs_eight_bits():
 def test_a_perfect_code_loses_nothing(loaded, method):
     """Keys that are on the lattice of the rotation are attended to exactly."""
     heads = exact_keys(loaded, torch.ones(1, 8, dtype=torch.long)).shape[1]
-    rotation = torch.stack([rotations.haar(16, h) for h in range(heads)])
+    rotation = torch.stack([fixed.haar(16, h) for h in range(heads)])
     bank = lattice_bank(rotation)
     mean = torch.zeros(heads, 16) if method == "token_mean" else None
     layer = AttentionLayer(0, 0, heads, heads, 16, scaling=0.25)
@@ -218,7 +218,7 @@ def test_a_perfect_code_loses_nothing(loaded, method):
 
 def lattice_bank(rotation, n=24):
     from signlattice.bits import sign
-    from signlattice.capture import KeyBank
+    from signlattice.models.capture import KeyBank
 
     generator = torch.Generator().manual_seed(0)
     bank = KeyBank("post_rope", lengths=[n, n])

@@ -14,12 +14,12 @@ from scipy.integrate import quad
 
 from signlattice import beta as cosines
 from signlattice.beta import GAUSSIAN_BETA
-from signlattice.claims import load_claims
-from signlattice.densities import REGIMES, density, effective_rank
 from signlattice.errors import InputError
-from signlattice.explorer import beta as explorer
-from signlattice.explorer.frames import frame_svg
-from signlattice.figures.explorer_beta import BINS, EDGE, angle, fig_beta, marginal
+from signlattice_paper.claims import load_claims
+from signlattice_paper.densities import REGIMES, density, effective_rank
+from signlattice_paper.explorer import beta as explorer
+from signlattice_paper.explorer.frames import frame_svg
+from signlattice_paper.figures.explorer_beta import BINS, EDGE, angle, fig_beta, marginal
 
 CLAIMS = load_claims()
 CITED = (
@@ -97,9 +97,14 @@ def test_the_label_is_the_laws_mean_magnitude_and_so_are_the_signs(frames, stops
     else:
         s = law.scale
         moments = [
-            2 * quad(lambda u: (s * np.sin(u)) ** k * law.pdf(s * np.sin(u)) * s * np.cos(u),
-                     0, math.pi / 2)[0] for k in (0, 1, 2)
-        ]  # fmt: skip
+            2
+            * quad(
+                lambda u: (s * np.sin(u)) ** k * law.pdf(s * np.sin(u)) * s * np.cos(u),
+                0,
+                math.pi / 2,
+            )[0]
+            for k in (0, 1, 2)
+        ]
     assert moments == pytest.approx([1, law.beta, 1], abs=2e-5)
     assert float(frames[place].label) == pytest.approx(moments[1], abs=1e-4)
     told = dict(explorer.numbers(stops[place], law))
@@ -169,9 +174,13 @@ def test_every_frame_shows_the_same_axis_with_all_marks(frames, measured) -> Non
 
 def test_the_marks_of_the_paper_stand_where_its_values_are(measured) -> None:
     figure = fig_beta(
-        density(0.6), title="x", numbers=[], laws=REGIMES, cited=CITED,
+        density(0.6),
+        title="x",
+        numbers=[],
+        laws=REGIMES,
+        cited=CITED,
         keys={each.name: each.beta for each in measured},
-    )  # fmt: skip
+    )
     strip = figure.axes[-1]
     marks = {"v": [], "D": [], "o": []}
     for line in strip.get_lines():
@@ -184,9 +193,13 @@ def test_the_marks_of_the_paper_stand_where_its_values_are(measured) -> None:
 
 def test_labels_do_not_run_into_each_other(measured) -> None:
     figure = fig_beta(
-        density(0.6), title="x", numbers=[], laws=REGIMES, cited=CITED,
+        density(0.6),
+        title="x",
+        numbers=[],
+        laws=REGIMES,
+        cited=CITED,
         keys={each.name: each.beta for each in measured},
-    )  # fmt: skip
+    )
     figure.draw_without_rendering()
     boxes = [t.get_window_extent() for t in figure.axes[-1].texts]
     for place, box in enumerate(boxes):
@@ -210,8 +223,8 @@ def test_the_explorer_is_light_and_linked(frames, monkeypatch) -> None:
     monkeypatch.setattr(explorer, "beta_frames", lambda measured, cited: frames)
     widget = explorer.beta_explorer({"raw": laplace(), "learned": humps()}, CITED)
     parts = all_within(widget)
-    slider, = (w for w in parts if isinstance(w, SelectionSlider))
-    stack, = (w for w in parts if isinstance(w, Stack))
+    (slider,) = (w for w in parts if isinstance(w, SelectionSlider))
+    (stack,) = (w for w in parts if isinstance(w, Stack))
     pictures = [w.value for w in parts if isinstance(w, HTML)]
     assert len(pictures) == len(slider.options)
     assert slider.description == "β" and slider.label == f"{GAUSSIAN_BETA:.4f}"

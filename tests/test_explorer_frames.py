@@ -18,9 +18,9 @@ from ipywidgets.widgets.widget import _instances
 from ipywidgets.widgets.widget_link import Link
 
 from signlattice.errors import InputError
-from signlattice.explorer.frames import PIXELS_PER_INCH, Frame, frame_slider, frame_svg
-from signlattice.figures.style import COLOURS, Figure, styled
-from signlattice.notebooks import WIDGET_STATE, read, run
+from signlattice_paper.explorer.frames import PIXELS_PER_INCH, Frame, frame_slider, frame_svg
+from signlattice_paper.figures.style import COLOURS, Figure, styled
+from signlattice_paper.notebooks import WIDGET_STATE, read, run
 
 
 @styled
@@ -109,9 +109,13 @@ def test_equal_frames_give_equal_text() -> None:
     )
     outputs = {
         subprocess.run(
-            [sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1],
-            env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).resolve().parents[1],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         for seed in ("1", "2")
     }
     assert len(outputs) == 1
@@ -128,8 +132,15 @@ def test_straight_outlines_lose_no_corner() -> None:
     svg = frame_svg(Frame("a", figure, "a line"))
     path = re.search(r' d="([^"]+)"', svg).group(1)
     assert corners(path) == [
-        (10, 10), (10, 90), (10, 10), (30, 10), (30, 70), (60, 70), (50, 70), (50, 20)
-    ]  # fmt: skip
+        (10, 10),
+        (10, 90),
+        (10, 10),
+        (30, 10),
+        (30, 70),
+        (60, 70),
+        (50, 70),
+        (50, 20),
+    ]
 
 
 def test_frames_are_light() -> None:
@@ -141,9 +152,9 @@ def test_the_slider_is_linked_to_the_pictures_in_the_browser() -> None:
     frames = [frame(height) for height in (0.5, 1.0, 1.5)]
     before = set(links())
     widget = frame_slider(frames, description="height", start=1)
-    slider, = (w for w in all_within(widget) if isinstance(w, SelectionSlider))
-    stack, = (w for w in all_within(widget) if isinstance(w, Stack))
-    link, = set(links()) - before
+    (slider,) = (w for w in all_within(widget) if isinstance(w, SelectionSlider))
+    (stack,) = (w for w in all_within(widget) if isinstance(w, Stack))
+    (link,) = set(links()) - before
     assert link.source == (slider, "index") and link.target == (stack, "selected_index")
     assert slider.options == tuple(f.label for f in frames)
     assert slider.index == stack.selected_index == 1
@@ -156,8 +167,8 @@ def test_the_slider_is_linked_to_the_pictures_in_the_browser() -> None:
 def test_playing_moves_the_slider_through_all_frames() -> None:
     before = set(links())
     widget = frame_slider([frame(1), frame(2)], description="height", start=1, play=True)
-    button, = (w for w in all_within(widget) if isinstance(w, Play))
-    slider, = (w for w in all_within(widget) if isinstance(w, SelectionSlider))
+    (button,) = (w for w in all_within(widget) if isinstance(w, Play))
+    (slider,) = (w for w in all_within(widget) if isinstance(w, SelectionSlider))
     assert (button.min, button.value, button.max) == (0, 1, 1)
     pairs = [(link.source, link.target) for link in set(links()) - before]
     assert ((button, "value"), (slider, "index")) in pairs
@@ -181,10 +192,10 @@ def test_a_slider_that_cannot_be_read_is_refused(frames, options, message) -> No
 
 def test_a_notebook_with_sliders_is_the_same_file_after_each_run(tmp_path: Path) -> None:
     source = (
-        "import sys; sys.path.insert(0, {!r})\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_explorer_frames import frame, frame_slider\n"
         "frame_slider([frame(1), frame(2)], description='height', play=True)"
-    ).format(str(Path(__file__).parent))
+    )
     cells = [nbformat.v4.new_code_cell(source, id=f"c{n}") for n in range(2)]
     path = tmp_path / "page.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)

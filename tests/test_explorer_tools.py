@@ -12,19 +12,19 @@ from torch import Tensor
 
 from signlattice.beta import beta, cosine, haar_beta, rank_ceiling
 from signlattice.bits import sign
-from signlattice.codec import SCALE_RULES, token_scale
 from signlattice.errors import InputError
-from signlattice.explorer.ceiling import RANKS, ceiling_frames
-from signlattice.explorer.frames import Frame
-from signlattice.explorer.hadamard import hadamard_frames, random_sign_beta
-from signlattice.explorer.lattice import ANGLES, plane_explorer, plane_frames, space_frames
-from signlattice.explorer.scales import fitted, scales_frames
-from signlattice.explorer.training import training_frames
-from signlattice.figures.lattice import plane_rotation, planted_plane
-from signlattice.figures.slopes import expected_slope, expected_spread
-from signlattice.figures.steps import Stand
-from signlattice.figures.turning import planted_space, space_rotation
-from signlattice.rotations import srht
+from signlattice.quantizers.scales import SCALE_RULES, token_scale
+from signlattice.rotations.fixed import srht
+from signlattice_paper.explorer.ceiling import RANKS, ceiling_frames
+from signlattice_paper.explorer.frames import Frame
+from signlattice_paper.explorer.hadamard import hadamard_frames, random_sign_beta
+from signlattice_paper.explorer.lattice import ANGLES, plane_explorer, plane_frames, space_frames
+from signlattice_paper.explorer.scales import fitted, scales_frames
+from signlattice_paper.explorer.training import training_frames
+from signlattice_paper.figures.lattice import plane_rotation, planted_plane
+from signlattice_paper.figures.slopes import expected_slope, expected_spread
+from signlattice_paper.figures.steps import Stand
+from signlattice_paper.figures.turning import planted_space, space_rotation
 
 NUMBER = re.compile(r"\d+\.\d+")
 

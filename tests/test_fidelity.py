@@ -3,7 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from signlattice import corpus, evaluate, fidelity, rotations, scores
+from signlattice.data import corpus
+from signlattice.models import passages as evaluate
+from signlattice.rotations import fixed
+from signlattice_paper.experiments import fidelity, scores
 
 CONFIG = fidelity.FidelityConfig(
     passages=1, dtypes=("float32", "float16"), value_bits=(16, 4), sinks=2, recent=3
@@ -28,7 +31,7 @@ def test_the_reference_is_as_near_as_its_dtype_allows(steps):
 
 def test_fewer_digits_flip_more_signs_and_only_near_zero():
     keys = torch.randn(1, 2, 1000, 16)
-    turned = torch.stack([rotations.srht(16, head) for head in range(2)])
+    turned = torch.stack([fixed.srht(16, head) for head in range(2)])
     step = fidelity.Step(keys[:, :, 0], keys, keys, turned)
     rows = fidelity.pack_rows({0: step}, ("torch",), fidelity.FidelityConfig())
     flipped = {row["dtype"]: row["flipped"] for row in rows}

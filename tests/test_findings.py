@@ -7,12 +7,16 @@ import math
 import pytest
 import torch
 
-from signlattice import convergence, corpus, evaluate, models, records, tables, values
-from signlattice.attention import keys_seen_by
 from signlattice.beta import haar_beta
-from signlattice.cache import CacheConfig
-from signlattice.claims import load_claims
-from signlattice.codec import KeyCodec
+from signlattice.cache.sign_key_cache import CacheConfig
+from signlattice.data import corpus
+from signlattice.evaluation import perplexity
+from signlattice.models import loading, minis, passages
+from signlattice.models.hooks import keys_seen_by
+from signlattice.quantizers.codec import KeyCodec
+from signlattice_paper import records, tables
+from signlattice_paper.claims import load_claims
+from signlattice_paper.experiments import convergence, values
 
 CLOSELY = ("olmoe-mini",)
 """The minis that all labs look at; of the others there are the tables of `architectures`."""
@@ -23,7 +27,7 @@ def name(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=list(models.MINIS))
+@pytest.fixture(params=list(minis.MINIS))
 def mini(request) -> str:
     return request.param
 
@@ -106,9 +110,7 @@ def test_the_srht_is_at_the_floor(ablation):
 def test_centering_does_not_lift_beta_as_cited(ablation):
     """Claim 17: the paper's lift of .098 to .139 by its centering is not found here."""
     smallest = min(load_claims()["centering-lift"].paper_value)
-    dc, none = (
-        rows(ablation, centering=c, scale="mse", temperature=False) for c in ("dc", "none")
-    )
+    dc, none = (rows(ablation, centering=c, scale="mse", temperature=False) for c in ("dc", "none"))
     for solver in ("itq", "gradient", "annealed"):
         assert dc[solver]["beta"] - none[solver]["beta"] < smallest
 
@@ -127,8 +129,8 @@ def test_the_mean_taken_off_lowers_beta_and_betters_the_code(ablation):
 @torch.no_grad()
 def test_a_running_model_does_not_see_a_static_offset_of_its_keys(name):
     """Claim 26's static mean costs nothing: softmax cancels it. The paper's ``dc`` it does see."""
-    loaded = models.load_model(name)
-    ids = evaluate.passages(loaded, corpus.documents("evaluation"), 1)[0].ids[None]
+    loaded = loading.load_model(name)
+    ids = passages.passages(loaded, corpus.documents("evaluation"), 1)[0].ids[None]
     exact = loaded.model(ids, use_cache=False).logits
     offset = torch.randn(4, 1, 64, generator=torch.Generator().manual_seed(0))
     changed = {}
@@ -187,22 +189,24 @@ def test_no_solver_beats_the_floor_on_noise(ablation):
 
 def test_the_shipped_codec_does_what_its_row_says(name, ablation):
     """Read back from disk, on some of the record's text: a gap of the same order."""
-    loaded = models.load_model(name)
-    codec = KeyCodec.load(models.MODELS / name / "keys.safetensors", loaded.weights_hash)
+    loaded = loading.load_model(name)
+    codec = KeyCodec.load(loading.MODELS / name / "keys.safetensors", loaded.weights_hash)
     torch.manual_seed(0)
-    pieces = evaluate.passages(loaded, corpus.documents("evaluation"), 1)[::4]
-    exact = evaluate.token_losses(loaded, pieces)
-    gap = evaluate.perplexity_gap(evaluate.token_losses(loaded, pieces, codec), exact).value
+    pieces = passages.passages(loaded, corpus.documents("evaluation"), 1)[::4]
+    exact = perplexity.token_losses(loaded, pieces)
+    gap = perplexity.perplexity_gap(perplexity.token_losses(loaded, pieces, codec), exact).value
     provenance = codec.provenance
     row = rows(
-        ablation, centering=provenance["centering"], scale=provenance["scale"],
+        ablation,
+        centering=provenance["centering"],
+        scale=provenance["scale"],
         temperature=provenance["temperature"] == "fitted",
-    )[provenance["rotation"]]  # fmt: skip
+    )[provenance["rotation"]]
     assert 0 < gap < 3 * row["gap"]
 
 
 def test_the_scores_are_of_the_committed_weights_and_this_text(name, scores):
-    assert scores.weights_hash == models.weights_hash(models.MODELS / name)
+    assert scores.weights_hash == loading.weights_hash(loading.MODELS / name)
     assert scores.token_hash == corpus.fingerprint(corpus.documents("evaluation"))
 
 
@@ -268,9 +272,7 @@ def test_noise_passes_the_first_mark_by_step_fifty(name):
     target, step = (load_claims()["step-fifty"].paper_value[key] for key in ("beta", "steps"))
     for row in convergence_runs(name, kind="noise", keys_per_dim=(2, 4)):
         assert row[f"train_{step}"] > target > row["held_out"] + 0.04
-    (lattice,) = convergence_runs(
-        name, kind="planted", d=64, keys_per_dim=128, solver="gradient"
-    )
+    (lattice,) = convergence_runs(name, kind="planted", d=64, keys_per_dim=128, solver="gradient")
     assert lattice[f"train_{step}"] < target and lattice["optimum"] > 0.9
     assert lattice[f"held_out_{step}"] == pytest.approx(haar_beta(64), abs=0.003)
 
@@ -359,7 +361,7 @@ DEFAULT = dict(codec="lattice", rule="unbiased", values="int4", window=60, sinks
 def test_one_bit_keys_with_an_eighth_whole_lose_two_per_cent_at_most(mini, caches):
     row = tables.select(caches, **DEFAULT)[0]
     assert row["key_bits"] <= 1.3 and row["n_packed"] > 0
-    assert row["window"] + row["sinks"] <= models.MINIS[mini].context / 8
+    assert row["window"] + row["sinks"] <= minis.MINIS[mini].context / 8
     assert row["gap_high"] <= 2
 
 
@@ -407,8 +409,8 @@ def test_keys_come_nearer_to_their_lattice_than_noise_does(mini):
 
 
 def test_the_shipped_lattice_is_the_one_of_the_record(mini):
-    loaded = models.load_model(mini)
-    codec = KeyCodec.load(models.MODELS / mini / "lattice.safetensors", loaded.weights_hash)
+    loaded = loading.load_model(mini)
+    codec = KeyCodec.load(loading.MODELS / mini / "lattice.safetensors", loaded.weights_hash)
     for row in tables.select(records.read("cache", mini).table("heads"), codec="lattice"):
         assert codec.calibration.beta[row["layer"]][row["head"]] == pytest.approx(row["beta"])
 
@@ -516,7 +518,7 @@ def test_the_balanced_gauge_wins_where_queries_are_narrow(name):
 
 def test_on_the_hybrids_balanced_wins_in_every_head_and_the_lattice_over_it():
     """The ladder: by the divergence of attention, which shows what perplexity cannot there."""
-    for name in sorted(set(models.MINIS) - {"olmoe-mini"}):
+    for name in sorted(set(minis.MINIS) - {"olmoe-mini"}):
         heads = tables.select(records.read("gauge", name).table("winners"), measure="attention_kl")
         for lattice, winner in ((False, "balanced"), (True, "lattice")):
             assert {row["winner"] for row in heads if row["lattice"] == lattice} == {winner}
@@ -524,9 +526,7 @@ def test_on_the_hybrids_balanced_wins_in_every_head_and_the_lattice_over_it():
 
 def test_a_gauge_can_be_worth_more_than_any_rotation():
     """The ladder: on the hybrid a learned rotation gains nothing, and the balanced gauge half."""
-    rows_ = tables.select(
-        records.read("gauge", "gemma4-e2b-mini").table("rows"), rule="unbiased"
-    )
+    rows_ = tables.select(records.read("gauge", "gemma4-e2b-mini").table("rows"), rule="unbiased")
     gap = {(row["gauge"], row["rotation"]): row for row in rows_}
     srht, learned = gap["identity", "srht"], gap["identity", "learned"]
     assert srht["gap_low"] < learned["gap"] < srht["gap_high"]

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from signlattice import models, records
 from signlattice.errors import InputError
-from signlattice.four_models import LAB, PAIRS, beside, minis, others, pairs, value
-from signlattice.records import Metric
+from signlattice.models import minis as models
+from signlattice_paper import records
+from signlattice_paper.four_models import LAB, PAIRS, beside, minis, others, pairs, value
+from signlattice_paper.records import Metric
 
 BETA = [
     {"scope": "head", "rotation": "srht", "beta": 0.79812, "small": -1e-6},

@@ -27,10 +27,17 @@ def project(tmp_path: Path, olmoe_folder: Path) -> Path:
     shutil.copy(ROOT / "book" / "lab" / "architectures.ipynb", tmp_path / "book" / "lab")
     torch.manual_seed(0)
     config = OlmoeConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_experts=2, num_experts_per_tok=1, max_position_embeddings=64,
-        pad_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_experts=2,
+        num_experts_per_tok=1,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=0,
+    )
     OlmoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "tiny", max_shard_size="20KB")
     assert len(list((tmp_path / "tiny").glob("model-*.safetensors"))) > 1
     AutoTokenizer.from_pretrained(olmoe_folder).save_pretrained(tmp_path / "tiny")
@@ -42,9 +49,21 @@ def project(tmp_path: Path, olmoe_folder: Path) -> Path:
 
 def run_lab(project: Path, *values: str) -> subprocess.CompletedProcess:
     command = [
-        sys.executable, "-m", "signlattice.notebooks", "run", "book/lab/architectures.ipynb",
-        "--out", "done", "-p", "profile", "full", "-p", "text", "own.txt", *values,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "signlattice_paper.notebooks",
+        "run",
+        "book/lab/architectures.ipynb",
+        "--out",
+        "done",
+        "-p",
+        "profile",
+        "full",
+        "-p",
+        "text",
+        "own.txt",
+        *values,
+    ]
     environment = os.environ | {"PYTHONPATH": str(project / "src"), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
 

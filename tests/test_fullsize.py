@@ -20,38 +20,60 @@ from transformers import (
     T5Config,
 )
 
-from signlattice import fullsize, hub
-from signlattice.attention import attention_layers
 from signlattice.errors import InputError, IntegrityError
-from signlattice.fullsize import FULL, load_full, main, preflight, record_name
-from signlattice.hub import Repository, Unreachable
-from signlattice.models import weights_hash
+from signlattice.models import full_size, hub
+from signlattice.models.full_size import FULL, load_full, main, preflight, record_name
+from signlattice.models.hooks import attention_layers
+from signlattice.models.hub import Repository, Unreachable
+from signlattice.models.loading import weights_hash
 
 SHA = "c0ffee" + "0" * 34
 IDS = torch.arange(3, 23)[None]
 GEMMA = dict(
-    vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-    layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=8,
-    num_attention_heads=4, head_dim=16, global_head_dim=32, vocab_size_per_layer_input=300,
-    max_position_embeddings=64, final_logit_softcapping=30.0, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    sliding_window=8,
+    num_attention_heads=4,
+    head_dim=16,
+    global_head_dim=32,
+    vocab_size_per_layer_input=300,
+    max_position_embeddings=64,
+    final_logit_softcapping=30.0,
+    pad_token_id=0,
+)
 PER_LAYER = dict(hidden_size_per_layer_input=8, num_kv_shared_layers=2)
 CONFIGS = {
     "olmoe": lambda: OlmoeConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
-        pad_token_id=0, eos_token_id=0,
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=0,
     ),
     "e2b": lambda: Gemma4TextConfig(
         num_key_value_heads=1, use_double_wide_mlp=True, **GEMMA, **PER_LAYER
     ),
     "e4b": lambda: Gemma4TextConfig(num_key_value_heads=2, **GEMMA, **PER_LAYER),
     "moe": lambda: Gemma4TextConfig(
-        num_key_value_heads=2, num_global_key_value_heads=1, attention_k_eq_v=True,
-        hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=4, top_k_experts=2,
-        moe_intermediate_size=32, **GEMMA,
+        num_key_value_heads=2,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=32,
+        **GEMMA,
     ),
-}  # fmt: skip
+}
 
 
 def built(kind: str, dtype: torch.dtype = torch.float32):
@@ -96,13 +118,21 @@ def test_a_sharded_checkpoint_computes_what_was_saved(kind, dtype, tmp_path, olm
 
 def test_the_decoder_of_a_multimodal_checkpoint_computes_its_logits(tmp_path, olmoe_folder):
     vision = Gemma4VisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, position_embedding_size=16,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        position_embedding_size=16,
+    )
     config = Gemma4Config(
-        text_config=CONFIGS["e2b"](), vision_config=vision,
-        image_token_id=290, video_token_id=291, audio_token_id=292,
-    )  # fmt: skip
+        text_config=CONFIGS["e2b"](),
+        vision_config=vision,
+        image_token_id=290,
+        video_token_id=291,
+        audio_token_id=292,
+    )
     torch.manual_seed(0)
     model = Gemma4ForConditionalGeneration(config).eval()
     loaded = load(saved(model, tmp_path, olmoe_folder))
@@ -133,7 +163,7 @@ def test_the_estimate_counts_what_the_model_has(kind, tmp_path, olmoe_folder):
 def test_olmoe_is_as_large_as_its_paper_says():
     with torch.device("meta"):
         model = OlmoeForCausalLM(OlmoeConfig(intermediate_size=1024))
-    total, active = fullsize._parameters(model)
+    total, active = full_size._parameters(model)
     table = 50304 * 2048
     assert round(total / 1e9, 1) == 6.9  # Muennighoff et al. (2024), arXiv 2409.02060
     assert round((active + table) / 1e9, 1) == 1.3
@@ -197,7 +227,7 @@ def test_a_shard_that_is_missing_is_named(checkpoint):
 
 def test_an_index_that_leaves_weights_out_is_told(checkpoint):
     shard = sorted(checkpoint.glob("model-*.safetensors"))[-1]
-    index = checkpoint / fullsize.INDEX
+    index = checkpoint / full_size.INDEX
     plain = json.loads(index.read_text())
     plain["weight_map"] = {k: v for k, v in plain["weight_map"].items() if v != shard.name}
     index.write_text(json.dumps(plain))
@@ -219,13 +249,13 @@ def test_a_tokenizer_that_is_damaged_is_told(checkpoint):
 
 
 def test_too_little_memory_is_told_with_the_estimate(checkpoint, monkeypatch):
-    monkeypatch.setattr(fullsize, "get_max_memory", lambda: {"cpu": 1000})
+    monkeypatch.setattr(full_size, "get_max_memory", lambda: {"cpu": 1000})
     with pytest.raises(InputError, match=r"GB of memory in float32.*1e-06 GB free.*bfloat16"):
         load(checkpoint)
 
 
 def test_a_device_that_is_not_there_is_told(checkpoint, monkeypatch):
-    monkeypatch.setattr(fullsize, "get_max_memory", lambda: {"cpu": 10**9})
+    monkeypatch.setattr(full_size, "get_max_memory", lambda: {"cpu": 10**9})
     with pytest.raises(InputError, match="'cuda:7': there is no such device"):
         load(checkpoint, device_map="cuda:7")
 
@@ -267,11 +297,12 @@ def on_hub(checkpoint, tmp_path, monkeypatch):
         return str(snapshot)
 
     monkeypatch.setattr(hub, "resolve", resolve)
-    monkeypatch.setattr(fullsize, "snapshot_download", download)
+    monkeypatch.setattr(full_size, "snapshot_download", download)
     monkeypatch.setattr(
-        fullsize, "try_to_load_from_cache",
+        full_size,
+        "try_to_load_from_cache",
         lambda name, file, revision: str(p) if (p := snapshot / file).is_file() else None,
-    )  # fmt: skip
+    )
     return snapshot
 
 
@@ -299,7 +330,7 @@ def test_only_what_is_needed_counts_as_to_fetch(on_hub, checkpoint):
 
 def test_too_little_disk_is_told_before_anything_is_fetched(on_hub, monkeypatch):
     full = lambda folder: shutil._ntuple_diskusage(100, 99, 1)
-    monkeypatch.setattr(fullsize.shutil, "disk_usage", full)
+    monkeypatch.setattr(full_size.shutil, "disk_usage", full)
     with pytest.raises(InputError, match="GB to fetch.*GB free: make room.*HF_HUB_CACHE"):
         load("owner/tiny", revision="v1")
     assert [file.name for file in on_hub.iterdir()] == ["config.json"]
@@ -312,7 +343,7 @@ def test_without_a_network_the_cache_does_if_it_is_whole(on_hub, checkpoint, mon
         raise Unreachable("out of reach")
 
     monkeypatch.setattr(hub, "resolve", unreachable)
-    monkeypatch.setattr(fullsize, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(full_size, "snapshot_download", snapshot_download)
     with pytest.raises(InputError, match="no model.*safetensors"):
         load("owner/tiny")
     shutil.copytree(checkpoint, on_hub, dirs_exist_ok=True)

@@ -8,31 +8,41 @@ import pytest
 import torch
 
 from conftest import documents
-from signlattice.cache_quality import QualityConfig
-from signlattice.calibrate import CalibrateConfig
-from signlattice.comparison import Comparison, ComparisonConfig
+from signlattice.calibration import CalibrateConfig
+from signlattice.data.texts import Text
 from signlattice.errors import InputError
-from signlattice.figures.gauge import fig_gauge_gap, fig_gauges
-from signlattice.files import Scratch
-from signlattice.gauge_lab import LATTICE, WINDOWED, Case, GaugeConfig, _Shelf, cases, measure, n_parts
-from signlattice.gauges import GAUGES, DescentConfig, GaugedSigns, read_signs, score_error
-from signlattice.lattice import LatticeConfig
-from signlattice.learn import LearnConfig
-from signlattice.models import load_model
-from signlattice.records import begin
-from signlattice.tables import select
-from signlattice.texts import Text
+from signlattice.evaluation.through_cache import QualityConfig
+from signlattice.io import Scratch
+from signlattice.models.loading import load_model
+from signlattice.quantizers.basis import LatticeConfig
+from signlattice.quantizers.gauge import GAUGES, DescentConfig, GaugedSigns, read_signs, score_error
+from signlattice.rotations.config import LearnConfig
+from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig
+from signlattice_paper.experiments.gauges import (
+    LATTICE,
+    WINDOWED,
+    Case,
+    GaugeConfig,
+    _Shelf,
+    cases,
+    measure,
+    n_parts,
+)
+from signlattice_paper.figures.gauge import fig_gauge_gap, fig_gauges
+from signlattice_paper.records import begin
+from signlattice_paper.tables import select
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = GaugeConfig(
     comparison=ComparisonConfig(n_fit=150, n_passages=3, n_heads_on=2, first_query=4),
-    window=8, sinks=2,
+    window=8,
+    sinks=2,
     learn=LearnConfig(steps=4, warm_steps=2, polish_steps=4),
     descent=DescentConfig(steps=4, batch=100),
     calibrate=CalibrateConfig(keys_per_dim=4, n_held_out=100, lattice=LatticeConfig(rounds=2)),
     quality=QualityConfig(n_passages=3, n_needles=1),
-)  # fmt: skip
+)
 
 
 TEXT = Text("tiny", "none", documents("calibration"), documents("evaluation"))
@@ -57,7 +67,9 @@ def test_every_case_is_a_row_and_rows_are_means_of_heads(measured):
     wanted = cases(CONFIG)
     assert len(set(wanted)) == len(wanted) == len(tables["rows"])
     assert len(told) == n_parts(loaded, CONFIG)
-    assert {Case(row["gauge"], row["rotation"], row["rule"]) for row in tables["rows"]} == set(wanted)
+    assert {Case(row["gauge"], row["rotation"], row["rule"]) for row in tables["rows"]} == set(
+        wanted
+    )
     for name, rows in tables.items():
         assert len({tuple(row) for row in rows}) == 1, name
     assert len({row["key_bits"] for row in tables["rows"]}) == 1
@@ -95,15 +107,17 @@ def test_winners_have_the_least_of_their_head_over_all_that_read_it(measured):
 def test_nothing_is_made_twice(measured, monkeypatch):
     loaded, tables, _, scratch = measured
     for name in ("learned_matrices", "learn_score_rotation", "weighted_itq", "Judge"):
-        monkeypatch.setattr(f"signlattice.gauge_lab.{name}", lambda *a, **k: 1 / 0)
-    monkeypatch.setattr("signlattice.calibrate.learn_codec", lambda *a, **k: 1 / 0)
-    monkeypatch.setattr("signlattice.comparison.head_errors", lambda *a, **k: 1 / 0)
+        monkeypatch.setattr(f"signlattice_paper.experiments.gauges.{name}", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("signlattice.calibration.learn_codec", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(
+        "signlattice_paper.experiments.comparison.head_errors", lambda *a, **k: 1 / 0
+    )
     assert measure(loaded, TEXT, CONFIG, scratch) == tables
 
 
 def test_codes_are_what_their_names_say(gemma, tmp_path):
     shelf, comparison = shelf_of(gemma, tmp_path)
-    (layer, states), = comparison.fit.items()
+    ((layer, states),) = comparison.fit.items()
     keys = states.keys - states.keys.mean(1, keepdim=True)
     grouped = torch.cat([q.flatten(0, 1) for q in states.queries.values()]).double()  # one KV head
     assert len(states.queries) == 2
@@ -121,7 +135,10 @@ def test_codes_are_what_their_names_say(gemma, tmp_path):
         torch.testing.assert_close(on_scores.gauge, learned[gauge].gauge)
     searched = shelf.codes(Case("identity", "searched", "mse"))[layer]
     plain = GaugedSigns(
-        learned["identity"].centering, learned["identity"].gauge, learned["identity"].rotation, "mse"
+        learned["identity"].centering,
+        learned["identity"].gauge,
+        learned["identity"].rotation,
+        "mse",
     )
     assert error(searched) < error(plain)
     weighted = shelf.codes(Case("identity", "norm_weighted", "unbiased"))[layer].rotation

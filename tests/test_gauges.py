@@ -8,10 +8,9 @@ import torch
 from scipy.linalg import sqrtm
 
 from signlattice.beta import cosine
-from signlattice.centering import Centering
-from signlattice.codec import LayerCodec
 from signlattice.errors import InputError
-from signlattice.gauges import (
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.gauge import (
     GAUGES,
     DescentConfig,
     GaugedSigns,
@@ -25,8 +24,10 @@ from signlattice.gauges import (
     score_slope,
     weighted_itq,
 )
-from signlattice.rotations import haar, orthogonality_defect, srht
-from signlattice.vector_codes import LevelCode, SignCode
+from signlattice.quantizers.levels import LevelCode
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign_code import SignCode
+from signlattice.rotations.fixed import haar, orthogonality_defect, srht
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,13 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from signlattice import kernel_times
-from signlattice.kernel_times import Decode, KernelTimesConfig
+from signlattice_paper.experiments import kernel_times
+from signlattice_paper.experiments.kernel_times import Decode, KernelTimesConfig
 
 TINY = KernelTimesConfig(
-    device="cpu", decode=(Decode(tokens=256, head_dim=64, n_heads=2),),
-    transforms=((64, 64), (48, 64)), trainer=((16, 2048, 2),), rounds=2, trainer_rounds=1, peers=False,
-)  # fmt: skip
+    device="cpu",
+    decode=(Decode(tokens=256, head_dim=64, n_heads=2),),
+    transforms=((64, 64), (48, 64)),
+    trainer=((16, 2048, 2),),
+    rounds=2,
+    trainer_rounds=1,
+    peers=False,
+)
 
 
 def test_decode_is_timed_beside_whole_keys_and_counts_its_bytes():
@@ -31,8 +36,10 @@ def test_transforms_are_beside_a_copy():
     rows = kernel_times.transform_rows(TINY)
     copies = [row for row in rows if row["contender"] == "copy"]
     assert {(row["kernel"], row["n"]) for row in copies} == {
-        ("Hadamard", 64), ("Hadamard", 48), ("pack", 64),
-    }  # fmt: skip
+        ("Hadamard", 64),
+        ("Hadamard", 48),
+        ("pack", 64),
+    }
     assert all(row["of_copy"] == pytest.approx(1) for row in copies)
 
 
@@ -49,9 +56,13 @@ def test_the_contest_of_a_gpu_runs_there_or_in_the_interpreter():
     rows = kernel_times.decode_rows(replace(tiny, decode=(Decode(64, 64, n_heads=1),)))
     names = [row["contender"] for row in rows]
     assert [name for name in names if name != "SDPA of FlashAttention"] == [
-        "1-bit K, fp16 V", "1-bit K, 8-bit V", "1-bit K, 4-bit V", "1-bit K, 2-bit V", "SDPA fp16",
+        "1-bit K, fp16 V",
+        "1-bit K, 8-bit V",
+        "1-bit K, 4-bit V",
+        "1-bit K, 2-bit V",
+        "SDPA fp16",
         "copy",
-    ]  # fmt: skip
+    ]
     rows = kernel_times.transform_rows(tiny)
     assert {(row["kernel"], row["contender"]) for row in rows} >= {
         (kernel, name) for kernel in ("Hadamard", "pack") for name in ("torch", "triton", "copy")

@@ -8,15 +8,17 @@ from dataclasses import replace
 import pytest
 
 from conftest import documents
-from signlattice import ladder, records
-from signlattice.cache_quality import Judge, QualityConfig
-from signlattice.calibrate import CalibrateConfig
+from signlattice import calibration
+from signlattice.calibration import CalibrateConfig
+from signlattice.data.texts import Text
 from signlattice.errors import InputError
-from signlattice.figures import ladder as figures
-from signlattice.ladder import LadderConfig, Rung, measure, rungs, with_pareto
-from signlattice.lattice import LatticeConfig
-from signlattice.models import load_model
-from signlattice.texts import Text
+from signlattice.evaluation.through_cache import Judge, QualityConfig
+from signlattice.models.loading import load_model
+from signlattice.quantizers.basis import LatticeConfig
+from signlattice_paper import records
+from signlattice_paper.experiments import ladder
+from signlattice_paper.experiments.ladder import LadderConfig, Rung, measure, rungs, with_pareto
+from signlattice_paper.figures import ladder as figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,8 +27,16 @@ CONFIG = LadderConfig(
     calibrate=CalibrateConfig(keys_per_dim=32, n_held_out=100, lattice=LatticeConfig(rounds=2)),
     quality=QualityConfig(n_passages=2, n_needles=1, batch_size=2),
 )
-FEW = ("fp16", "FP8", "KIVI-2", "quanto-2", "RaBitQ-1, V 4", "PQ-1", "lattice, V 4",
-       "SRHT signs, V 4")  # fmt: skip
+FEW = (
+    "fp16",
+    "FP8",
+    "KIVI-2",
+    "quanto-2",
+    "RaBitQ-1, V 4",
+    "PQ-1",
+    "lattice, V 4",
+    "SRHT signs, V 4",
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +72,7 @@ def test_an_interrupted_ladder_goes_on_and_weighs_everything(
     loaded, text, few, tmp_path, monkeypatch
 ):
     judged, learned = [], []
-    original, learn = Judge.judged, ladder.learn_codec
+    original, learn = Judge.judged, calibration.learn_codec
     monkeypatch.setattr(
         Judge, "judged", lambda *a, **k: judged.append(k["step"]) or original(*a, **k)
     )
@@ -121,9 +131,12 @@ def test_pareto_is_what_no_other_beats_in_both():
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"window": -1}, "window=-1"), ({"sinks": -4}, "sinks=-4"),
-     ({"window": 50, "sinks": 12}, "window=50 and sinks=12: blocks of 64 .* want 63")],
-)  # fmt: skip
+    [
+        ({"window": -1}, "window=-1"),
+        ({"sinks": -4}, "sinks=-4"),
+        ({"window": 50, "sinks": 12}, "window=50 and sinks=12: blocks of 64 .* want 63"),
+    ],
+)
 def test_a_ladder_whose_rungs_do_not_stand_is_refused(changes, said):
     with pytest.raises(InputError, match=said):
         LadderConfig(**changes)
@@ -138,10 +151,15 @@ def test_a_context_that_is_all_window_is_refused(loaded, text, few, tmp_path):
 
 def test_the_figure_has_every_rung_of_every_model(loaded, tmp_path):
     rows = [
-        {"family": rung.family, "bits_8192": 1.5 + 0.5 * i, "gap": 20 - i, "gap_low": 19.5 - i,
-         "gap_high": 21.0 - i}
+        {
+            "family": rung.family,
+            "bits_8192": 1.5 + 0.5 * i,
+            "gap": 20 - i,
+            "gap_low": 19.5 - i,
+            "gap_high": 21.0 - i,
+        }
         for i, rung in enumerate(rungs(loaded, CONFIG))
-    ]  # fmt: skip
+    ]
     run = records.begin("ladder", "tiny", config=CONFIG, results=tmp_path)
     record = run.finish({"ladder": with_pareto(rows)})
     figure = figures.fig_ladder({"one": record, "two": record})

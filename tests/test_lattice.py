@@ -9,12 +9,13 @@ from torch import Tensor
 
 from signlattice.beta import haar_beta
 from signlattice.bits import sign
-from signlattice.centering import Centering
-from signlattice.codec import LayerCodec
 from signlattice.errors import InputError
-from signlattice.lattice import LatticeConfig, learn_basis, query_metric
-from signlattice.learn import LearnConfig, learn_rotations
-from signlattice.rotations import haar
+from signlattice.quantizers.basis import LatticeConfig, learn_basis, query_metric
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.rotations.config import LearnConfig
+from signlattice.rotations.fixed import haar
+from signlattice.rotations.learned import learn_rotations
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -209,10 +210,12 @@ def test_heads_that_nothing_is_known_of_do_no_harm_to_others():
 # What is refused
 
 
-@pytest.mark.parametrize("change", [dict(rounds=0), dict(rounds=-1), dict(floor=0.0),
-                                    dict(floor=-1e-3), dict(floor=float("nan"))])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [dict(rounds=0), dict(rounds=-1), dict(floor=0.0), dict(floor=-1e-3), dict(floor=float("nan"))],
+)
 def test_bad_settings_are_refused(change):
-    (name, value), = change.items()
+    ((name, value),) = change.items()
     with pytest.raises(InputError, match=f"{name}={value}"):
         LatticeConfig(**change)
 

@@ -17,25 +17,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from signlattice.beta import beta, haar_beta
-from signlattice.centering import Centering
 from signlattice.errors import InputError, IntegrityError
-from signlattice.learn import (
+from signlattice.kernels import polar
+from signlattice.quantizers.centering import Centering
+from signlattice.rotations.config import (
     INITIALS,
     SOLVERS,
     CalibrationWarning,
     LearnConfig,
     LearnedRotation,
     TracePoint,
-    _prepare,
-    _stages,
-    _State,
-    learn_rotation,
-    learn_rotations,
-    mean_cosine,
-    polar,
-    smoothed_gradient,
 )
-from signlattice.rotations import haar, orthogonality_defect
+from signlattice.rotations.fixed import haar, orthogonality_defect
+from signlattice.rotations.learned import _prepare, learn_rotation, learn_rotations
+from signlattice.rotations.objective import mean_cosine, smoothed_gradient
+from signlattice.rotations.solvers import _stages, _State
 
 SHORT = {
     "annealed": LearnConfig(steps=12, warm_steps=8, batch=700, polish_steps=9, tolerance=0.0),
@@ -120,7 +116,7 @@ def test_hot_gradient_turns_as_the_fourth_moment_does():
 def test_large_keys_are_summed_as_small_ones(monkeypatch):
     keys, rotation = unit(gaussian(1000, 32, dtype=torch.float64)), haar(32, 0, dtype=torch.float64)
     whole = smoothed_gradient(keys, rotation, 0.0), mean_cosine(keys, rotation)
-    monkeypatch.setattr("signlattice.learn._CHUNK", 32 * 7)
+    monkeypatch.setattr("signlattice.rotations.objective._CHUNK", 32 * 7)
     monkeypatch.setattr("signlattice.kernels.gradient.reference.CHUNK", 32 * 7)
     torch.testing.assert_close(smoothed_gradient(keys, rotation, 0.0), whole[0])
     assert mean_cosine(keys, rotation) == pytest.approx(whole[1], abs=1e-12)
@@ -329,9 +325,7 @@ def test_resumed_run_ends_as_an_uninterrupted_one(solver, error, tmp_path):
             )
         assert [path.name for path in tmp_path.iterdir()] == [file.name]
     seen: list[TracePoint] = []
-    resumed = learn_rotation(
-        keys, config, held_out=held_out, checkpoint=file, progress=seen.append
-    )
+    resumed = learn_rotation(keys, config, held_out=held_out, checkpoint=file, progress=seen.append)
     assert_same(resumed, straight)
     assert path_of(tuple(seen)) == path_of(straight.trace)[7:]
     assert resumed.seconds >= resumed.trace[-1].seconds >= seen[0].seconds
@@ -391,9 +385,10 @@ def test_damaged_checkpoint_is_refused(tmp_path):
     files["short"].write_bytes(good.read_bytes()[:-100])
     save_file({"rotation": torch.eye(16)}, files["foreign"])
     save_file(
-        {"rotation": torch.eye(16)}, files["schema"],
-        metadata={"signlattice.learn": json.dumps({"schema": 99})},
-    )  # fmt: skip
+        {"rotation": torch.eye(16)},
+        files["schema"],
+        metadata={"signlattice.rotations.solvers": json.dumps({"schema": 99})},
+    )
     for file in files.values():
         with pytest.raises(IntegrityError, match="is no checkpoint of learn_rotation"):
             learn_rotation(keys, SHORT["itq"], checkpoint=file)
@@ -503,13 +498,16 @@ def test_kernels_of_a_gpu_find_the_same_lattice():
         (planted(2100, 16), {}, r"keys of shape \[2100, 16\]: expected \[H, N, d\]"),
         (gaussian(2, 16)[:, None].expand(2, 9, 16), {}, "at least as many keys as dimensions"),
         (heads_of(planted, 99, 16), {"held_out": planted(99, 16)}, r"expected \[H, N, d\]"),
-        (heads_of(planted, 99, 16), {"held_out": heads_of(planted, 9, 16, 2)},
-         r"held_out of shape \[2, 9, 16\]: expected \[3, M, 16\]"),
+        (
+            heads_of(planted, 99, 16),
+            {"held_out": heads_of(planted, 9, 16, 2)},
+            r"held_out of shape \[2, 9, 16\]: expected \[3, M, 16\]",
+        ),
         (heads_of(planted, 99, 16), {"impl": "fast"}, "impl='fast': gradient has auto, torch"),
         (heads_of(planted, 99, 16).double(), {"impl": "triton"}, "float64 keys: use impl='torch'"),
     ],
-)  # fmt: skip
-@pytest.mark.filterwarnings("ignore::signlattice.learn.CalibrationWarning")
+)
+@pytest.mark.filterwarnings("ignore::signlattice.rotations.config.CalibrationWarning")
 def test_what_cannot_be_learned_at_once_is_told(keys, options, message):
     with pytest.raises(InputError, match=message) as refusal:
         learn_rotations(keys, **options)
@@ -531,7 +529,7 @@ def test_what_cannot_be_learned_at_once_is_told(keys, options, message):
         (gaussian(99, 16).index_fill(1, torch.tensor([3]), -math.inf), "NaN or infinite"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::signlattice.learn.CalibrationWarning")
+@pytest.mark.filterwarnings("ignore::signlattice.rotations.config.CalibrationWarning")
 def test_bad_keys_are_refused_in_one_line(keys, message):
     with pytest.raises(InputError, match=message) as refusal:
         learn_rotation(keys)
@@ -554,14 +552,29 @@ def test_bad_held_out_keys_are_refused(held_out, message):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("solver", "adam"), ("initial", "zeros"), ("seed", 1.5), ("seed", True), ("steps", 0),
-        ("steps", -3), ("steps", 2.0), ("warm_steps", 0), ("batch", 0), ("polish_steps", 0),
-        ("trace_every", 0), ("checkpoint_every", -1), ("tolerance", -1e-9),
-        ("tolerance", math.nan), ("temperature", (0.1, 2.0)), ("temperature", (1.0, 0.0)),
-        ("angle", (0.1, 0.2)), ("momentum", 1.0), ("momentum", -0.1), ("learning_rate", 0.0),
+        ("solver", "adam"),
+        ("initial", "zeros"),
+        ("seed", 1.5),
+        ("seed", True),
+        ("steps", 0),
+        ("steps", -3),
+        ("steps", 2.0),
+        ("warm_steps", 0),
+        ("batch", 0),
+        ("polish_steps", 0),
+        ("trace_every", 0),
+        ("checkpoint_every", -1),
+        ("tolerance", -1e-9),
+        ("tolerance", math.nan),
+        ("temperature", (0.1, 2.0)),
+        ("temperature", (1.0, 0.0)),
+        ("angle", (0.1, 0.2)),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+        ("learning_rate", 0.0),
         ("learning_rate", math.nan),
     ],
-)  # fmt: skip
+)
 def test_bad_config_is_refused_by_name_and_value(field, value):
     with pytest.raises(InputError, match=field) as refusal:
         LearnConfig(**{field: value})

@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 
-from signlattice import models
 from signlattice.errors import InputError, IntegrityError
-from signlattice.models import OLMOE_MINI, load_model, spec, weights_hash
+from signlattice.models import loading, minis
+from signlattice.models.loading import load_model, weights_hash
+from signlattice.models.minis import OLMOE_MINI, spec
 
 
 def test_the_mini_is_as_large_as_it_says():
@@ -47,7 +48,7 @@ def pretend_mini(olmoe_folder, tmp_path, monkeypatch):
     folder = tmp_path / "olmoe-mini"
     shutil.copytree(olmoe_folder, folder)
     (folder / "training.json").write_text(json.dumps({"weights_hash": weights_hash(folder)}))
-    monkeypatch.setattr(models, "MODELS", tmp_path)
+    monkeypatch.setattr(loading, "MODELS", tmp_path)
     return folder
 
 
@@ -83,8 +84,8 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 
 
 def test_the_minis_share_a_tokenizer_and_are_small():
-    folders = [models.MODELS / name for name in models.MINIS]
+    folders = [loading.MODELS / name for name in minis.MINIS]
     assert len({(folder / "tokenizer.json").read_bytes() for folder in folders}) == 1
     assert all((folder / "model.safetensors").stat().st_size <= 8_000_000 for folder in folders)
-    sizes = [sum(p.numel() for p in spec.build().parameters()) for spec in models.MINIS.values()]
+    sizes = [sum(p.numel() for p in spec.build().parameters()) for spec in minis.MINIS.values()]
     assert all(2e6 < size < 3.5e6 for size in sizes)

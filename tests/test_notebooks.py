@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from signlattice import notebooks
 from signlattice.errors import InputError, IntegrityError
-from signlattice.notebooks import NotebookError, normalise, to_text
-from signlattice.records import RunRecord
+from signlattice_paper import notebooks
+from signlattice_paper.notebooks import NotebookError, normalise, to_text
+from signlattice_paper.records import RunRecord
 
 SLIDER = """
 import ipywidgets as widgets
@@ -193,8 +193,9 @@ def test_progress_bars_are_not_kept() -> None:
 
 
 def test_noise_goes_and_counts_start_from_one() -> None:
-    value = new_output("execute_result", data={"text/plain": "<f at 0x7f36a3b28280>"},
-                       execution_count=9)
+    value = new_output(
+        "execute_result", data={"text/plain": "<f at 0x7f36a3b28280>"}, execution_count=9
+    )
     svg = new_output("display_data", data={"image/svg+xml": "<dc:date>2026-01-01</dc:date>"})
     noise = {"papermill": {"duration": 1}, "execution": {}, "collapsed": False, "tags": []}
     nb = executed(ran("a", value, count=9, **noise), ran(" ", count=None), ran("b", svg, count=12))
@@ -247,8 +248,10 @@ def test_every_cell_has_an_id_that_stays() -> None:
     [
         ([ran("a", count=None)], "not executed"),
         ([ran("a", count=2), ran("b", count=1)], "not executed"),
-        ([ran("a", new_output("error", ename="E", evalue="bad\nworse"), count=1)],
-         "cell 0 failed: E: bad"),
+        (
+            [ran("a", new_output("error", ename="E", evalue="bad\nworse"), count=1)],
+            "cell 0 failed: E: bad",
+        ),
         ([ran("a", stream("careful", "stderr"), count=1)], "cell 0 wrote to stderr: careful"),
         ([ran("a", count=1, papermill={})], "not normalised"),
     ],

@@ -8,14 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cache_cases import DEVICES, difference, held, layer_code, one_thread  # noqa: F401
 from torch import Tensor
 
-from signlattice.attention import AttentionLayer
-from signlattice.codec import LayerCodec
+from cache_cases import DEVICES, difference, held, layer_code, one_thread  # noqa: F401
+from signlattice.cache.layer import BLOCK, LayerFormat, PackedLayer
+from signlattice.cache.masks import MaskReader
+from signlattice.cache.storage import KEY_FORMATS, PAGE, VALUE_FORMATS, key_store, value_store
 from signlattice.errors import InputError
-from signlattice.packed_layer import BLOCK, LayerFormat, MaskReader, PackedLayer
-from signlattice.stores import KEY_FORMATS, PAGE, VALUE_FORMATS, key_store, value_store
+from signlattice.models.hooks import AttentionLayer
+from signlattice.quantizers.sign import LayerCodec
 
 HEADS, GROUP, D = 2, 2, 16
 
@@ -379,10 +380,12 @@ def test_speculation_all_along_leaves_no_trace(case):
     x, wrong = given(case), given(case, seed=1)
     layer, outputs = case.layer(), [torch.empty(0)]
     for at in range(0, case.n, 2):
-        guess = Tokens(*(
-            torch.cat((right[:, :, at : at + 2], other[:, :, :4]), 2)
-            for right, other in zip(vars(x).values(), vars(wrong).values())
-        ))  # fmt: skip
+        guess = Tokens(
+            *(
+                torch.cat((right[:, :, at : at + 2], other[:, :, :4]), 2)
+                for right, other in zip(vars(x).values(), vars(wrong).values())
+            )
+        )
         tokens, _ = layer.update(guess.keys, guess.values)
         outputs.append(tokens.attend(None, guess.query, None)[:, :, :2])
         layer.crop(-4)

@@ -9,13 +9,16 @@ import pytest
 import torch
 from transformers.cache_utils import QuantizedCache
 
-from signlattice import peers
-from signlattice.cache import CacheConfig
-from signlattice.cache_quality import QualityConfig, cached_losses
-from signlattice.coded import CodedCache, whole_layers
+from signlattice.cache.sign_key_cache import CacheConfig
+from signlattice.cache.simulated import CodedCache
+from signlattice.cache.storage import RoundedStore
 from signlattice.errors import InputError
-from signlattice.evaluate import Passage
-from signlattice.peers import (
+from signlattice.evaluation.through_cache import QualityConfig, cached_losses
+from signlattice.models.passages import Passage
+from signlattice.models.states import whole_layers
+from signlattice.rotations.fixed import haar
+from signlattice_paper.baselines import peers
+from signlattice_paper.baselines.peers import (
     QJL,
     NSNQuantLike,
     ProductCode,
@@ -27,8 +30,6 @@ from signlattice.peers import (
     k_means,
     sphere_levels,
 )
-from signlattice.rotations import haar
-from signlattice.stores import RoundedStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -310,9 +311,12 @@ def test_layers_that_slide_stay_as_they_are(model, request):
 
 @pytest.mark.parametrize(
     ("backend", "bits", "said"),
-    [("gptq", 4, "backend='gptq'"), ("quanto", 3, "quanto is read here at 2, 4"),
-     ("hqq", 3, "hqq is read here at 1, 2, 4, 8")],
-)  # fmt: skip
+    [
+        ("gptq", 4, "backend='gptq'"),
+        ("quanto", 3, "quanto is read here at 2, 4"),
+        ("hqq", 3, "hqq is read here at 1, 2, 4, 8"),
+    ],
+)
 def test_a_library_that_there_is_not_is_refused(llama, backend, bits, said):
     with pytest.raises(InputError, match=said):
         QuantizedLayers(llama, backend, bits)

@@ -11,9 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from signlattice import provenance, records
 from signlattice.errors import InputError
-from signlattice.models import MINIS
+from signlattice.models.minis import MINIS
+from signlattice_paper import provenance, records
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "olmoe-mini"
@@ -171,8 +171,12 @@ def test_a_lab_is_read_without_being_run(tmp_path: Path) -> None:
 
 
 def test_injected_parameters_count(tmp_path: Path) -> None:
-    cells = ["n = 1", "n = 2", "from signlattice import records",
-             "run = records.begin('lab', 'm', config={'n': n})"]
+    cells = [
+        "n = 1",
+        "n = 2",
+        "from signlattice import records",
+        "run = records.begin('lab', 'm', config={'n': n})",
+    ]
     assert provenance.expected(lab_of(cells, tmp_path), "m").config == {"n": 2}
 
 

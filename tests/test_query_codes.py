@@ -9,16 +9,23 @@ import pytest
 import torch
 
 from conftest import documents
-from signlattice import query_codes
 from signlattice.bits import sign
-from signlattice.coded import LayerStates, seen_through
-from signlattice.comparison import Comparison, ComparisonConfig
+from signlattice.cache.simulated import seen_through
+from signlattice.data.texts import Text
 from signlattice.errors import InputError
-from signlattice.figures.query_codes import fig_queries
-from signlattice.files import Scratch
-from signlattice.models import load_model
-from signlattice.query_codes import Case, Frames, QueriesConfig, mean_rows, pooled_queries
-from signlattice.texts import Text
+from signlattice.io import Scratch
+from signlattice.models.loading import load_model
+from signlattice.models.states import LayerStates
+from signlattice_paper.experiments import queries as query_codes
+from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig
+from signlattice_paper.experiments.queries import (
+    Case,
+    Frames,
+    QueriesConfig,
+    mean_rows,
+    pooled_queries,
+)
+from signlattice_paper.figures.query_codes import fig_queries
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,6 +64,7 @@ def test_a_frame_of_its_own_is_nearer_to_the_queries_that_it_was_learned_on(fram
     """On calibration queries the mean cosine of each head is highest in the frame of that head."""
     for index, states in frames.comparison.fit.items():
         for reader, queries in states.queries.items():
+
             def cosine(rotation):
                 y = queries @ rotation.repeat_interleave(len(queries) // len(rotation), 0).mT
                 return (y.abs().sum(-1) / y.norm(dim=-1)).mean(-1) / y.shape[-1] ** 0.5
@@ -157,10 +165,13 @@ def test_the_lab_measures_every_case_and_goes_on_where_it_was(gemma, tmp_path, m
     every, told = query_codes.cases(CONFIG), []
     assert len(set(every)) == len(every)
     wanted = [
-        case for case in every
-        if case.keys in ("whole", "rotation") and case.frame in ("", "keys", "own")
-        and case.rule == "unbiased" or case == Case("frame", "srht")
-    ]  # fmt: skip
+        case
+        for case in every
+        if case.keys in ("whole", "rotation")
+        and case.frame in ("", "keys", "own")
+        and case.rule == "unbiased"
+        or case == Case("frame", "srht")
+    ]
     monkeypatch.setattr(query_codes, "cases", lambda config: wanted)
     tables = query_codes.measure(gemma, TEXT, CONFIG, tmp_path, told.append)
     assert len(told) == query_codes.n_parts(gemma, CONFIG) == len(wanted) + 1
@@ -181,8 +192,12 @@ def test_the_lab_measures_every_case_and_goes_on_where_it_was(gemma, tmp_path, m
     whole = {"keys whole": 2, "keys signed, rotation": 3, "keys signed in the same frame": 1}
     found = {bar.get_label(): len(bar[0].get_xdata()) for bar in drawn.containers}
     assert whole.items() <= found.items()
-    monkeypatch.setattr("signlattice.comparison.token_losses", lambda *args, **kw: 1 / 0)
-    monkeypatch.setattr("signlattice.query_codes.learned_matrices", lambda *args: 1 / 0)
+    monkeypatch.setattr(
+        "signlattice_paper.experiments.comparison.token_losses", lambda *args, **kw: 1 / 0
+    )
+    monkeypatch.setattr(
+        "signlattice_paper.experiments.queries.learned_matrices", lambda *args: 1 / 0
+    )
     monkeypatch.setattr(Comparison, "exact_row", lambda self: {"perplexity": 1.0})
     again = query_codes.measure(gemma, TEXT, CONFIG, tmp_path)
     assert again["rows"] == tables["rows"] and again["heads"] == tables["heads"]

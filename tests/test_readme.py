@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from signlattice import four_models, records, tables
+from signlattice_paper import four_models, records, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,9 +68,13 @@ def test_three_commands_go_from_a_model_to_a_judgement(tmp_path: Path) -> None:
     said = []
     for command in COMMANDS:
         run = subprocess.run(
-            command, shell=True, cwd=tmp_path, env=os.environ | {"PATH": path},
-            capture_output=True, text=True,
-        )  # fmt: skip
+            command,
+            shell=True,
+            cwd=tmp_path,
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
+        )
         assert run.returncode == 0, run.stderr
         said.append(run.stdout)
     assert len(said) == 3 and (tmp_path / "codec.safetensors").is_file()
@@ -84,9 +88,10 @@ def test_what_is_said_of_caches_is_in_their_records() -> None:
     assert [name for name, _ in lines] == list(four_models.PAIRS.values())
     for name, line in lines:
         rows = [
-            row for row in records.read("cache", name).table("caches")
+            row
+            for row in records.read("cache", name).table("caches")
             if row["exempt"] == "[]" and row["sliding"] == "whole" and row["window"] in (0, 60)
-        ]  # fmt: skip
+        ]
         ours = tables.select(
             rows, codec="lattice", rule="unbiased", values="int4", window=60, sinks=4
         )[0]

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from signlattice import records
 from signlattice.errors import InputError, IntegrityError
-from signlattice.files import check_writable, write_text
-from signlattice.records import Metric, RunRecord
+from signlattice.io import check_writable, write_text
+from signlattice_paper import records
+from signlattice_paper.records import Metric, RunRecord
 
 METRICS = {
     "itq": {"beta": Metric(0.91, n=10, low=0.90, high=0.92), "gap": Metric(1.5, std=0.1)},
@@ -79,8 +79,9 @@ def test_wall_time_can_be_that_of_a_resumed_run(tmp_path: Path) -> None:
 def _git(folder: Path, *arguments: str) -> None:
     name = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_CONFIG_GLOBAL": os.devnull}
     name |= {"GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b", "GIT_CONFIG_NOSYSTEM": "1"}
-    subprocess.run(["git", *arguments], cwd=folder, env=os.environ | name, check=True,
-                   capture_output=True)
+    subprocess.run(
+        ["git", *arguments], cwd=folder, env=os.environ | name, check=True, capture_output=True
+    )
 
 
 def test_source_state_is_the_commit_of_the_tree_itself(tmp_path: Path) -> None:

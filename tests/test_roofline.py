@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from signlattice.errors import InputError
+from signlattice.kernels.roofline import A100, DEVICES, H100, Cost, decode_cost
 from signlattice.memory import FP16, SIGN_KEYS, KVShape, memory_reduction
-from signlattice.roofline import A100, DEVICES, H100, Cost, decode_cost
 
 
 def test_what_memory_bounds_is_sped_up_by_what_the_cache_shrinks():

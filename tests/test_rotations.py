@@ -12,18 +12,14 @@ from hypothesis import strategies as st
 
 from signlattice.beta import beta, elliptical_ceiling, haar_beta
 from signlattice.errors import InputError
-from signlattice.rotations import (
+from signlattice.hadamard import (
     MAX_HEAD_DIM,
     MIN_HEAD_DIM,
-    haar,
     hadamard,
-    identity,
-    orthogonality_defect,
-    pca_hadamard,
-    srht,
     supported_head_dim,
     supported_head_dims,
 )
+from signlattice.rotations.fixed import haar, identity, orthogonality_defect, pca_hadamard, srht
 
 SMALL_DIMS = [d for d in supported_head_dims() if d <= 256]
 

@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
-from signlattice import scale
 from signlattice.errors import InputError
 from signlattice.kernels.gradient.triton import MAX_DIM
 from signlattice.kernels.polar_factor import triton as by_products
-from signlattice.learn import LearnConfig, learn_rotation
-from signlattice.scale import A100, ETHERNET, H100, Keys, Schedule
+from signlattice.models import cost
+from signlattice.models.cost import A100, ETHERNET, H100, Keys, Schedule
+from signlattice.rotations.config import LearnConfig
+from signlattice.rotations.learned import learn_rotation
 
 PAPER = Keys(n_layers=16, n_heads=1, dim=2048, n_tokens=16_000_000)
 
@@ -23,7 +24,7 @@ def resolved(dim: int) -> Schedule:
     return Schedule(config.warm_steps, config.steps, config.batch, config.polish_steps)
 
 
-@pytest.mark.filterwarnings("ignore::signlattice.learn.CalibrationWarning")
+@pytest.mark.filterwarnings("ignore::signlattice.rotations.config.CalibrationWarning")
 def test_operations_are_those_that_training_does():
     dim, n_keys = 32, 20_000
     keys = torch.randn(n_keys, dim, generator=torch.Generator().manual_seed(0)) ** 3
@@ -35,8 +36,8 @@ def test_operations_are_those_that_training_does():
     done = learned.trace[-1].step - 18
     schedule = Schedule(7, 11, 6000, done, 5)
     # Counted: products alone, one of them in each polar factor, which decomposes on a processor.
-    matrices = scale.matrix_flops(schedule, dim, polar=2, turn=4)
-    expected = scale.key_flops(schedule, n_keys, dim) + matrices
+    matrices = cost.matrix_flops(schedule, dim, polar=2, turn=4)
+    expected = cost.key_flops(schedule, n_keys, dim) + matrices
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
 
 
@@ -47,14 +48,14 @@ def test_a_polar_factor_takes_as_many_products_as_counted():
     with FlopCounterMode(display=False) as counter:
         found = by_products.polar(matrix)
     torch.testing.assert_close(found @ found.T, torch.eye(dim), atol=1e-5, rtol=0)
-    assert counter.get_total_flops() == scale.POLAR * dim**3
+    assert counter.get_total_flops() == cost.POLAR * dim**3
 
 
 def test_the_kernel_serves_dimensions_up_to_its_own_limit():
-    assert scale.KERNEL_DIM == MAX_DIM[scale.SINGLE]
+    assert cost.KERNEL_DIM == MAX_DIM[cost.SINGLE]
     for machine in (A100, H100):
-        assert machine.gradient_rate(scale.KERNEL_DIM) == machine.tf32 / 3
-        assert machine.gradient_rate(scale.KERNEL_DIM + 1) == machine.fp32
+        assert machine.gradient_rate(cost.KERNEL_DIM) == machine.tf32 / 3
+        assert machine.gradient_rate(cost.KERNEL_DIM + 1) == machine.fp32
 
 
 def test_hours_of_learning_by_hand():
@@ -62,7 +63,7 @@ def test_hours_of_learning_by_hand():
     # Passes of 16 layers: polish, batches of a tenth of the keys, beta at half a gradient's price.
     passes = 300 + 1124 / 10 + schedule.judged / 2
     work = 16 * (passes * 4 * 16e6 * 2048**2 + 1424 * 56 * 2048**3 + 1124 * 20 / 3 * 2048**3)
-    found = scale.hours(0, PAPER, schedule, A100)
+    found = cost.hours(0, PAPER, schedule, A100)
     assert found.learning == pytest.approx(work / (0.4 * 19.5e12) / 3600, rel=1e-4)
     assert found.disk == pytest.approx(6 * 1.048576e12 / 5e9 / 3600)
 
@@ -72,24 +73,22 @@ def test_the_appendix_case_by_hand():
     assert PAPER.state_bytes() == 16 * 2 * 2048**2 * 4
     schedule = resolved(2048)
     assert (schedule.warm_steps, schedule.batch) == (1024, 3 * 2048**2 // 8)
-    one_pass = scale.step_flops(PAPER.n_tokens, PAPER.dim)
+    one_pass = cost.step_flops(PAPER.n_tokens, PAPER.dim)
     assert one_pass == 4 * 16_000_000 * 2048**2
     polish = 16 * 300 * one_pass
-    assert polish < scale.training_flops(schedule, PAPER) < 2 * polish
+    assert polish < cost.training_flops(schedule, PAPER) < 2 * polish
 
 
 def test_heads_of_a_layer_hold_the_same_bytes_and_cost_less_to_learn():
     heads = dataclasses.replace(PAPER, n_heads=16, dim=128)
     assert heads.n_bytes() == PAPER.n_bytes()
-    per_head = scale.training_flops(resolved(128), heads)
-    assert per_head < scale.training_flops(resolved(2048), PAPER) / 10
+    per_head = cost.training_flops(resolved(128), heads)
+    assert per_head < cost.training_flops(resolved(2048), PAPER) / 10
 
 
 def test_of_a_layer_that_does_not_fit_the_rest_is_read_at_every_pass():
     large = dataclasses.replace(PAPER, n_tokens=20_000_000)
-    one, eight = (
-        scale.hours(1_300_000_000, large, resolved(2048), H100, n) for n in (1, 8)
-    )
+    one, eight = (cost.hours(1_300_000_000, large, resolved(2048), H100, n) for n in (1, 8))
     assert eight.disk == pytest.approx(6 * large.n_bytes() / H100.disk / 3600)
     over = 1 - (0.9 * 80e9 - 2 * 4 * 2048**2) / (large.n_bytes() / 16)
     passes = resolved(2048).keys_read(large.n_tokens) / large.n_tokens
@@ -99,24 +98,22 @@ def test_of_a_layer_that_does_not_fit_the_rest_is_read_at_every_pass():
 
 def test_heads_at_once_by_their_bytes_on_each_gpu():
     # 65.5 GB at two bytes, 131 GB at four, of which a GPU takes 72 GB less the solver's state.
-    at_once = [scale.heads_at_once(PAPER, A100, n, size) for n, size in [(1, 2), (1, 4), (2, 4)]]
+    at_once = [cost.heads_at_once(PAPER, A100, n, size) for n, size in [(1, 2), (1, 4), (2, 4)]]
     assert at_once == [1, 0, 1]
     wide = Keys(n_layers=1, n_heads=1, dim=100_000, n_tokens=100)  # 80 GB of state, on each GPU
-    assert scale.heads_at_once(wide, A100, 8) == 0
+    assert cost.heads_at_once(wide, A100, 8) == 0
 
 
 def test_a_layer_whose_heads_fit_in_two_groups_is_read_twice():
     heads = dataclasses.replace(PAPER, n_heads=16, dim=128)
-    assert scale.heads_at_once(heads, A100, 1, scale.SINGLE) == 8
-    found = scale.hours(0, heads, resolved(128), A100, itemsize=scale.SINGLE)
-    assert found.disk == pytest.approx((scale.LAID_DOWN + 2) * heads.n_bytes(4) / A100.disk / 3600)
+    assert cost.heads_at_once(heads, A100, 1, cost.SINGLE) == 8
+    found = cost.hours(0, heads, resolved(128), A100, itemsize=cost.SINGLE)
+    assert found.disk == pytest.approx((cost.LAID_DOWN + 2) * heads.n_bytes(4) / A100.disk / 3600)
 
 
 def test_eight_gpus_are_quicker_but_no_more_than_eight_times():
     for machine in (A100, H100):
-        one, eight = (
-            scale.hours(1_300_000_000, PAPER, resolved(2048), machine, n) for n in (1, 8)
-        )
+        one, eight = (cost.hours(1_300_000_000, PAPER, resolved(2048), machine, n) for n in (1, 8))
         assert one.learning / 8 < eight.learning < one.learning
         assert eight.capture == pytest.approx(one.capture / 8)
         assert one.communication == 0 < eight.communication
@@ -124,16 +121,16 @@ def test_eight_gpus_are_quicker_but_no_more_than_eight_times():
 
 def test_a_slower_link_takes_longer_in_proportion():
     times = [
-        scale.hours(10**9, PAPER, resolved(2048), A100, 8, link).communication
+        cost.hours(10**9, PAPER, resolved(2048), A100, 8, link).communication
         for link in (A100.nvlink, A100.pcie, ETHERNET)
     ]
-    sent = scale.all_reduce_bytes(2048, 8) * 16 * resolved(2048).total
+    sent = cost.all_reduce_bytes(2048, 8) * 16 * resolved(2048).total
     assert times == pytest.approx([sent / link / 3600 for link in (300e9, 32e9, 12.5e9)])
 
 
 @given(dim=st.integers(1, 4096), n_gpus=st.integers(1, 64))
 def test_a_ring_sends_each_gradient_less_than_twice(dim, n_gpus):
-    sent = scale.all_reduce_bytes(dim, n_gpus)
+    sent = cost.all_reduce_bytes(dim, n_gpus)
     assert sent * n_gpus == pytest.approx(2 * (n_gpus - 1) * dim**2 * 8)
 
 
@@ -156,4 +153,4 @@ def test_a_machine_that_cannot_be_is_told(change):
 
 def test_no_gpu_is_told():
     with pytest.raises(InputError, match="n_gpus=0"):
-        scale.all_reduce_bytes(128, 0)
+        cost.all_reduce_bytes(128, 0)

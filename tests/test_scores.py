@@ -5,17 +5,18 @@ import math
 import pytest
 import torch
 
-from signlattice import scores
-from signlattice.attention import score_scaling
 from signlattice.beta import cosine
-from signlattice.bits import sign
-from signlattice.centering import Centering
-from signlattice.codec import KeyCodec, LayerCodec
 from signlattice.errors import InputError
-from signlattice.evaluate import Passage
-from signlattice.models import load_model
-from signlattice.rotations import haar, srht
-from signlattice.scores import (
+from signlattice.models.hooks import score_scaling
+from signlattice.models.loading import load_model
+from signlattice.models.passages import Passage
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.codec import KeyCodec
+from signlattice.quantizers.levels import LevelCode
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.rotations.fixed import haar, srht
+from signlattice_paper.experiments import scores
+from signlattice_paper.experiments.scores import (
     ScoresConfig,
     States,
     attention_states,
@@ -23,7 +24,6 @@ from signlattice.scores import (
     signed_attention,
     with_absorbed_rotations,
 )
-from signlattice.vector_codes import LevelCode
 
 IDS = torch.arange(1, 61) * 7 % 290
 CONFIG = ScoresConfig(calibration_passages=2, passages=2, first_query=8, value_bits=(1, 2))

@@ -8,28 +8,35 @@ import pytest
 import torch
 
 from conftest import documents
-from signlattice import second_code
 from signlattice.bits import sign
-from signlattice.centering import Centering
-from signlattice.codec import LayerCodec, token_scale
-from signlattice.comparison import ComparisonConfig
-from signlattice.convergence import code_errors
+from signlattice.data.texts import Text
 from signlattice.errors import InputError
-from signlattice.figures.second_code import fig_second
-from signlattice.lattice import LatticeConfig, learn_basis, query_metric
-from signlattice.rotations import haar
-from signlattice.second_code import SecondConfig
-from signlattice.texts import Text
-from signlattice.two_bits import LatticeCode, ResidualSigns, least_squares
-from signlattice.vector_codes import SignCode
+from signlattice.quantizers.basis import LatticeConfig, learn_basis, query_metric
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.residual import LatticeCode, ResidualSigns, least_squares
+from signlattice.quantizers.scales import token_scale
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign_code import SignCode
+from signlattice.rotations.fixed import haar
+from signlattice_paper.experiments import comparison
+from signlattice_paper.experiments import second as second_code
+from signlattice_paper.experiments.comparison import ComparisonConfig
+from signlattice_paper.experiments.convergence import code_errors
+from signlattice_paper.experiments.second import SecondConfig
+from signlattice_paper.figures.second_code import fig_second
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 D = 16
 CONFIG = SecondConfig(
-    annealed=(1, 2), gradient=60, rounds=(24,), more_keys=2, window=8, sinks=2,
+    annealed=(1, 2),
+    gradient=60,
+    rounds=(24,),
+    more_keys=2,
+    window=8,
+    sinks=2,
     comparison=ComparisonConfig(n_fit=96, n_passages=2, n_heads_on=1, first_query=4),
-)  # fmt: skip
+)
 
 
 TEXT = Text("tiny", "none", documents("calibration"), documents("evaluation"))
@@ -109,7 +116,9 @@ def test_the_second_code_is_of_what_the_first_leaves():
     assert energy_left(first, points) < 1e-5
     left = first.residual(points + small)
     y = (points + small) @ FIRST.mT
-    torch.testing.assert_close(left, points + small - y.abs().mean(-1, keepdim=True) * sign(y) @ FIRST)
+    torch.testing.assert_close(
+        left, points + small - y.abs().mean(-1, keepdim=True) * sign(y) @ FIRST
+    )
     rest = (first.read_back(points + small) - points - small).square().sum(-1)
     assert (rest[keep] < 0.5 * small.square().sum(-1)[keep]).float().mean() > 0.9
 
@@ -193,36 +202,58 @@ def test_the_lab_measures_every_case_once_and_goes_on_where_it_was(gemma, tmp_pa
     by_steps = [r for r in tables["rows"] if r["solver"] == "gradient"]
     assert [row["steps"] for row in by_steps] == [50, 60]
     assert by_steps[0]["seconds"] < by_steps[1]["seconds"]
-    levels = {r["levels"]: r["score_error"] for r in tables["rows"] if r["solver"] == "none"
-              and r["code"] in ("signs", "levels") and r["rule"] == "unbiased"}  # fmt: skip
+    levels = {
+        r["levels"]: r["score_error"]
+        for r in tables["rows"]
+        if r["solver"] == "none" and r["code"] in ("signs", "levels") and r["rule"] == "unbiased"
+    }
     assert levels[2] < 0.7 * levels[1]
     (drawn,) = fig_second(SimpleNamespace(table=tables.get)).axes
     found = {bar.get_label(): len(bar[0].get_ydata()) for bar in drawn.containers}
     assert found["signs, annealed"] == 2 and found["signs, gradient (paper)"] == 2
     assert found["signs of the residual"] == 12 and found["four levels"] == 2
-    monkeypatch.setattr("signlattice.comparison.token_losses", lambda *args, **kw: 1 / 0)
-    monkeypatch.setattr("signlattice.second_code.learned_matrices", lambda *args: 1 / 0)
-    monkeypatch.setattr(second_code.Comparison, "exact_row", lambda self: {"perplexity": 1.0})
+    monkeypatch.setattr(
+        "signlattice_paper.experiments.comparison.token_losses", lambda *args, **kw: 1 / 0
+    )
+    monkeypatch.setattr(
+        "signlattice_paper.experiments.second.learned_matrices", lambda *args: 1 / 0
+    )
+    monkeypatch.setattr(comparison.Comparison, "exact_row", lambda self: {"perplexity": 1.0})
     again = second_code.measure(loaded, TEXT, CONFIG, tmp_path)
     assert again["rows"] == tables["rows"] and again["windowed"] == tables["windowed"]
 
 
 def test_the_verdict_is_of_gaps_that_are_alike():
     def row(gap, **other):
-        common = {"code": "signs", "levels": 1, "solver": "annealed", "effort": 1, "second": "",
-                  "more_keys": 1, "rule": "unbiased", "value_levels": None}  # fmt: skip
+        common = {
+            "code": "signs",
+            "levels": 1,
+            "solver": "annealed",
+            "effort": 1,
+            "second": "",
+            "more_keys": 1,
+            "rule": "unbiased",
+            "value_levels": None,
+        }
         return common | other | {"gap": gap}
 
     rows = [
-        row(10.0), row(9.0, effort=16), row(8.0, more_keys=4), row(2.0, rule="mse"),
-        row(15.0, solver="gradient", effort=2000), row(20.0, solver="none"),
+        row(10.0),
+        row(9.0, effort=16),
+        row(8.0, more_keys=4),
+        row(2.0, rule="mse"),
+        row(15.0, solver="gradient", effort=2000),
+        row(20.0, solver="none"),
         row(3.0, code="residual", levels=2, solver="none", second="same"),
         row(2.5, code="residual", levels=2, solver="none", second="learned"),
-        row(1.0, code="residual", levels=2), row(1.5, code="levels", levels=2),
+        row(1.0, code="residual", levels=2),
+        row(1.5, code="levels", levels=2),
         row(0.1, code="levels", levels=3, value_levels=2),
-        row(4.0, code="lattice", solver="lattice"), row(0.5, code="lattice", levels=2),
-        row(4.2, code="lattice", value_levels=4), row(0.9, code="lattice", value_levels=3),
-    ]  # fmt: skip
+        row(4.0, code="lattice", solver="lattice"),
+        row(0.5, code="lattice", levels=2),
+        row(4.2, code="lattice", value_levels=4),
+        row(0.9, code="lattice", value_levels=3),
+    ]
     found = second_code.verdict(rows)
     assert found["base"] == 10 and found["training"] == 8 and found["untrained_second"] == 3
     assert found["training_closed"] == pytest.approx(0.2)

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from conftest import TEXTS
-from signlattice import calibrate, sensitivity
-from signlattice.cache_quality import Judge, QualityConfig
-from signlattice.calibrate import CalibrateConfig
-from signlattice.corpus import Document
+from signlattice import calibration
+from signlattice.calibration import CalibrateConfig
+from signlattice.data.corpus import Document
+from signlattice.data.texts import Text
 from signlattice.errors import InputError
-from signlattice.figures import sensitivity as figures
-from signlattice.lattice import LatticeConfig
-from signlattice.learn import LearnConfig
-from signlattice.models import load_model
-from signlattice.records import Row, begin
-from signlattice.sensitivity import (
+from signlattice.evaluation.through_cache import Judge, QualityConfig
+from signlattice.models.loading import load_model
+from signlattice.quantizers.basis import LatticeConfig
+from signlattice.rotations.config import LearnConfig
+from signlattice_paper.experiments import sensitivity
+from signlattice_paper.experiments.sensitivity import (
     ALL,
     PROSE,
     SensitivityConfig,
@@ -29,33 +29,46 @@ from signlattice.sensitivity import (
     measure,
     summary,
 )
-from signlattice.texts import Text
+from signlattice_paper.figures import sensitivity as figures
+from signlattice_paper.records import Row, begin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = SensitivityConfig(
-    keys_per_dim=(1, 4, 10**6), sample=3, packages=("ants",), seeds=(0, 1),
-    windows=(0, 7), contexts=(64, 72), window=7, sinks=1,
+    keys_per_dim=(1, 4, 10**6),
+    sample=3,
+    packages=("ants",),
+    seeds=(0, 1),
+    windows=(0, 7),
+    contexts=(64, 72),
+    window=7,
+    sinks=1,
     calibrate=CalibrateConfig(
-        keys_per_dim=6, n_held_out=100, lattice=LatticeConfig(rounds=2),
+        keys_per_dim=6,
+        n_held_out=100,
+        lattice=LatticeConfig(rounds=2),
         rotation=LearnConfig(solver="itq", steps=3),
     ),
     quality=QualityConfig(n_passages=2, n_needles=1),
-)  # fmt: skip
+)
 
 
 def documents(side: str) -> tuple[Document, ...]:
     """Two packages; every word of the side is in the text, so that sides can be told apart."""
     return tuple(
         Document(
-            package, f"{side}/{package}/{i}.py",
-            f'"""The {side} of {package} {i}. """\n' + (text + f"# {side}\n") * 10
-            + f'class Last:\n    """Words of {side}: ' + f"{side} {package} " * 60 + '"""\n',
+            package,
+            f"{side}/{package}/{i}.py",
+            f'"""The {side} of {package} {i}. """\n'
+            + (text + f"# {side}\n") * 10
+            + f'class Last:\n    """Words of {side}: '
+            + f"{side} {package} " * 60
+            + '"""\n',
             side,
         )
         for package in ("ants", "bees")
         for i, text in enumerate(TEXTS)
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +120,7 @@ def ran(loaded, text, tmp_path_factory, one_thread) -> Ran:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (sensitivity, calibrate):
+        for module in (sensitivity, calibration):
             patch.setattr(module, "bank_of", captured)
         patch.setattr(sensitivity, "learn_layers", learned)
         patch.setattr(Judge, "row", judged)
@@ -186,8 +199,11 @@ def test_as_many_keys_are_used_as_are_told(ran):
     """The last number is more than the text has, and has no row."""
     rows = ran.tables["calibration"]
     assert [(row["setting"], row["n_keys"]) for row in rows] == [
-        ("1", 16), ("1", 16), ("4", 64), ("4", 64)
-    ]  # fmt: skip
+        ("1", 16),
+        ("1", 16),
+        ("4", 64),
+        ("4", 64),
+    ]
     assert [row["code"] for row in rows] == 2 * ["lattice", "rotation"]
     assert ran.learned[:4] == [(n, n) for n in (16, 16, 64, 64)]
     assert all(len(set(each)) == 1 for each in ran.learned)
@@ -228,8 +244,9 @@ def test_seeds_differ_and_are_the_same_again(loaded, text, tables, tmp_path):
         assert rows[0]["gap"] != rows[1]["gap"] and rows[0]["beta"] != rows[1]["beta"]
     lab = sensitivity._Lab(loaded, text, CONFIG, tmp_path, lambda part: None)
     assert list(lab.seeds()) == tables["seeds"]
-    bases = [head for seed in (0, 1) for c in lab._random(seed).codec.layers.values()
-             for head in c.basis]  # fmt: skip
+    bases = [
+        head for seed in (0, 1) for c in lab._random(seed).codec.layers.values() for head in c.basis
+    ]
     assert not any(
         torch.equal(a, b) for i, a in enumerate(bases) for b in bases[:i]
     )  # no two transforms are alike
@@ -320,12 +337,21 @@ def test_a_choice_is_held_against_the_code():
     rows_found = summary(tables, SensitivityConfig())
     found = {row["factor"]: row for row in rows_found if row["measure"] == "gap"}
     ranges = {
-        "calibration, N/d from 16": 1.5, "calibration, N/d from 4": 7, "text calibrated on": 2,
-        "text calibrated on, worst case": 8, "text evaluated on": 7,
-        "seed, sample of keys": 0.5, "seed, SRHT": 4, "one layer exempt": 1,
-        "any layers exempt": 1.9, "window from 0": 8, "rotation: SRHT → learned": 2,
-        "code: rotation → lattice": 1, "rotation, window 0": 20, "code, window 0": 5,
-    }  # fmt: skip
+        "calibration, N/d from 16": 1.5,
+        "calibration, N/d from 4": 7,
+        "text calibrated on": 2,
+        "text calibrated on, worst case": 8,
+        "text evaluated on": 7,
+        "seed, sample of keys": 0.5,
+        "seed, SRHT": 4,
+        "one layer exempt": 1,
+        "any layers exempt": 1.9,
+        "window from 0": 8,
+        "rotation: SRHT → learned": 2,
+        "code: rotation → lattice": 1,
+        "rotation, window 0": 20,
+        "code, window 0": 5,
+    }
     assert {name: pytest.approx(row["range"]) for name, row in found.items()} == ranges
     above = ("above_rotation", "above_code", "above_rotation_0", "above_code_0")
     assert [found["calibration, N/d from 4"][name] for name in above] == [True, True, False, True]

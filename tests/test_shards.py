@@ -12,10 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from signlattice.capture import KeyBank
-from signlattice.centering import Centering
+from signlattice.distributed.shards import (
+    ChunkReader,
+    Shards,
+    open_shards,
+    token_mean,
+    write_shards,
+)
 from signlattice.errors import InputError, IntegrityError
-from signlattice.shards import ChunkReader, Shards, open_shards, token_mean, write_shards
+from signlattice.models.capture import KeyBank
+from signlattice.quantizers.centering import Centering
 
 SMALL = {"chunk_keys": 100, "shard_bytes": 40_000}  # three chunks to a shard
 
@@ -45,8 +51,9 @@ def test_all_keys_are_there_of_norm_sqrt_d_and_whole_across_heads(tmp_path):
     torch.testing.assert_close(by_first(found), by_first(wanted), atol=1e-6, rtol=0)
     assert (shards.heads, shards.n_keys, shards.dim) == (2, 1000, 16)
     assert sorted(path.name for path in tmp_path.glob("keys/*")) == [
-        "index.json", *(f"keys.{number:05d}.safetensors" for number in range(4)),
-    ]  # fmt: skip
+        "index.json",
+        *(f"keys.{number:05d}.safetensors" for number in range(4)),
+    ]
 
 
 @given(cuts=st.lists(st.integers(0, 1000), max_size=6))
@@ -74,9 +81,7 @@ def test_every_chunk_is_a_sample_of_all_documents(tmp_path):
 @given(n=st.integers(16, 700), wanted=st.integers(1, 300))
 @settings(max_examples=8)
 def test_chunks_are_about_equal_and_none_is_empty(n, wanted, tmp_path_factory):
-    shards = write_shards(
-        tmp_path_factory.mktemp("shards") / "keys", [rows(n)], chunk_keys=wanted
-    )
+    shards = write_shards(tmp_path_factory.mktemp("shards") / "keys", [rows(n)], chunk_keys=wanted)
     sizes = [shards.keys_of(chunk) for chunk in range(shards.n_chunks)]
     assert sum(sizes) == n and min(sizes) > 0 and max(sizes) <= wanted
     assert set(sizes[:-1]) <= {shards.chunk_keys} and max(sizes) - sizes[-1] <= len(sizes)
@@ -163,7 +168,7 @@ def flip(path: Path, at: int) -> None:
         (lambda folder: reword(folder, schema=2), "schema"),
         (lambda folder: (folder / "index.json").write_text("[]"), "holds no whole keys"),
     ],
-)  # fmt: skip
+)
 def test_a_folder_that_is_not_whole_is_refused(damage, message, tmp_path):
     write_shards(tmp_path / "keys", [rows()], **SMALL)
     damage(tmp_path / "keys")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from signlattice.learn import LearnConfig, learn_rotation, mean_cosine
-from signlattice.rotations import orthogonality_defect
-from signlattice.snapshots import snapshots
-from signlattice.solvers import planted_keys
+from signlattice.rotations.config import LearnConfig
+from signlattice.rotations.fixed import orthogonality_defect
+from signlattice.rotations.learned import learn_rotation
+from signlattice.rotations.objective import mean_cosine
+from signlattice.rotations.synthetic import planted_keys
+from signlattice_paper.experiments.snapshots import snapshots
 
 
 @pytest.mark.parametrize("solver", ["annealed", "itq", "gradient"])

@@ -5,15 +5,20 @@ import warnings
 import pytest
 import torch
 
-from signlattice import solvers
 from signlattice.beta import beta
 from signlattice.errors import InputError
-from signlattice.learn import SOLVERS
+from signlattice.rotations import synthetic
+from signlattice.rotations.config import SOLVERS
+from signlattice_paper.experiments import solvers
 
 SMALL = solvers.SolverConfig(
-    n_keys=64, layers=(0, 1), planted=((16, 256),), noise=(16, 32), null_dims=(16,),
+    n_keys=64,
+    layers=(0, 1),
+    planted=((16, 256),),
+    noise=(16, 32),
+    null_dims=(16,),
     null_ratios=(1, 16),
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -23,7 +28,7 @@ def heads(olmoe, small_corpus):
 
 
 def test_planted_keys_are_at_their_optimum_only_in_the_frame_they_were_planted_in():
-    keys = solvers.planted_keys(32, 4096)
+    keys = synthetic.planted_keys(32, 4096)
     assert keys.optimum == pytest.approx(0.908, abs=0.004)
     assert beta(keys.held_out) < keys.optimum - 0.05
     assert torch.cdist(keys.held_out, keys.keys).min() > 0.1

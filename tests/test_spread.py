@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import socket
@@ -22,21 +21,15 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from signlattice import spread
+from signlattice.distributed import spread
+from signlattice.distributed.shards import Shards, write_shards
+from signlattice.distributed.spread import Processes, SpreadKeys, open_keys
 from signlattice.errors import InputError, IntegrityError
 from signlattice.kernels import sign_gemm
-from signlattice.learn import (
-    SOLVERS,
-    CalibrationWarning,
-    LearnConfig,
-    TracePoint,
-    learn_rotations,
-    mean_cosine,
-    smoothed_gradient,
-)
-from signlattice.rotations import haar
-from signlattice.shards import Shards, write_shards
-from signlattice.spread import Processes, SpreadKeys, open_keys
+from signlattice.rotations.config import SOLVERS, CalibrationWarning, LearnConfig, TracePoint
+from signlattice.rotations.fixed import haar
+from signlattice.rotations.learned import learn_rotations
+from signlattice.rotations.objective import mean_cosine, smoothed_gradient
 
 SHORT = {
     "annealed": LearnConfig(steps=12, warm_steps=8, batch=700, polish_steps=40, tolerance=1e-4),
@@ -374,12 +367,14 @@ def start(count: int, *arguments: object) -> list[subprocess.Popen]:
         port = free.getsockname()[1]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "signlattice.spread", *map(str, arguments)],
-            env=environment(rank, count, port), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-m", "signlattice.distributed.spread", *map(str, arguments)],
+            env=environment(rank, count, port),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for rank in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def ends(processes: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
@@ -394,15 +389,19 @@ def ends(processes: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
 
 def learned(file: Path) -> tuple[Tensor, dict]:
     with safe_open(file, framework="pt") as read:
-        return read.get_tensor("rotations"), json.loads(read.metadata()["signlattice.spread"])
+        return read.get_tensor("rotations"), json.loads(
+            read.metadata()["signlattice.distributed.spread"]
+        )
 
 
 def flags(config: LearnConfig) -> list[str]:
     names = ("solver", "seed", "steps", "warm_steps", "batch", "polish_steps", "tolerance")
     return [
-        text for name in names if getattr(config, name) is not None
+        text
+        for name in names
+        if getattr(config, name) is not None
         for text in (f"--{name.replace('_', '-')}", str(getattr(config, name)))
-    ]  # fmt: skip
+    ]
 
 
 def assert_same(file: Path, other: Path) -> None:
@@ -448,11 +447,23 @@ def test_several_processes_learn_what_one_does(solver, count, alone, folder, oth
 
 def test_torchrun_starts_it(alone, folder, others, tmp_path):
     command = (
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "signlattice.spread", folder, tmp_path / "out", "--held-out", others,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "signlattice.distributed.spread",
+        folder,
+        tmp_path / "out",
+        "--held-out",
+        others,
         *flags(SHORT["itq"]),
-    )  # fmt: skip
-    done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True)
+    )
+    done = subprocess.run(
+        list(map(str, command)), env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path / "out", alone["itq"])
     assert learned(tmp_path / "out")[1]["processes"] == 2
@@ -481,7 +492,7 @@ def test_a_run_that_was_killed_is_resumed_by_another_number_of_processes(folder,
     assert codes[0] == -signal.SIGKILL and codes[1] not in (0, -signal.SIGKILL)
     assert not out.exists()
     with safe_open(checkpoint, framework="pt") as read:
-        done = json.loads(read.metadata()["signlattice.learn"])["state"]["total"]
+        done = json.loads(read.metadata()["signlattice.rotations.solvers"])["state"]["total"]
     assert 0 < done < 205
     for name, more in (("resumed", ("--checkpoint", checkpoint)), ("straight", ())):
         arguments = (folder, tmp_path / name, *flags(config), *more, "--checkpoint-every", 1)
@@ -518,9 +529,7 @@ def test_damage_that_one_process_meets_ends_all_with_one_message(copy, tmp_path)
         (("--impl", "triton", "--held-out", "{small}"), r"expected [3, M, 16]"),
     ],
 )
-def test_bad_input_ends_the_command_with_2_and_one_line(
-    options, message, folder, tmp_path, capsys
-):
+def test_bad_input_ends_the_command_with_2_and_one_line(options, message, folder, tmp_path, capsys):
     write_shards(tmp_path / "small", [planted(99, heads=2)])
     places = {"folder": folder, "small": tmp_path / "small"}
     before = sorted(folder.iterdir())

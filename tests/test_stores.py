@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_cases import DEVICES, difference, layer_code
 from torch import Tensor
 
-from signlattice.errors import InputError
-from signlattice.kernels.layout import PackedValues
-from signlattice.stores import (
+from cache_cases import DEVICES, difference, layer_code
+from signlattice.cache.storage import (
     KEY_FORMATS,
     PAGE,
     VALUE_FORMATS,
@@ -20,11 +18,15 @@ from signlattice.stores import (
     key_store,
     value_store,
 )
+from signlattice.errors import InputError
+from signlattice.kernels.layout import PackedValues
 
 HEADS, D = 2, 16
-KEYS = [(fmt, None) for fmt in KEY_FORMATS if fmt != "sign"] + [
-    ("sign", ("rotation", centering)) for centering in ("none", "dc", "token_mean")
-] + [("sign", ("lattice", centering)) for centering in ("none", "token_mean")]  # fmt: skip
+KEYS = (
+    [(fmt, None) for fmt in KEY_FORMATS if fmt != "sign"]
+    + [("sign", ("rotation", centering)) for centering in ("none", "dc", "token_mean")]
+    + [("sign", ("lattice", centering)) for centering in ("none", "token_mean")]
+)
 STORES = [("values", fmt, None) for fmt in VALUE_FORMATS] + [("keys", *case) for case in KEYS]
 
 
@@ -137,9 +139,7 @@ def test_a_change_reaches_every_part(case):
     for name, part in expected.parts.items():
         assert torch.equal(store.parts[name][:, :, :20], part[:, :, :20])
     store.append(20, given[order])  # it can be written in place again
-    assert torch.equal(
-        store.read(20, 40, torch.float32), expected.read(0, 20, torch.float32)
-    )
+    assert torch.equal(store.read(20, 40, torch.float32), expected.read(0, 20, torch.float32))
 
 
 @pytest.mark.parametrize("n", [1, PAGE, PAGE + 1])

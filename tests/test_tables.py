@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from signlattice import records
 from signlattice.errors import InputError
-from signlattice.files import PROJECT
-from signlattice.tables import anchor, origins, provenance, recorded, select, table
+from signlattice.io import PROJECT
+from signlattice_paper import records
+from signlattice_paper.tables import anchor, origins, provenance, recorded, select, table
 
 ROWS = [
     {"name": "a", "value": 0.12345, "fitted": True},

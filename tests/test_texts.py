@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from signlattice import hub, texts
+from signlattice.data import texts
+from signlattice.data.texts import HUB_TEXTS, LEAST_BYTES, PIECE, HubText, read_text
 from signlattice.errors import InputError, IntegrityError
-from signlattice.hub import Repository, Unreachable
-from signlattice.texts import HUB_TEXTS, LEAST_BYTES, PIECE, HubText, read_text
+from signlattice.models import hub
+from signlattice.models.hub import Repository, Unreachable
 
 SHA = "f" * 40
 
@@ -122,10 +123,19 @@ def test_the_corpus_keeps_its_sides(small_corpus):
 
 ARTICLES = [f" = Title {i} = \n" for i in range(6)]
 WIKI = {
-    "train": ["", ARTICLES[0], "", " = = Section = = \n", " first text \n",
-              ARTICLES[1], " second text \n", ARTICLES[2], " third \n"],
+    "train": [
+        "",
+        ARTICLES[0],
+        "",
+        " = = Section = = \n",
+        " first text \n",
+        ARTICLES[1],
+        " second text \n",
+        ARTICLES[2],
+        " third \n",
+    ],
     "test": ["", ARTICLES[3], " fourth \n"],
-}  # fmt: skip
+}
 
 
 def put_card(folder: Path, config: str, files: dict[str, str]) -> None:
@@ -157,9 +167,7 @@ def c4(tmp_path, monkeypatch) -> list[str]:
         with gzip.open(folder / "en" / f"c4-{split}.00000-of-00001.json.gz", "wt") as file:
             file.writelines(lines)
     put_card(folder, "en", {s: f"en/c4-{s}.*.json.gz" for s in ("train", "validation")})
-    monkeypatch.setitem(
-        texts.HUB_TEXTS, "c4", HubText(str(folder), "en", "train", "validation")
-    )
+    monkeypatch.setitem(texts.HUB_TEXTS, "c4", HubText(str(folder), "en", "train", "validation"))
     return rows
 
 

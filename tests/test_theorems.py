@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from signlattice import notebooks
-from signlattice.claims import VERDICTS, load_claims
 from signlattice.errors import InputError, IntegrityError
-from signlattice.theorems import THEOREMS, Theorem, load_theorems, theorem_box, theorem_matrix
+from signlattice_paper import notebooks
+from signlattice_paper.claims import VERDICTS, load_claims
+from signlattice_paper.theorems import THEOREMS, Theorem, load_theorems, theorem_box, theorem_matrix
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = load_claims()
@@ -92,9 +92,14 @@ def test_the_box_names_verdict_test_claim_and_chapter() -> None:
 
 def entry(**changes: object) -> dict:
     return {
-        "id": "one", "origin": "ours", "name": None, "title": "One", "claims": ["gaussian-floor"],
-        "chapters": ["s3"], "tests": ["test_a.py"],
-    } | changes  # fmt: skip
+        "id": "one",
+        "origin": "ours",
+        "name": None,
+        "title": "One",
+        "claims": ["gaussian-floor"],
+        "chapters": ["s3"],
+        "tests": ["test_a.py"],
+    } | changes
 
 
 def written(folder: Path, *entries: object) -> Path:

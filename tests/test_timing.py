@@ -5,7 +5,7 @@ import time
 import pytest
 
 from signlattice.errors import InputError
-from signlattice.timing import WARM_UP, Times, side_by_side
+from signlattice.evaluation.timing import WARM_UP, Times, side_by_side
 
 
 def test_contenders_take_turns_and_none_always_follows_the_same():
@@ -33,7 +33,7 @@ def test_a_ratio_is_taken_round_by_round():
 
 
 def test_the_spread_is_the_quartiles():
-    spread = Times((1.0, 2.0, 3.0, 4.0, 5.0)).metric
+    spread = Times((1.0, 2.0, 3.0, 4.0, 5.0)).quartiles
     assert (spread.low, spread.value, spread.high) == (2.0, 3.0, 4.0)
 
 

@@ -3,11 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from signlattice import corpus, models
-from signlattice.corpus import Document
+from signlattice.data import corpus
+from signlattice.data.corpus import Document
 from signlattice.errors import InputError, IntegrityError
-from signlattice.models import ModelSpec, load_model
-from signlattice.train import TrainConfig, save_checkpoint, train
+from signlattice.models import loading, minis
+from signlattice.models.loading import load_model
+from signlattice.models.minis import ModelSpec
+from signlattice_paper.experiments.train import TrainConfig, save_checkpoint, train
 
 TINY = ModelSpec(
     name="tiny",
@@ -16,10 +18,16 @@ TINY = ModelSpec(
     context=16,
     vocab_size=270,
     config=dict(
-        hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_experts=2, num_experts_per_tok=1, tie_word_embeddings=True,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=2,
+        num_experts_per_tok=1,
+        tie_word_embeddings=True,
     ),
-)  # fmt: skip
+)
 CONFIG = TrainConfig(
     steps=12, batch_size=2, lr=1e-2, warmup=2, checkpoint_every=3, precision="float32"
 )
@@ -64,8 +72,8 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
 def test_the_written_checkpoint_is_the_model_in_half_precision(tmp_path, monkeypatch):
     trained = train(TINY, CONFIG, tmp_path / "scratch")
     digest = save_checkpoint(trained, TINY, tmp_path / "tiny")
-    monkeypatch.setattr(models, "MODELS", tmp_path)
-    monkeypatch.setattr(models, "MINIS", {"tiny": TINY})
+    monkeypatch.setattr(loading, "MODELS", tmp_path)
+    monkeypatch.setattr(minis, "MINIS", {"tiny": TINY})
     loaded = load_model("tiny")
     assert loaded.weights_hash == digest
     for name, weight in trained.model.state_dict().items():

@@ -10,31 +10,45 @@ import pytest
 import torch
 
 from conftest import documents
-from signlattice import calibrate, values
-from signlattice.ablation import rotate_heads
+from signlattice import calibration
 from signlattice.beta import beta
-from signlattice.centering import Centering
-from signlattice.codec import KeyCodec, LayerCodec
-from signlattice.coded import read_states, seen_through, whole_layers
-from signlattice.comparison import Comparison, ComparisonConfig
+from signlattice.cache.simulated import seen_through
+from signlattice.data.texts import Text
 from signlattice.errors import InputError
-from signlattice.evaluate import spread
-from signlattice.figures import values as figures
-from signlattice.files import Scratch
-from signlattice.models import load_model
-from signlattice.rotations import haar
-from signlattice.scores import with_absorbed_rotations
-from signlattice.texts import Text
-from signlattice.values import SideCase, ValuesConfig, best, learned_rotations, needed_bits
-from signlattice.vector_codes import LevelCode
+from signlattice.io import Scratch
+from signlattice.models.loading import load_model
+from signlattice.models.passages import spread
+from signlattice.models.states import read_states, whole_layers
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.codec import KeyCodec
+from signlattice.quantizers.levels import LevelCode
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.rotations.factory import rotate_heads
+from signlattice.rotations.fixed import haar
+from signlattice_paper.experiments import values
+from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig
+from signlattice_paper.experiments.scores import with_absorbed_rotations
+from signlattice_paper.experiments.values import (
+    SideCase,
+    ValuesConfig,
+    best,
+    learned_rotations,
+    needed_bits,
+)
+from signlattice_paper.figures import values as figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = ValuesConfig(
-    bits=(1, 4), rotations=("srht", "learned"), centerings=("token_mean",),
-    rules=("mse", "unbiased"), pairs=((1, 4),), layer_bits=(1,), head_bits=(1,),
+    bits=(1, 4),
+    rotations=("srht", "learned"),
+    centerings=("token_mean",),
+    rules=("mse", "unbiased"),
+    pairs=((1, 4),),
+    layer_bits=(1,),
+    head_bits=(1,),
     comparison=ComparisonConfig(100, 3, 2, first_query=4),
-)  # fmt: skip
+)
 
 
 TEXT = Text("tiny", "none", documents("calibration"), documents("evaluation"))
@@ -54,7 +68,7 @@ def sign_codec(loaded, seed=0):
             Centering("none"),
         )
         for index, layer in whole_layers(loaded).items()
-    }  # fmt: skip
+    }
     return KeyCodec(layers, loaded.weights_hash)
 
 
@@ -106,12 +120,18 @@ def test_what_values_add_is_over_the_model_with_coded_keys(lab):
 def test_values_alone_are_the_rows_with_exact_keys_and_sides_differ(lab):
     for case in picked(lab.tables["sides"], side="values"):
         row = picked(
-            lab.tables["rows"], k="exact", rotation="srht", centering="token_mean",
-            bits=case["v"], rule=case["rule"],
-        )[0]  # fmt: skip
+            lab.tables["rows"],
+            k="exact",
+            rotation="srht",
+            centering="token_mean",
+            bits=case["v"],
+            rule=case["rule"],
+        )[0]
         assert case["gap"] == row["gap"]
-    one = [picked(lab.tables["sides"], side=side, code="levels", rule="mse")[0]["kl"]
-           for side in ("keys", "values", "both")]  # fmt: skip
+    one = [
+        picked(lab.tables["sides"], side=side, code="levels", rule="mse")[0]["kl"]
+        for side in ("keys", "values", "both")
+    ]
     assert len(set(one)) == 3 and min(one) > 0
 
 
@@ -204,7 +224,7 @@ def test_a_lattice_beside_the_model_is_taken_and_that_of_another_is_not(
 ):
     folder = shutil.copytree(llama_folder, tmp_path / "model")
     loaded = load_model(folder)
-    monkeypatch.setattr(calibrate, "learn_codec", lambda *_: sign_codec(loaded, seed=5))
+    monkeypatch.setattr(calibration, "learn_codec", lambda *_: sign_codec(loaded, seed=5))
 
     def basis(codec):
         codec.save(folder / "lattice.safetensors")
@@ -225,11 +245,11 @@ def test_everything_that_is_asked_for_is_crossed():
     pairs = {(case.k, case.v) for case in values.side_cases(full) if case.code == "levels"}
     equal = {(bits, bits) for bits in full.bits}
     alone = {(bits, None) for bits in full.bits} | {(None, bits) for bits in full.bits}
-    assert pairs == equal | alone | {
-        (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1), (2, 4), (4, 2)
-    }
+    assert pairs == equal | alone | {(1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1), (2, 4), (4, 2)}
     assert [SideCase("levels", "mse", *pair).side for pair in ((1, 2), (1, None), (None, 1))] == [
-        "both", "keys", "values"
+        "both",
+        "keys",
+        "values",
     ]
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from signlattice.bits import sign
-from signlattice.centering import Centering
-from signlattice.codec import LayerCodec
 from signlattice.errors import InputError
-from signlattice.rotations import haar
-from signlattice.vector_codes import LevelCode, SignCode, gaussian_levels
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.levels import LevelCode, gaussian_levels
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign_code import SignCode
+from signlattice.rotations.fixed import haar
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -47,9 +47,12 @@ def print_numbers(browser: Browser, count: int) -> bytes:
     page = browser.new_page()
     page.set_content('<p style="break-after: page">&nbsp;</p>' * (count - 1) + "<p>&nbsp;</p>")
     pdf = page.pdf(
-        format="A4", margin=MARGINS, display_header_footer=True,
-        header_template="<span></span>", footer_template=FOOTER,
-    )  # fmt: skip
+        format="A4",
+        margin=MARGINS,
+        display_header_footer=True,
+        header_template="<span></span>",
+        footer_template=FOOTER,
+    )
     page.close()
     return pdf
 

@@ -21,7 +21,7 @@ import torch
 from scipy.special import betaln
 from torch import Tensor
 
-from .errors import InputError
+from signlattice.errors import InputError
 
 __all__ = [
     "GAUSSIAN_BETA",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from signlattice.errors import InputError
 
 WORD_BITS = 8
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 
-from .errors import InputError
+from signlattice.errors import InputError
 
 __all__ = [
     "FP16",
@@ -218,9 +218,14 @@ def kv_bytes(shape: KVShape, fmt: CacheFormat, seq_len: int, *, batch: int = 1) 
 
 
 def packed_cache_bytes(
-    shape: KVShape, fmt: CacheFormat, seq_len: int, *, batch: int = 1, page: int = 1,
+    shape: KVShape,
+    fmt: CacheFormat,
+    seq_len: int,
+    *,
+    batch: int = 1,
+    page: int = 1,
     whole_bits: int = FULL_PRECISION_BITS,
-) -> int:  # fmt: skip
+) -> int:
     """Bytes that a cache allocates which packs every token and keeps window and sinks beside.
 
     Room is made by pages of tokens; rotations and means, which belong to a model, are left out.

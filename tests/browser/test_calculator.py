@@ -10,8 +10,8 @@ import pytest
 from playwright.sync_api import Browser, Locator
 from visit import Opened, opening
 
-from signlattice.explorer.calculator import SHAPES, format_settings
 from signlattice.memory import FP8, FP16, PAPER, SIGN_KEYS, CacheFormat, KVShape, kv_bytes
+from signlattice_paper.explorer.calculator import SHAPES, format_settings
 
 PAGE = "book/explore"
 MODEL = "OLMoE-1B-7B"
@@ -57,10 +57,14 @@ def test_named_formats_weigh_what_memory_says(calculator: Locator, fmt: CacheFor
     [
         (KVShape(3, 4, 64), replace(SIGN_KEYS, window=124, sinks=4), 300, 2),
         (KVShape(48, 4, 80, value_head_dim=96), replace(PAPER, key_bits=1.58), 100_000, 7),
-        (KVShape(5, 2, 256, sliding_window=512), replace(FP8, value_group=32,
-                                                         value_scale_bits=16), 8192, 1),
+        (
+            KVShape(5, 2, 256, sliding_window=512),
+            replace(FP8, value_group=32, value_scale_bits=16),
+            8192,
+            1,
+        ),
     ],
-)  # fmt: skip
+)
 def test_any_numbers_weigh_what_memory_says(
     calculator: Locator, shape: KVShape, fmt: CacheFormat, length: int, batch: int
 ) -> None:

@@ -11,7 +11,6 @@ from urllib.parse import unquote, urlsplit
 
 import chromium
 import numpy as np
-import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Browser, Page
@@ -48,9 +47,11 @@ def broken(link: str, opened: Opened) -> bool:
     if target.suffix != ".html" or not parts.fragment:
         return False
     here = target == chromium.BUILT / f"{opened.name}.html"
-    known = opened.page.evaluate(
-        "(id) => !!document.getElementById(id)", unquote(parts.fragment)
-    ) if here else unquote(parts.fragment) in anchors(target)  # fmt: skip
+    known = (
+        opened.page.evaluate("(id) => !!document.getElementById(id)", unquote(parts.fragment))
+        if here
+        else unquote(parts.fragment) in anchors(target)
+    )
     return not known
 
 

@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 
-from signlattice.rotations import haar, srht
+from signlattice.rotations.fixed import haar, srht
 
 D, WIDTH, T = 64, 96, 12
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from signlattice.beta import beta
-from signlattice.convergence import quarter_turns
-from signlattice.curvature import hessian
+from signlattice_paper.experiments.convergence import quarter_turns
+from signlattice_paper.experiments.curvature import hessian
 
 
 def gaussian(*shape, seed):

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from signlattice.beta import beta, folded_normal_beta, haar_beta, relative_distortion
-from signlattice.centering import Centering
-from signlattice.rotations import hadamard, srht
+from signlattice.hadamard import hadamard
+from signlattice.quantizers.centering import Centering
+from signlattice.rotations.fixed import srht
 
 D, N, ETA = 128, 2048, 16
 

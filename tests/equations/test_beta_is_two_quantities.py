@@ -20,7 +20,7 @@ from signlattice.beta import (
     haar_beta,
     moment_ratio,
 )
-from signlattice.densities import density
+from signlattice_paper.densities import density
 
 D = 256
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from signlattice.beta import beta
-from signlattice.rotations import haar
+from signlattice.rotations.fixed import haar
 
 
 def lattice_keys(n, d, seed=0):

@@ -16,7 +16,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from signlattice import solvers
 from signlattice.beta import (
     beta,
     elliptical_ceiling,
@@ -25,13 +24,15 @@ from signlattice.beta import (
     rank_ceiling,
     relative_distortion,
 )
-from signlattice.centering import Centering
-from signlattice.codec import LayerCodec
-from signlattice.learn import LearnConfig, learn_rotation
-from signlattice.rotations import haar, identity, pca_hadamard
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.rotations import synthetic
+from signlattice.rotations.config import LearnConfig
+from signlattice.rotations.fixed import haar, identity, pca_hadamard
+from signlattice.rotations.learned import learn_rotation
 
 D, N = 128, 20_000
-pytestmark = pytest.mark.filterwarnings("ignore::signlattice.learn.CalibrationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::signlattice.rotations.config.CalibrationWarning")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_learning_finds_that_corner_and_nothing_better(eta):
 
 
 def test_keys_with_corners_of_their_own_gain_by_centering():
-    planted = solvers.planted_keys(d=32, n_keys=4096)
+    planted = synthetic.planted_keys(d=32, n_keys=4096)
     shift = planted.keys.square().mean().sqrt()
     found = {}
     for method in ("none", "token_mean"):

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from signlattice.centering import Centering
-from signlattice.rotations import haar, hadamard, identity, srht
+from signlattice.hadamard import hadamard
+from signlattice.quantizers.centering import Centering
+from signlattice.rotations.fixed import haar, identity, srht
 
 
 def rotations(d, seed):

@@ -14,7 +14,7 @@ from scipy import integrate
 from scipy.special import digamma, gammaln, polygamma
 
 from signlattice.beta import GAUSSIAN_BETA, rank_ceiling
-from signlattice.densities import density
+from signlattice_paper.densities import density
 
 X = np.geomspace(0.01, 300, 4000)
 
@@ -47,9 +47,17 @@ def test_the_member_of_the_family_has_the_beta_it_is_named_by(beta):
         if math.isinf(edge):
             found = 2 * integrate.quad(lambda x: x**power * law.pdf(x), 0, edge, limit=200)[0]
         else:  # x = edge sin(u) takes the density's pole at the edge away
-            found = 2 * integrate.quad(
-                lambda u: (edge * math.sin(u)) ** power
-                * float(law.pdf(edge * math.sin(u))) * edge * math.cos(u),
-                0, math.pi / 2,
-            )[0]  # fmt: skip
+            found = (
+                2
+                * integrate.quad(
+                    lambda u: (
+                        (edge * math.sin(u)) ** power
+                        * float(law.pdf(edge * math.sin(u)))
+                        * edge
+                        * math.cos(u)
+                    ),
+                    0,
+                    math.pi / 2,
+                )[0]
+            )
         assert found == pytest.approx(expected, abs=2e-5)

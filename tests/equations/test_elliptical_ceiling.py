@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from signlattice.beta import beta, elliptical_ceiling, haar_beta, rank_ceiling
-from signlattice.rotations import haar, pca_hadamard, srht
+from signlattice.rotations.fixed import haar, pca_hadamard, srht
 
 D, N = 64, 60_000
 

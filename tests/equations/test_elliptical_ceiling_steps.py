@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from scipy import integrate, optimize
 
 from signlattice.beta import elliptical_ceiling, haar_beta, rank_ceiling
-from signlattice.rotations import haar, hadamard
+from signlattice.hadamard import hadamard
+from signlattice.rotations.fixed import haar
 
 N = 400_000
 SPECTRUM = torch.tensor([0.5, 0.25, 0.15, 0.1], dtype=torch.float64)
@@ -121,8 +122,9 @@ def best_in_three_dimensions(spectrum):
 
     starts = np.random.default_rng(0).normal(scale=2, size=(8, 3))
     options = {"fatol": 1e-13, "xatol": 1e-9, "maxiter": 2000}
-    return -min(optimize.minimize(loss, x, method="Nelder-Mead", options=options).fun
-                for x in starts)  # fmt: skip
+    return -min(
+        optimize.minimize(loss, x, method="Nelder-Mead", options=options).fun for x in starts
+    )
 
 
 def test_without_a_hadamard_matrix_a_simple_spectrum_stays_below():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from signlattice.beta import GAUSSIAN_BETA, beta, haar_beta
-from signlattice.rotations import haar
+from signlattice.rotations.fixed import haar
 
 
 def gaussian(*shape, seed=0):

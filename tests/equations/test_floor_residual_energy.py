@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from signlattice.beta import GAUSSIAN_BETA, cosine, residual_energy
-from signlattice.rotations import haar
+from signlattice.rotations.fixed import haar
 
 
 def test_energy_lost_at_the_papers_figures():

@@ -13,7 +13,7 @@ import pytest
 from scipy import integrate, stats
 
 from signlattice.beta import GAUSSIAN_BETA, GAUSSIAN_MOMENT_RATIO, haar_beta
-from signlattice.densities import REGIMES, density
+from signlattice_paper.densities import REGIMES, density
 
 
 def test_first_absolute_moment_of_the_gaussian():

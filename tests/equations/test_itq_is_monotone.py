@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from signlattice.beta import beta
-from signlattice.learn import polar
-from signlattice.rotations import haar
+from signlattice.kernels import polar
+from signlattice.rotations.fixed import haar
 
 
 def gaussian(*shape, seed):

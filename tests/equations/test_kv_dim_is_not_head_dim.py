@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from signlattice.memory import KVShape
-from signlattice.rotations import haar
+from signlattice.rotations.fixed import haar
 
 SHAPE = KVShape(n_layers=1, n_kv_heads=4, head_dim=32)
 

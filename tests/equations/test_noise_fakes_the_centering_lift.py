@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from signlattice.beta import folded_normal_beta, haar_beta
-from signlattice.centering import Centering
-from signlattice.claims import load_claims
-from signlattice.learn import LearnConfig, learn_rotation
+from signlattice.quantizers.centering import Centering
+from signlattice.rotations.config import LearnConfig
+from signlattice.rotations.learned import learn_rotation
+from signlattice_paper.claims import load_claims
 
 D, ETA = 128, 0.75
-pytestmark = pytest.mark.filterwarnings("ignore::signlattice.learn.CalibrationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::signlattice.rotations.config.CalibrationWarning")
 
 
 def trained(step):

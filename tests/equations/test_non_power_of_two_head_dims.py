@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from signlattice.beta import beta, haar_beta
-from signlattice.rotations import hadamard, orthogonality_defect, srht
+from signlattice.hadamard import hadamard
+from signlattice.rotations.fixed import orthogonality_defect, srht
 
 
 @pytest.mark.parametrize("d", [64, 80, 96, 112, 128])

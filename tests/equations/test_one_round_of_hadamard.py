@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from signlattice.beta import GAUSSIAN_BETA, cosine
-from signlattice.rotations import hadamard
+from signlattice.hadamard import hadamard
 
 D = 12
 SIGNS = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=D)), dtype=torch.float64)

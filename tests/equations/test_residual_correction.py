@@ -12,10 +12,11 @@ import math
 import pytest
 
 from signlattice.beta import beta
-from signlattice.convergence import code_errors
-from signlattice.learn import LearnConfig, learn_rotation
-from signlattice.rotations import haar
-from signlattice.solvers import planted_keys
+from signlattice.rotations.config import LearnConfig
+from signlattice.rotations.fixed import haar
+from signlattice.rotations.learned import learn_rotation
+from signlattice.rotations.synthetic import planted_keys
+from signlattice_paper.experiments.convergence import code_errors
 
 
 @pytest.mark.parametrize("d", [32, 64])

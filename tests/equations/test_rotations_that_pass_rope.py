@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from signlattice.rotations import haar
+from signlattice.rotations.fixed import haar
 
 D = 16
 HALF = D // 2

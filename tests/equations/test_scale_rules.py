@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from signlattice.beta import cosine
-from signlattice.codec import SCALE_RULES, token_scale
+from signlattice.quantizers.scales import SCALE_RULES, token_scale
 
 LOSS = {"mse": lambda c: 1 - c**2, "norm": lambda c: 2 * (1 - c), "unbiased": lambda c: c**-2 - 1}
 SLOPE = {"mse": lambda c: c**2, "norm": lambda c: c, "unbiased": torch.ones_like}

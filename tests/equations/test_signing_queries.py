@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from signlattice.beta import GAUSSIAN_BETA, beta
-from signlattice.densities import density
-from signlattice.rotations import haar
+from signlattice.rotations.fixed import haar
+from signlattice_paper.densities import density
 
 D, N = 128, 8000
 

@@ -10,7 +10,7 @@ import pytest
 from scipy import integrate
 
 from signlattice.beta import rank_ceiling
-from signlattice.densities import REGIMES, density, effective_rank
+from signlattice_paper.densities import REGIMES, density, effective_rank
 
 MEASURED = (0.919, 0.965)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from signlattice.beta import beta, haar_beta
-from signlattice.rotations import haar, identity, srht
+from signlattice.rotations.fixed import haar, identity, srht
 
 SEEDS = range(60)
 DIMS = [112, 128]

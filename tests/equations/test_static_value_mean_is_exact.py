@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from signlattice.attention import attention_layers, states_seen_by
-from signlattice.models import load_model
+from signlattice.models.hooks import attention_layers, states_seen_by
+from signlattice.models.loading import load_model
 
 IDS = torch.arange(1, 61)[None] * 7 % 290
 D, T = 32, 20

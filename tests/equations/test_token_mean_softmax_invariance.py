@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 
-from signlattice.centering import Centering
+from signlattice.quantizers.centering import Centering
 
 D, T = 64, 40
 GENERATOR = torch.Generator().manual_seed(0)

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from signlattice.beta import beta, cosine, folded_normal_beta, rank_ceiling
-from signlattice.learn import LearnConfig, learn_rotation
-from signlattice.rotations import haar, hadamard, identity, orthogonality_defect
+from signlattice.hadamard import hadamard
+from signlattice.rotations.config import LearnConfig
+from signlattice.rotations.fixed import haar, identity, orthogonality_defect
+from signlattice.rotations.learned import learn_rotation
 
 D = 128
-pytestmark = pytest.mark.filterwarnings("ignore::signlattice.learn.CalibrationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::signlattice.rotations.config.CalibrationWarning")
 
 
 def onto_lattice(key, corner):

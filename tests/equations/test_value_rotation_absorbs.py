@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from signlattice.codec import token_scale
-from signlattice.rotations import haar
+from signlattice.quantizers.scales import token_scale
+from signlattice.rotations.fixed import haar
 
 D, WIDTH, T = 32, 48, 20
 
@@ -32,8 +32,9 @@ def coded(y):
 
 
 def test_absorbed_it_changes_no_output():
-    torch.testing.assert_close(WEIGHTS @ (X @ (R @ W_V).T) @ (W_O @ R.T).T,
-                               WEIGHTS @ (X @ W_V.T) @ W_O.T)  # fmt: skip
+    torch.testing.assert_close(
+        WEIGHTS @ (X @ (R @ W_V).T) @ (W_O @ R.T).T, WEIGHTS @ (X @ W_V.T) @ W_O.T
+    )
 
 
 def test_absorbed_around_the_code_it_is_the_rotated_code():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from signlattice.fidelity import relative_error
 from signlattice.kernels.attention import reference
+from signlattice_paper.experiments.fidelity import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the tests run: a GPU, or Triton's interpreter on a CPU."""

@@ -33,10 +33,15 @@ def _pack(d: int, dtype: torch.dtype, n_tokens: int, rule: str, every: bool) -> 
     keys = torch.zeros(2, 4, n_tokens, d, dtype=dtype)
     packed = kernels.PackedKeys.empty(2, 4, n_tokens, d, dc=every)
     kernels.pack_into(
-        packed, keys, torch.zeros(4, d, d), torch.zeros(2, dtype=torch.int32), rule=rule,
-        mean=torch.zeros(4, d) if every else None, temperature=torch.ones(4) if every else None,
+        packed,
+        keys,
+        torch.zeros(4, d, d),
+        torch.zeros(2, dtype=torch.int32),
+        rule=rule,
+        mean=torch.zeros(4, d) if every else None,
+        temperature=torch.ones(4) if every else None,
         impl="triton",
-    )  # fmt: skip
+    )
 
 
 def _dequantise(d: int, dtype: torch.dtype, every: bool) -> None:
@@ -52,14 +57,20 @@ def _attention(
     packed = kernels.PackedKeys.empty(*shape, tokens, d, dc=every)
     values = torch.zeros(*shape, tokens, dv, dtype=dtype)
     sinks = kernels.WholeTokens(
-        torch.zeros(*shape, 32, d, dtype=dtype), torch.zeros(*shape, 32, dv, dtype=dtype),
+        torch.zeros(*shape, 32, d, dtype=dtype),
+        torch.zeros(*shape, 32, dv, dtype=dtype),
         torch.zeros(1, dtype=torch.int32),
-    )  # fmt: skip
+    )
     kernels.decode_attention(
-        torch.zeros(1, 2 * group, d, dtype=dtype), packed, torch.zeros(2, d, d),
+        torch.zeros(1, 2 * group, d, dtype=dtype),
+        packed,
+        torch.zeros(2, d, d),
         values if bits == 16 else kernels.PackedValues.empty(*shape, tokens, dv, bits),
-        scaling=1.0, softcap=30.0 if every else None, whole=sinks, impl="triton",
-    )  # fmt: skip
+        scaling=1.0,
+        softcap=30.0 if every else None,
+        whole=sinks,
+        impl="triton",
+    )
 
 
 def _nearest(d: int, n_tokens: int, passes: int) -> None:
@@ -133,7 +144,5 @@ _DEFAULT = (
     r"attention, d=256, group=32, float16, V 16 bits",
     r"sign_gemm, d=(64|80|256), float16, T=0.5",
 )
-DEFAULT = tuple(
-    name for name in CASES if any(re.fullmatch(pattern, name) for pattern in _DEFAULT)
-)
+DEFAULT = tuple(name for name in CASES if any(re.fullmatch(pattern, name) for pattern in _DEFAULT))
 """What is compiled in every run of the tests: each kernel at small, large and awkward sizes."""

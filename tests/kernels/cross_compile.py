@@ -21,22 +21,27 @@ from types import SimpleNamespace
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when triton is first imported
 
+import cases
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import cases
 from signlattice.kernels import runtime
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one program can have, by architecture."""
 _TYPES = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8",
-    torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
-}  # fmt: skip
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
 
 
 def compiled(launch: runtime.Launch, arguments: tuple, arch: int) -> dict[str, int]:

@@ -121,9 +121,17 @@ def _whole(case: Case, shape: tuple[int, int], dv: int) -> WholeTokens:
 
 def _triton(x: Inputs) -> Tensor:
     return kernels.decode_attention(
-        x.query, x.keys, x.rotation, x.values, scaling=x.scaling, start=x.start, length=x.length,
-        softcap=x.softcap, whole=x.whole, impl="triton",
-    )  # fmt: skip
+        x.query,
+        x.keys,
+        x.rotation,
+        x.values,
+        scaling=x.scaling,
+        start=x.start,
+        length=x.length,
+        softcap=x.softcap,
+        whole=x.whole,
+        impl="triton",
+    )
 
 
 def _exact(x: Inputs) -> Tensor:
@@ -253,9 +261,16 @@ def test_room_not_used_does_not_show() -> None:
 def test_a_window_is_a_later_start(window: int) -> None:
     x = _inputs(Case(tokens=((0, 75), (11, 60))))
     got = kernels.decode_attention(
-        x.query, x.keys, x.rotation, x.values, scaling=x.scaling, start=x.start, length=x.length,
-        window=window, impl="triton",
-    )  # fmt: skip
+        x.query,
+        x.keys,
+        x.rotation,
+        x.values,
+        scaling=x.scaling,
+        start=x.start,
+        length=x.length,
+        window=window,
+        impl="triton",
+    )
     start = _int32(max(0, 75 - window), max(11, 60 - window))
     assert torch.equal(got, _triton(replace(x, start=start)))
 
@@ -277,9 +292,14 @@ def test_a_sequence_is_the_same_in_a_batch_and_alone(monkeypatch: pytest.MonkeyP
         v = x.values
         whole = WholeTokens(x.whole.keys[rows], x.whole.values[rows], x.whole.length[rows])
         return replace(
-            x, query=x.query[rows], keys=keys, start=x.start[rows], length=x.length[rows],
-            values=PackedValues(v.words[rows], v.scale[rows], v.zero[rows], v.bits), whole=whole,
-        )  # fmt: skip
+            x,
+            query=x.query[rows],
+            keys=keys,
+            start=x.start[rows],
+            length=x.length[rows],
+            values=PackedValues(v.words[rows], v.scale[rows], v.zero[rows], v.bits),
+            whole=whole,
+        )
 
     monkeypatch.setattr(triton_attention, "_n_splits", lambda *_: 2)
     together = _triton(x)

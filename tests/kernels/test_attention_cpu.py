@@ -51,9 +51,13 @@ def _seeded() -> None:
 
 
 def _arguments(
-    case: tuple, room: int, start: list[int], length: list[int], n_heads: int = 2,
+    case: tuple,
+    room: int,
+    start: list[int],
+    length: list[int],
+    n_heads: int = 2,
     n_whole: int | None = None,
-) -> tuple:  # fmt: skip
+) -> tuple:
     """Random arguments of `decode_attention`; what must not be read is NaN, or 0xAB in bytes."""
     d, group, dtype, bits, softcap, dc = case
     batch = len(start)
@@ -110,9 +114,11 @@ def _clean(arguments: tuple) -> tuple:
 
 def _assert_right(arguments: tuple) -> None:
     assert_accurate(
-        cpu.decode_attention(*arguments), plain_attention(*_clean(arguments)), _exact(arguments),
+        cpu.decode_attention(*arguments),
+        plain_attention(*_clean(arguments)),
+        _exact(arguments),
         atol=2e-7,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -196,8 +202,9 @@ def test_calls_at_the_same_time_do_not_disturb_each_other() -> None:
 
 @given(
     st.lists(st.tuples(st.integers(0, 500), st.integers(0, 500)), min_size=1, max_size=4),
-    st.integers(1, 3), st.integers(1, 9),
-)  # fmt: skip
+    st.integers(1, 3),
+    st.integers(1, 9),
+)
 def test_pieces_cover_every_token_once_and_are_equal(
     spans: list[tuple[int, int]], n_heads: int, n_threads: int
 ) -> None:

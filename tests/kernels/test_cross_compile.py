@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import cases
+import pytest
 
 ARCHITECTURES = (80, 90)
 SCRIPT = Path(__file__).with_name("cross_compile.py")
@@ -22,11 +21,13 @@ def compiled() -> dict[int, dict[str, dict]]:
     outside = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     running = {
         arch: subprocess.Popen(
-            [sys.executable, SCRIPT, str(arch)], env=outside | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, text=True,
+            [sys.executable, SCRIPT, str(arch)],
+            env=outside | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for arch in ARCHITECTURES
-    }  # fmt: skip
+    }
     lines = {arch: process.communicate()[0].splitlines() for arch, process in running.items()}
     return {
         arch: {line["case"]: line for line in map(json.loads, found)}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
 from accuracy import DEVICE, assert_accurate
 from cases import FLOATS
+from torch import Tensor
+
 from signlattice import kernels
 from signlattice.bits import sign, unpack_signs
-from signlattice.centering import Centering
-from signlattice.codec import LayerCodec, SignKeys
 from signlattice.kernels.layout import PackedKeys
 from signlattice.kernels.unpack import reference, triton
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.sign import LayerCodec, SignKeys
 
 # tensor cores cut off what float32 sums would round: a few units of 2^-24
 ATOL = {torch.float32: 1e-6, torch.float16: 1e-5, torch.bfloat16: 1e-4}

@@ -71,7 +71,8 @@ PACK = {
     "another head size": ({"keys": torch.zeros(B, H, T, 128)}, "words of shape"),
     "words of three axes": ({"packed": with_part(words=torch.zeros(B, H, C))}, "words of shape"),
     "words of int8": (
-        {"packed": with_part(words=torch.zeros(B, H, C, D // 8, dtype=torch.int8))}, "use uint8",
+        {"packed": with_part(words=torch.zeros(B, H, C, D // 8, dtype=torch.int8))},
+        "use uint8",
     ),
     "words with gaps": (
         {"packed": with_part(words=torch.zeros(B, H, C, D // 4, dtype=torch.uint8)[..., ::2])},
@@ -100,18 +101,20 @@ PACK = {
     "rotation on another device": ({"rotation": torch.zeros(H, D, D, device="meta")}, "on meta"),
     "cache on another device": ({"packed": packed_keys(device="meta")}, "words on meta"),
     "positions on another device": (
-        {"positions": torch.zeros(B, dtype=torch.int32, device="meta")}, "positions on meta",
+        {"positions": torch.zeros(B, dtype=torch.int32, device="meta")},
+        "positions on meta",
     ),
     "impl": ({"impl": "numba"}, "impl='numba'"),
-}  # fmt: skip
+}
 
 
 def pack_arguments(**device: str) -> dict:
     return {
-        "packed": packed_keys(**device), "keys": torch.zeros(B, H, T, D, **device),
+        "packed": packed_keys(**device),
+        "keys": torch.zeros(B, H, T, D, **device),
         "rotation": torch.zeros(H, D, D, **device),
         "positions": torch.zeros(B, dtype=torch.int32, **device),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -139,26 +142,30 @@ DEQUANTISE = {
     "words of three axes": ({"packed": with_part(words=torch.zeros(B, H, C))}, "words of shape"),
     "head size": ({"packed": packed_keys(n_bytes=9)}, "head_dim 72"),
     "words of int32": (
-        {"packed": with_part(words=torch.zeros(B, H, C, D // 8, dtype=torch.int32))}, "use uint8",
+        {"packed": with_part(words=torch.zeros(B, H, C, D // 8, dtype=torch.int32))},
+        "use uint8",
     ),
     "scale of fp32": ({"packed": with_part(scale=HALF.float())}, "scale is torch.float32"),
     "scale of another shape": ({"packed": with_part(scale=HALF[:1])}, "scale of shape"),
     "dc of another shape": ({"packed": with_part(dc=HALF[:1])}, "dc of shape"),
     "rotation of another size": ({"rotation": torch.zeros(H, 80, 80)}, "rotation of shape"),
     "rotation of integers": (
-        {"rotation": torch.zeros(H, D, D, dtype=torch.int8)}, "rotation is torch.int8",
+        {"rotation": torch.zeros(H, D, D, dtype=torch.int8)},
+        "rotation is torch.int8",
     ),
     "mean of another shape": ({"mean": torch.zeros(H, 1, D)}, "mean of shape"),
     "mean on another device": ({"mean": torch.zeros(H, D, device="meta")}, "mean on meta"),
     "rotation on another device": ({"rotation": torch.zeros(H, D, D, device="meta")}, "on meta"),
     "into fp64": ({"dtype": torch.float64}, "dtype is torch.float64"),
     "too many rows": (
-        {"packed": packed_keys(2**27, device="meta"),
-         "rotation": torch.zeros(H, D, D, device="meta")},
+        {
+            "packed": packed_keys(2**27, device="meta"),
+            "rotation": torch.zeros(H, D, D, device="meta"),
+        },
         "1073741824 rows",
     ),
     "impl": ({"impl": "cpu"}, "unpack has auto, torch, triton"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
 from accuracy import DEVICE, assert_accurate
 from cases import FLOATS, ORDERS
+from torch import Tensor
+
 from signlattice import kernels
+from signlattice.hadamard import hadamard_signs
 from signlattice.kernels.hadamard import reference
-from signlattice.rotations import hadamard_signs
 
 # tensor cores cut off what float32 sums would round: a few units of 2^-24
 ATOL = {torch.float32: 1e-6, torch.float16: 1e-5, torch.bfloat16: 1e-4}
@@ -71,9 +71,7 @@ def test_any_number_of_rows(n, n_rows):
 def test_nothing_is_written_outside_the_rows(n, monkeypatch):
     margin = 4096
     buffer = torch.full((3 * n + 2 * margin,), torch.nan, device=DEVICE)
-    monkeypatch.setattr(
-        torch, "empty_like", lambda rows: buffer[margin:-margin].view_as(rows)
-    )
+    monkeypatch.setattr(torch, "empty_like", lambda rows: buffer[margin:-margin].view_as(rows))
     x = random_rows(3, n, dtype=torch.float32)
     got = kernels.hadamard_transform(x, impl="triton")
     assert got.isfinite().all()

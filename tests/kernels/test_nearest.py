@@ -6,17 +6,18 @@ import itertools
 
 import pytest
 import torch
+from accuracy import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_pack import lazily
 from torch import Tensor
 
-from accuracy import DEVICE
 from signlattice import kernels
 from signlattice.bits import pack_signs, sign, unpack_signs
 from signlattice.errors import InputError
+from signlattice.kernels import cores
 from signlattice.kernels.nearest import cpu, reference, triton
 from signlattice.kernels.runtime import Launch
-from test_pack import lazily
 
 WHERE = {"torch": DEVICE, "cpu": "cpu", "triton": DEVICE}
 """Every implementation, and the device that it is tested on."""
@@ -125,9 +126,11 @@ def test_nothing_to_tell_signs_by_sets_all_bits(impl):
 
 @settings(max_examples=30)
 @given(
-    seed=st.integers(0, 2**32 - 1), d=st.sampled_from((16, 32, 64)),
-    skew=st.floats(0, 3), definite=st.booleans(),
-)  # fmt: skip
+    seed=st.integers(0, 2**32 - 1),
+    d=st.sampled_from((16, 32, 64)),
+    skew=st.floats(0, 3),
+    definite=st.booleans(),
+)
 def test_no_pass_raises_the_sum(seed, d, skew, definite):
     torch.manual_seed(seed)
     correlations, gram = problem(1, 2, 5, d, skew)
@@ -170,7 +173,7 @@ def test_threads_share_the_vectors(threads, monkeypatch):
     correlations, gram = problem(2, 3, 41, 32)
     used = []
 
-    def counted(work, n, by_all=cpu.by_all):
+    def counted(work, n, by_all=cores.by_all):
         used.append(n)
         by_all(work, n)
 
@@ -192,10 +195,14 @@ def test_gpu_finds_the_signs_of_the_reference(d, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "d", "passes"),
     [
-        ((1, 1, 1), 80, 3), ((2, 3, 1), 16, 3), ((2, 3, 63), 16, 3), ((2, 1, 63), 80, 1),
-        ((1, 1, 63), 128, 1), ((1, 3, 17), 64, 2),
+        ((1, 1, 1), 80, 3),
+        ((2, 3, 1), 16, 3),
+        ((2, 3, 63), 16, 3),
+        ((2, 1, 63), 80, 1),
+        ((1, 1, 63), 128, 1),
+        ((1, 3, 17), 64, 2),
     ],
-)  # fmt: skip
+)
 def test_gpu_takes_any_number_of_vectors_and_passes(shape, d, passes):
     correlations, gram = problem(*shape, d, device=DEVICE)
     got = kernels.nearest_signs(correlations, gram, passes=passes, impl="triton")
@@ -256,10 +263,11 @@ REFUSED = {
     "no pass": ({"passes": 0}, "passes=0"),
     "passes below zero": ({"passes": -1}, "passes=-1"),
     "too many vectors": (
-        {"correlations": torch.zeros(1).expand(2**20, 3, 2**10, 64)}, "1073741824 rows",
+        {"correlations": torch.zeros(1).expand(2**20, 3, 2**10, 64)},
+        "1073741824 rows",
     ),
     "impl": ({"impl": "numba"}, "impl='numba': nearest has auto, torch, triton, cpu"),
-}  # fmt: skip
+}
 
 
 @EACH

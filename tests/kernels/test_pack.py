@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
 from accuracy import DEVICE, assert_accurate
 from cases import FLOATS
+from torch import Tensor
+
 from signlattice import kernels
 from signlattice.bits import sign, unpack_signs
-from signlattice.centering import Centering
-from signlattice.codec import LayerCodec
 from signlattice.kernels.layout import PackedKeys
 from signlattice.kernels.pack import reference, triton
 from signlattice.kernels.pack.reference import RULES
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.sign import LayerCodec
 
 ROUNDING = 2.0**-10
 """By how much of a key's length 11 bits of it and of the rotation move a rotated coordinate."""
@@ -195,9 +195,15 @@ def test_a_cache_holds_what_the_codec_encodes(rule, method, impl):
     codec = LayerCodec(rotation, centering, rule, temperature)
     packed = poisoned(2, 3, 11, 64, dc=method == "dc")
     kernels.pack_into(
-        packed, keys, rotation, places(0, 0), mean=centering.mean, temperature=temperature,
-        rule=rule, impl=impl,
-    )  # fmt: skip
+        packed,
+        keys,
+        rotation,
+        places(0, 0),
+        mean=centering.mean,
+        temperature=temperature,
+        rule=rule,
+        impl=impl,
+    )
     encoded = codec.encode(keys)
     y = codec.rotated(keys)
     clear = y.abs() > ROUNDING * y.norm(dim=-1, keepdim=True)

@@ -15,7 +15,7 @@ from signlattice import kernels
 from signlattice.errors import InputError
 from signlattice.kernels.polar_factor import reference
 from signlattice.kernels.polar_factor import triton as iteration
-from signlattice.rotations import haar, orthogonality_defect
+from signlattice.rotations.fixed import haar, orthogonality_defect
 
 BY_CONDITION = pytest.mark.parametrize("power", range(7))
 
@@ -76,7 +76,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return decompose(x)
 
     monkeypatch.setattr(iteration, "_lifted", lifted)
-    monkeypatch.setattr(iteration.reference, "polar", decomposed)
+    monkeypatch.setattr(reference.reference, "polar", decomposed)
     return made
 
 

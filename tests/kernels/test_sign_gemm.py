@@ -14,7 +14,7 @@ from torch import Tensor
 from signlattice import kernels
 from signlattice.errors import InputError
 from signlattice.kernels.gradient import triton as on_gpu
-from signlattice.rotations import haar
+from signlattice.rotations.fixed import haar
 
 HALF, WIDE = torch.float16, torch.float32
 DTYPES = {"float16": HALF, "bfloat16": torch.bfloat16, "float32": WIDE}
@@ -60,11 +60,19 @@ def test_on_a_processor_it_is_as_accurate_as_plain_torch(
 @pytest.mark.parametrize(
     ("d", "n_keys", "dtype"),
     [
-        (16, 300, WIDE), (24, 131, HALF), (64, 257, WIDE), (80, 129, torch.bfloat16),
-        (96, 77, HALF), (112, 65, WIDE), (128, 190, HALF), (128, 1, WIDE), (256, 97, HALF),
-        (320, 33, HALF), (512, 70, WIDE),
+        (16, 300, WIDE),
+        (24, 131, HALF),
+        (64, 257, WIDE),
+        (80, 129, torch.bfloat16),
+        (96, 77, HALF),
+        (112, 65, WIDE),
+        (128, 190, HALF),
+        (128, 1, WIDE),
+        (256, 97, HALF),
+        (320, 33, HALF),
+        (512, 70, WIDE),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_on_a_gpu_it_is_as_accurate_as_plain_torch(
     d: int, n_keys: int, dtype: torch.dtype, temperature: float

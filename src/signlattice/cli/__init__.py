@@ -19,8 +19,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .. import __version__
-from ..errors import InputError
+from signlattice import __version__
+from signlattice.errors import InputError
 
 VALUES = ("whole", "fp8", "int8", "int4", "int2")
 CODES = ("lattice", "rotation")
@@ -30,8 +30,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; only wrong usage, help and version raise SystemExit.
-    """
+    """Run a command and return its exit code; only wrong usage, help and version raise SystemExit."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows no β
@@ -60,10 +59,10 @@ def _run(options: argparse.Namespace) -> tuple[dict, list[str]]:
     if options.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the hub's client is imported
     if options.command == "inspect":
-        from .contents import inspect
+        from signlattice.cli.contents import inspect
 
         return inspect(options)
-    from . import commands
+    from signlattice.cli import commands
 
     try:
         return getattr(commands, options.command)(options)
@@ -97,10 +96,12 @@ def _command(
     commands: argparse._SubParsersAction, name: str, what: str, example: str
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(
-        name, help=what, description=what[0].upper() + what[1:] + ".",
+        name,
+        help=what,
+        description=what[0].upper() + what[1:] + ".",
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     command.add_argument("--json", action="store_true", help="print one JSON document")
     command.add_argument("--quiet", action="store_true", help="show no progress")
     return command
@@ -108,135 +109,243 @@ def _command(
 
 def _learn(commands: argparse._SubParsersAction) -> None:
     command = _command(
-        commands, "learn", "learn a codec for the keys of a model",
+        commands,
+        "learn",
+        "learn a codec for the keys of a model",
         "signlattice learn olmoe-mini -o codec.safetensors --keys-per-dim 128",
-    )  # fmt: skip
+    )
     _add_model(command)
-    command.add_argument("-o", "--output", metavar="FILE", type=Path, required=True,
-                         help="codec file to write, safetensors")
+    command.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="codec file to write, safetensors",
+    )
     _add_text(command, "corpus for a small model of ours, else wikitext")
-    command.add_argument("--code", choices=CODES, default="lattice",
-                         help="signs by search in a learned lattice (default), or of a rotated key")
-    command.add_argument("--scale", choices=SCALES, default="unbiased",
-                         help="of a key's signs (default: unbiased)")
-    command.add_argument("--keys-per-dim", metavar="N", type=_number(1), default=256,
-                         help="calibration keys for each coordinate of a head (default: 256)")
-    command.add_argument("--sliding", action="store_true",
-                         help="learn layers with a sliding window, too")
+    command.add_argument(
+        "--code",
+        choices=CODES,
+        default="lattice",
+        help="signs by search in a learned lattice (default), or of a rotated key",
+    )
+    command.add_argument(
+        "--scale", choices=SCALES, default="unbiased", help="of a key's signs (default: unbiased)"
+    )
+    command.add_argument(
+        "--keys-per-dim",
+        metavar="N",
+        type=_number(1),
+        default=256,
+        help="calibration keys for each coordinate of a head (default: 256)",
+    )
+    command.add_argument(
+        "--sliding", action="store_true", help="learn layers with a sliding window, too"
+    )
     command.add_argument("--temperature", action="store_true", help="fit a gain for every head")
-    command.add_argument("--seed", metavar="N", type=_number(0), default=0,
-                         help="of the sample of keys, and of the rotation (default: 0)")
-    command.add_argument("--scratch", metavar="DIR", type=Path,
-                         help="where FILE.parts is until FILE is whole (default: beside FILE); "
-                         "an interrupted run that is started again goes on from there")
+    command.add_argument(
+        "--seed",
+        metavar="N",
+        type=_number(0),
+        default=0,
+        help="of the sample of keys, and of the rotation (default: 0)",
+    )
+    command.add_argument(
+        "--scratch",
+        metavar="DIR",
+        type=Path,
+        help="where FILE.parts is until FILE is whole (default: beside FILE); "
+        "an interrupted run that is started again goes on from there",
+    )
 
 
 def _measure(commands: argparse._SubParsersAction) -> None:
     command = _command(
-        commands, "measure", "measure what a codec does to the keys and to attention, held out",
+        commands,
+        "measure",
+        "measure what a codec does to the keys and to attention, held out",
         "signlattice measure olmoe-mini codec.safetensors",
-    )  # fmt: skip
+    )
     _add_model(command, codec=True)
     _add_text(command, "that of the codec")
-    command.add_argument("--passages", metavar="N", type=_number(1), default=32,
-                         help="windows of text to measure on (default: 32)")
+    command.add_argument(
+        "--passages",
+        metavar="N",
+        type=_number(1),
+        default=32,
+        help="windows of text to measure on (default: 32)",
+    )
 
 
 def _evaluate(commands: argparse._SubParsersAction) -> None:
     command = _command(
-        commands, "evaluate", "evaluate a model through the cache, beside other caches",
+        commands,
+        "evaluate",
+        "evaluate a model through the cache, beside other caches",
         "signlattice evaluate olmoe-mini codec.safetensors --values int8,int4 --window 64",
-    )  # fmt: skip
+    )
     _add_model(command, codec=True)
     _add_text(command, "that of the codec")
-    command.add_argument("--values", metavar="LIST", type=_listed(_one_of(VALUES)),
-                         default=["int4", "int2"],
-                         help=f"of {', '.join(VALUES)}: a row for each (default: int4,int2)")
+    command.add_argument(
+        "--values",
+        metavar="LIST",
+        type=_listed(_one_of(VALUES)),
+        default=["int4", "int2"],
+        help=f"of {', '.join(VALUES)}: a row for each (default: int4,int2)",
+    )
     _add_window(command)
-    command.add_argument("--passages", metavar="N", type=_number(1), default=64,
-                         help="windows of text to read, half as many with needles (default: 64)")
-    command.add_argument("--step", metavar="N", type=_number(1),
-                         help="tokens of a call, 1 is token by token (default: a whole window); "
-                         "it changes the time that is taken, not what a query sees")
+    command.add_argument(
+        "--passages",
+        metavar="N",
+        type=_number(1),
+        default=64,
+        help="windows of text to read, half as many with needles (default: 64)",
+    )
+    command.add_argument(
+        "--step",
+        metavar="N",
+        type=_number(1),
+        help="tokens of a call, 1 is token by token (default: a whole window); "
+        "it changes the time that is taken, not what a query sees",
+    )
 
 
 def _generate(commands: argparse._SubParsersAction) -> None:
     command = _command(
-        commands, "generate", "continue a text with exact keys and through the cache",
+        commands,
+        "generate",
+        "continue a text with exact keys and through the cache",
         'signlattice generate olmoe-mini codec.safetensors "def add(a, b):" --window 16',
-    )  # fmt: skip
+    )
     _add_model(command, codec=True)
     command.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads stdin")
-    command.add_argument("--max-new-tokens", metavar="N", type=_number(1), default=64,
-                         help="(default: 64)")
-    command.add_argument("--sample", action="store_true",
-                         help="draw tokens; without it the likeliest is taken")
-    command.add_argument("--temperature", metavar="X", type=_positive(), default=1.0,
-                         help="of what is drawn (default: 1)")
-    command.add_argument("--top-p", metavar="P", type=_positive(1.0), default=1.0,
-                         help="draw among the likeliest tokens of this share (default: 1)")
-    command.add_argument("--seed", metavar="N", type=_number(0), default=0,
-                         help="of what is drawn (default: 0)")
+    command.add_argument(
+        "--max-new-tokens", metavar="N", type=_number(1), default=64, help="(default: 64)"
+    )
+    command.add_argument(
+        "--sample", action="store_true", help="draw tokens; without it the likeliest is taken"
+    )
+    command.add_argument(
+        "--temperature",
+        metavar="X",
+        type=_positive(),
+        default=1.0,
+        help="of what is drawn (default: 1)",
+    )
+    command.add_argument(
+        "--top-p",
+        metavar="P",
+        type=_positive(1.0),
+        default=1.0,
+        help="draw among the likeliest tokens of this share (default: 1)",
+    )
+    command.add_argument(
+        "--seed", metavar="N", type=_number(0), default=0, help="of what is drawn (default: 0)"
+    )
     command.add_argument("--values", choices=VALUES, default="int4", help="(default: int4)")
     _add_window(command)
 
 
 def _bench(commands: argparse._SubParsersAction) -> None:
     command = _command(
-        commands, "bench", "time attention on packed keys beside torch's own, here",
+        commands,
+        "bench",
+        "time attention on packed keys beside torch's own, here",
         "signlattice bench --tokens 8192,32768 --rounds 15",
-    )  # fmt: skip
-    command.add_argument("--tokens", metavar="LIST", type=_listed(_number(1)),
-                         default=[4096, 16384], help="in the cache (default: 4096,16384)")
+    )
+    command.add_argument(
+        "--tokens",
+        metavar="LIST",
+        type=_listed(_number(1)),
+        default=[4096, 16384],
+        help="in the cache (default: 4096,16384)",
+    )
     for name, default, what in (
-        ("heads", 8, "KV heads"), ("head-dim", 128, "coordinates of a head"),
-        ("group", 4, "query heads of a KV head"), ("batch", 1, "sequences"),
+        ("heads", 8, "KV heads"),
+        ("head-dim", 128, "coordinates of a head"),
+        ("group", 4, "query heads of a KV head"),
+        ("batch", 1, "sequences"),
         ("rounds", 7, "of timing"),
-    ):  # fmt: skip
-        command.add_argument(f"--{name}", metavar="N", type=_number(1), default=default,
-                             help=f"{what} (default: {default})")
+    ):
+        command.add_argument(
+            f"--{name}",
+            metavar="N",
+            type=_number(1),
+            default=default,
+            help=f"{what} (default: {default})",
+        )
     _add_device(command)
 
 
 def _inspect(commands: argparse._SubParsersAction) -> None:
     command = _command(
-        commands, "inspect", "show what is in a codec file; no model is needed",
+        commands,
+        "inspect",
+        "show what is in a codec file; no model is needed",
         "signlattice inspect codec.safetensors",
-    )  # fmt: skip
+    )
     command.add_argument("codec", metavar="CODEC", type=Path, help="a codec file")
 
 
 def _add_model(command: argparse.ArgumentParser, codec: bool = False) -> None:
-    command.add_argument("model", metavar="MODEL",
-                         help="a small model of ours, such as olmoe-mini; a name on the hub; "
-                         "or a checkpoint's folder")
+    command.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a small model of ours, such as olmoe-mini; a name on the hub; "
+        "or a checkpoint's folder",
+    )
     if codec:
         command.add_argument("codec", metavar="CODEC", type=Path, help="a codec of that model")
-    command.add_argument("--context", metavar="N", type=_number(2),
-                         help="tokens of a window (default: what the model reads, at most 2048)")
+    command.add_argument(
+        "--context",
+        metavar="N",
+        type=_number(2),
+        help="tokens of a window (default: what the model reads, at most 2048)",
+    )
     command.add_argument("--dtype", choices=DTYPES, default="auto", help="of the loaded weights")
     command.add_argument("--revision", help="branch, tag or commit of a model on the hub")
-    command.add_argument("--batch-size", metavar="N", type=_number(1),
-                         help="windows read at once (default: 16 of a small model of ours, else 1)")
+    command.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=_number(1),
+        help="windows read at once (default: 16 of a small model of ours, else 1)",
+    )
     _add_device(command)
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", type=_device, default="auto",
-                         help="auto (default: a GPU if there is one), cpu, cuda or cuda:N")
+    command.add_argument(
+        "--device",
+        type=_device,
+        default="auto",
+        help="auto (default: a GPU if there is one), cpu, cuda or cuda:N",
+    )
 
 
 def _add_text(command: argparse.ArgumentParser, default: str) -> None:
-    command.add_argument("--text", metavar="TEXT",
-                         help="corpus, wikitext, c4, or a file or folder of your own "
-                         f"(default: {default})")
+    command.add_argument(
+        "--text",
+        metavar="TEXT",
+        help=f"corpus, wikitext, c4, or a file or folder of your own (default: {default})",
+    )
 
 
 def _add_window(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--window", metavar="N", type=_number(0), default=60,
-                         help="latest tokens that stay whole (default: 60)")
-    command.add_argument("--sinks", metavar="N", type=_number(0), default=4,
-                         help="first tokens that stay whole (default: 4)")
+    command.add_argument(
+        "--window",
+        metavar="N",
+        type=_number(0),
+        default=60,
+        help="latest tokens that stay whole (default: 60)",
+    )
+    command.add_argument(
+        "--sinks",
+        metavar="N",
+        type=_number(0),
+        default=4,
+        help="first tokens that stay whole (default: 4)",
+    )
 
 
 # What an argument may be; argparse puts its name before the message.

@@ -14,21 +14,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import fullsize, kernels
-from ..attention import attention_layers
-from ..cache import CacheConfig, CacheStats, SignKeyCache
-from ..cache_quality import Judge, QualityConfig
-from ..calibrate import CalibrateConfig, learn_codec, measure_codec, n_parts
-from ..codec import KeyCodec
-from ..errors import InputError
-from ..evaluate import passages, spread
-from ..files import check_writable, shown
-from ..kernel_times import Decode, KernelTimesConfig, decode_rows
-from ..models import MINIS, LoadedModel, load_model
-from ..records import device_name
-from ..texts import Text, read_text
-from .contents import layer_row
-from .show import facts, plain, size, span, table
+from signlattice import kernels
+from signlattice.cache.sign_key_cache import CacheConfig, CacheStats, SignKeyCache
+from signlattice.calibration import CalibrateConfig, learn_codec, measure_codec, n_parts
+from signlattice.cli.contents import layer_row
+from signlattice.cli.show import facts, plain, size, span, table
+from signlattice.data.texts import Text, read_text
+from signlattice.errors import InputError
+from signlattice.evaluation.through_cache import Judge, QualityConfig
+from signlattice.evaluation.timing import device_name
+from signlattice.io import check_writable, shown
+from signlattice.models import full_size
+from signlattice.models.hooks import attention_layers
+from signlattice.models.loading import LoadedModel, load_model
+from signlattice.models.minis import MINIS
+from signlattice.models.passages import passages, spread
+from signlattice.quantizers.codec import KeyCodec
+from signlattice_paper.experiments.kernel_times import Decode, KernelTimesConfig, decode_rows
 
 Result = tuple[dict, list[str]]
 OutOfMemory = (MemoryError, torch.OutOfMemoryError)
@@ -50,10 +52,14 @@ def learn(options: argparse.Namespace) -> Result:
         check_writable(folder)
     name = options.text or ("corpus" if options.model in MINIS else "wikitext")
     config = CalibrateConfig(
-        code=options.code, scale_rule=options.scale, keys_per_dim=options.keys_per_dim,
-        sliding=options.sliding, temperature=options.temperature, seed=options.seed,
+        code=options.code,
+        scale_rule=options.scale,
+        keys_per_dim=options.keys_per_dim,
+        sliding=options.sliding,
+        temperature=options.temperature,
+        seed=options.seed,
         batch_size=_batch_size(options),
-    )  # fmt: skip
+    )
     start = time.perf_counter()
     loaded = _load(options)
     text = read_text(name)
@@ -81,11 +87,18 @@ def _learned(loaded: LoadedModel, codec: KeyCodec, output: Path, seconds: float)
     owners = sum(layer.owns_keys for layer in attention_layers(loaded.model).values())
     rows = [layer_row(index, code, known.beta[index]) for index, code in codec.layers.items()]
     document = {
-        "file": str(output), "bytes": n_bytes, "weight_bytes": weights, "share": n_bytes / weights,
-        "model": loaded.name, "model_hash": codec.model_hash, "n_keys": known.n_keys,
-        "noise_null": known.noise_null, "provenance": codec.provenance, "layers": rows,
+        "file": str(output),
+        "bytes": n_bytes,
+        "weight_bytes": weights,
+        "share": n_bytes / weights,
+        "model": loaded.name,
+        "model_hash": codec.model_hash,
+        "n_keys": known.n_keys,
+        "noise_null": known.noise_null,
+        "provenance": codec.provenance,
+        "layers": rows,
         "seconds": seconds,
-    }  # fmt: skip
+    }
     inside, outside = known.noise_null
     share = n_bytes / weights
     pairs = [
@@ -97,15 +110,19 @@ def _learned(loaded: LoadedModel, codec: KeyCodec, output: Path, seconds: float)
         ("null", f"β of noise: {outside:.3f} held out, {inside:.3f} in sample"),
     ]
     if share > LARGEST_SHARE:
-        pairs.append((
-            "note",
-            f"the codec weighs more than {LARGEST_SHARE:.0%} of the model: "
-            "it pays with long contexts or many sequences alone",
-        ))  # fmt: skip
+        pairs.append(
+            (
+                "note",
+                f"the codec weighs more than {LARGEST_SHARE:.0%} of the model: "
+                "it pays with long contexts or many sequences alone",
+            )
+        )
     columns = {
-        "layer": ("layer", ""), "heads": ("heads", ""), "head_dim": ("size", ""),
+        "layer": ("layer", ""),
+        "heads": ("heads", ""),
+        "head_dim": ("size", ""),
         "range": ("β held out, least–greatest head", ""),
-    }  # fmt: skip
+    }
     ranged = [row | {"range": span(row["beta"])} for row in rows]
     return plain(document), [*facts(pairs), "", *table(ranged, columns)]
 
@@ -120,26 +137,38 @@ def measure(options: argparse.Namespace) -> Result:
     found = measure_codec(loaded, codec, pieces, _batch_size(options))
     rows = [
         {
-            "layer": index, "head": head,
+            "layer": index,
+            "head": head,
             **{name: float(each[head]) for name, each in vars(quality).items()},
         }
         for index, quality in found.items()
         for head in range(len(quality.beta))
-    ]  # fmt: skip
+    ]
     numbers = ("beta", "distortion", "kl", "top1")
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in numbers}
     document = {
-        "model": loaded.name, "codec": str(options.codec), "text": text.name, "passages": n,
-        "tokens": sum(len(piece.ids) for piece in pieces), "mean": mean, "heads": rows,
-    }  # fmt: skip
+        "model": loaded.name,
+        "codec": str(options.codec),
+        "text": text.name,
+        "passages": n,
+        "tokens": sum(len(piece.ids) for piece in pieces),
+        "mean": mean,
+        "heads": rows,
+    }
     columns = {
-        "layer": ("layer", ""), "head": ("head", ""), "beta": ("β", ".4f"),
-        "distortion": ("distortion", ".4f"), "kl": ("KL (nats)", ".4f"), "top1": ("top-1", ".1%"),
-    }  # fmt: skip
-    lines = facts([
-        ("model", loaded.name),
-        ("text", f"{text.name}, held out: {document['tokens']} tokens of {n} passages"),
-    ])  # fmt: skip
+        "layer": ("layer", ""),
+        "head": ("head", ""),
+        "beta": ("β", ".4f"),
+        "distortion": ("distortion", ".4f"),
+        "kl": ("KL (nats)", ".4f"),
+        "top1": ("top-1", ".1%"),
+    }
+    lines = facts(
+        [
+            ("model", loaded.name),
+            ("text", f"{text.name}, held out: {document['tokens']} tokens of {n} passages"),
+        ]
+    )
     lines += ["", *table([*rows, {"layer": "mean"} | mean], columns)]
     lines += ["", "KL and top-1 are of attention weights, through signs for every key."]
     return plain(document), lines
@@ -176,32 +205,52 @@ def evaluate(options: argparse.Namespace) -> Result:
             bar.set_postfix_str(name)
             used = codec if cache.key_format == "sign" else None
             row = judge.row(
-                used, cache, step=options.step,
+                used,
+                cache,
+                step=options.step,
                 progress=lambda n: bar.update(n / len(judge.pieces)),
-            )  # fmt: skip
+            )
             rows.append({"cache": name, **row})
     document = {
-        "model": loaded.name, "codec": str(options.codec), "text": text.name,
-        "context": loaded.context, "tokens": exact["tokens"], "documents": exact["documents"],
-        "step": options.step, "rows": rows,
-    }  # fmt: skip
+        "model": loaded.name,
+        "codec": str(options.codec),
+        "text": text.name,
+        "context": loaded.context,
+        "tokens": exact["tokens"],
+        "documents": exact["documents"],
+        "step": options.step,
+        "rows": rows,
+    }
     gaps = [
         row | {"interval": f"{row['gap_low']:.2f} to {row['gap_high']:.2f}"}
-        if "gap" in row else row
+        if "gap" in row
+        else row
         for row in rows
-    ]  # fmt: skip
+    ]
     columns = {
-        "cache": ("cache", ""), "window": ("window", ""), "sinks": ("sinks", ""),
-        "bits": ("bits", ".2f"), "effective_bits": ("with window", ".2f"),
-        "reduction": ("smaller", ".2f"), "perplexity": ("perplexity", ".3f"),
-        "gap": ("gap %", ".2f"), "interval": ("95 %", ""), "kl": ("KL (nats)", ".4f"),
-        "top1": ("top-1", ".1%"), "needle": ("needle", ".1%"),
-    }  # fmt: skip
-    lines = facts([
-        ("model", f"{loaded.name}, windows of {loaded.context} tokens"),
-        ("text", f"{text.name}, held out: {exact['tokens']} tokens "
-                 f"of {exact['documents']} documents"),
-    ])  # fmt: skip
+        "cache": ("cache", ""),
+        "window": ("window", ""),
+        "sinks": ("sinks", ""),
+        "bits": ("bits", ".2f"),
+        "effective_bits": ("with window", ".2f"),
+        "reduction": ("smaller", ".2f"),
+        "perplexity": ("perplexity", ".3f"),
+        "gap": ("gap %", ".2f"),
+        "interval": ("95 %", ""),
+        "kl": ("KL (nats)", ".4f"),
+        "top1": ("top-1", ".1%"),
+        "needle": ("needle", ".1%"),
+    }
+    lines = facts(
+        [
+            ("model", f"{loaded.name}, windows of {loaded.context} tokens"),
+            (
+                "text",
+                f"{text.name}, held out: {exact['tokens']} tokens "
+                f"of {exact['documents']} documents",
+            ),
+        ]
+    )
     lines += ["", *table(gaps, columns), ""]
     lines += [
         "bits to a coordinate of what is packed, and with window, sinks and spare room; smaller: "
@@ -239,11 +288,16 @@ def generate(options: argparse.Namespace) -> Result:
     first = next(differing, None if len(exact) == len(coded) else min(len(exact), len(coded)))
     texts = [loaded.tokenizer.decode(found) for found in (exact, coded)]
     document = {
-        "model": loaded.name, "codec": str(options.codec), "prompt_tokens": n_prompt,
-        "exact": texts[0], "cached": texts[1], "agree": first is None, "first_difference": first,
+        "model": loaded.name,
+        "codec": str(options.codec),
+        "prompt_tokens": n_prompt,
+        "exact": texts[0],
+        "cached": texts[1],
+        "agree": first is None,
+        "first_difference": first,
         "tokens": {"exact": exact, "cached": coded},
         "cache": asdict(stats) | {"bytes": stats.n_bytes, "reduction": stats.reduction},
-    }  # fmt: skip
+    }
     verdict = f"agree in all {len(exact)} tokens"
     if first is not None:
         ends = [repr(loaded.tokenizer.decode(found[first : first + 4])) for found in (exact, coded)]
@@ -253,9 +307,12 @@ def generate(options: argparse.Namespace) -> Result:
 
 
 def _continued(
-    options: argparse.Namespace, loaded: LoadedModel, ids: Tensor, bar: tqdm,
+    options: argparse.Namespace,
+    loaded: LoadedModel,
+    ids: Tensor,
+    bar: tqdm,
     cache: SignKeyCache | None = None,
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """New tokens after ids [1, T]; what is drawn is drawn alike with and without a cache."""
     torch.manual_seed(options.seed)
     chosen: dict = {"do_sample": options.sample}
@@ -263,9 +320,14 @@ def _continued(
         chosen |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     ids = ids.to(loaded.model.device)
     found = loaded.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.max_new_tokens,
-        pad_token_id=loaded.first_token, past_key_values=cache, streamer=_Ticks(bar), **chosen,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=options.max_new_tokens,
+        pad_token_id=loaded.first_token,
+        past_key_values=cache,
+        streamer=_Ticks(bar),
+        **chosen,
+    )
     return found[0, ids.shape[1] :].tolist()
 
 
@@ -294,10 +356,13 @@ def _stats_facts(stats: CacheStats) -> list[tuple[str, str]]:
     return [
         ("cache", f"{stats.n_tokens} tokens, {whole}"),
         ("bytes", f"{size(stats.n_bytes)}: {held}"),
-        ("bits", f"{packed.key:.2f} of a key's coordinate, {packed.value:.2f} of a value's; "
-                 f"with window, sinks and spare room {effective.average:.2f}"),
+        (
+            "bits",
+            f"{packed.key:.2f} of a key's coordinate, {packed.value:.2f} of a value's; "
+            f"with window, sinks and spare room {effective.average:.2f}",
+        ),
         ("smaller", f"{stats.reduction:.2f} times, than in 16 bits"),
-    ]  # fmt: skip
+    ]
 
 
 def bench(options: argparse.Namespace) -> Result:
@@ -320,23 +385,34 @@ def bench(options: argparse.Namespace) -> Result:
     shape = {name: getattr(options, name) for name in ("heads", "head_dim", "group", "batch")}
     document = {"device": device_name(device), **shape, "rounds": options.rounds, "rows": rows}
     told = [
-        row | {
+        row
+        | {
             "ms": 1e3 * row["seconds"],
             "ms_range": span([1e3 * row[f"seconds_{end}"] for end in ("low", "high")]),
             "range": span([row[f"speed_up_{end}"] for end in ("low", "high")], ".2f"),
         }
         for row in rows
-    ]  # fmt: skip
+    ]
     columns = {
-        "tokens": ("tokens", ""), "contender": ("cache", ""), "ms": ("ms", ".3f"),
-        "ms_range": ("quartiles", ""), "speed_up": ("times quicker", ".2f"),
-        "range": ("quartiles", ""), "over": ("than", ""), "bandwidth": ("GB/s", ".1f"),
-    }  # fmt: skip
-    lines = facts([
-        ("device", document["device"]),
-        ("shape", f"{options.batch} × {options.heads} KV heads of {options.head_dim}, "
-                  f"{options.group} queries each; {options.rounds} rounds"),
-    ])  # fmt: skip
+        "tokens": ("tokens", ""),
+        "contender": ("cache", ""),
+        "ms": ("ms", ".3f"),
+        "ms_range": ("quartiles", ""),
+        "speed_up": ("times quicker", ".2f"),
+        "range": ("quartiles", ""),
+        "over": ("than", ""),
+        "bandwidth": ("GB/s", ".1f"),
+    }
+    lines = facts(
+        [
+            ("device", document["device"]),
+            (
+                "shape",
+                f"{options.batch} × {options.heads} KV heads of {options.head_dim}, "
+                f"{options.group} queries each; {options.rounds} rounds",
+            ),
+        ]
+    )
     return plain(document), [*lines, "", *table(told, columns)]
 
 
@@ -357,17 +433,20 @@ def _load(options: argparse.Namespace) -> LoadedModel:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     name, context = options.model, options.context
     if name not in MINIS:
-        return fullsize.load_full(
-            name, revision=options.revision, dtype=options.dtype, context=context,
+        return full_size.load_full(
+            name,
+            revision=options.revision,
+            dtype=options.dtype,
+            context=context,
             device_map=options.device,
-        )  # fmt: skip
+        )
     if options.revision is not None:
         raise InputError(f"--revision {options.revision} of {name}, which has none: leave it out")
     loaded = load_model(name, _device(options.device))
     if context is not None and context > loaded.context:
         raise InputError(f"--context {context}: {name} reads {loaded.context} tokens or fewer")
     if options.dtype != "auto":
-        loaded.model.to(fullsize.DTYPES[options.dtype])
+        loaded.model.to(full_size.DTYPES[options.dtype])
     return replace(loaded, context=context or loaded.context)
 
 
@@ -391,10 +470,12 @@ def _cache_config(
     layers = attention_layers(loaded.model)
     sliding = any(layers[i].window is not None for i in codec.layers if i in layers)
     return CacheConfig(
-        value_format=values, window=options.window, sinks=options.sinks,
+        value_format=values,
+        window=options.window,
+        sinks=options.sinks,
         sliding="packed" if sliding else "whole",
         dtype=torch.float16 if loaded.model.dtype == torch.float32 else None,
-    )  # fmt: skip
+    )
 
 
 def _prompt(prompt: str) -> str:
@@ -411,9 +492,12 @@ def _prompt(prompt: str) -> str:
 
 def _bar(options: argparse.Namespace, total: float) -> tqdm:
     return tqdm(
-        total=total, desc=options.command, disable=options.quiet, file=sys.stderr,
+        total=total,
+        desc=options.command,
+        disable=options.quiet,
+        file=sys.stderr,
         bar_format="{desc} {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}",
-    )  # fmt: skip
+    )
 
 
 def _say(options: argparse.Namespace, line: str) -> None:

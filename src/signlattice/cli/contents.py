@@ -8,9 +8,10 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ..codec import KeyCodec, LayerCodec
-from ..files import shown
-from .show import facts, plain, size, span, table
+from signlattice.cli.show import facts, plain, size, span, table
+from signlattice.io import shown
+from signlattice.quantizers.codec import KeyCodec
+from signlattice.quantizers.sign import LayerCodec
 
 
 def inspect(options: argparse.Namespace) -> tuple[dict, list[str]]:
@@ -28,12 +29,18 @@ def inspect(options: argparse.Namespace) -> tuple[dict, list[str]]:
         for index, code in codec.layers.items()
     ]
     document = {
-        "file": str(options.codec), "bytes": n_bytes, "schema": header["schema"],
-        "bits": header.get("bits", 32), "model_hash": codec.model_hash,
-        "calibration_hash": known and known.text, "n_keys": known and known.n_keys,
-        "noise_null": known and known.noise_null, "provenance": codec.provenance,
-        "version": codec.provenance.get("signlattice"), "layers": rows,
-    }  # fmt: skip
+        "file": str(options.codec),
+        "bytes": n_bytes,
+        "schema": header["schema"],
+        "bits": header.get("bits", 32),
+        "model_hash": codec.model_hash,
+        "calibration_hash": known and known.text,
+        "n_keys": known and known.n_keys,
+        "noise_null": known and known.noise_null,
+        "provenance": codec.provenance,
+        "version": codec.provenance.get("signlattice"),
+        "layers": rows,
+    }
     pairs = [
         ("file", f"{shown(options.codec)}, {size(n_bytes)}"),
         ("schema", f"{document['schema']}, {document['bits']} bits to a number"),
@@ -48,26 +55,35 @@ def inspect(options: argparse.Namespace) -> tuple[dict, list[str]]:
         ]
     pairs += sorted(codec.provenance.items())
     shown_rows = [
-        row | {
+        row
+        | {
             "temperature": row["temperature"] and span(row["temperature"]),
             "beta": " ".join(f"{value:.3f}" for value in row["beta"]) or None,
         }
         for row in rows
-    ]  # fmt: skip
+    ]
     columns = {
-        "layer": ("layer", ""), "heads": ("heads", ""), "head_dim": ("size", ""),
-        "code": ("code", ""), "centering": ("centering", ""), "scale": ("scale", ""),
-        "temperature": ("temperature", ""), "beta": ("β of each head, held out", ""),
-    }  # fmt: skip
+        "layer": ("layer", ""),
+        "heads": ("heads", ""),
+        "head_dim": ("size", ""),
+        "code": ("code", ""),
+        "centering": ("centering", ""),
+        "scale": ("scale", ""),
+        "temperature": ("temperature", ""),
+        "beta": ("β of each head, held out", ""),
+    }
     return plain(document), [*facts(pairs), "", *table(shown_rows, columns)]
 
 
 def layer_row(index: int, code: LayerCodec, beta: tuple[float, ...]) -> dict[str, Any]:
     """What a codec does to one layer."""
     return {
-        "layer": index, "heads": code.n_heads, "head_dim": code.head_dim,
+        "layer": index,
+        "heads": code.n_heads,
+        "head_dim": code.head_dim,
         "code": "rotation" if code.metric is None else "lattice",
-        "centering": code.centering.method, "scale": code.scale_rule,
+        "centering": code.centering.method,
+        "scale": code.scale_rule,
         "temperature": None if code.temperature is None else code.temperature.tolist(),
         "beta": list(beta),
-    }  # fmt: skip
+    }

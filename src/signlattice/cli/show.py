@@ -15,9 +15,7 @@ def facts(pairs: Sequence[tuple[str, str]]) -> list[str]:
     return [f"{name:<{width}}  {fact}".rstrip() for name, fact in pairs]
 
 
-def table(
-    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]
-) -> list[str]:
+def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> list[str]:
     """Lines of a table: ``columns`` maps a row's key to its heading and its format, in order.
 
     Text is aligned left, numbers right; what a row lacks, or has as None, shows as a dash.

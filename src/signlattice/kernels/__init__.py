@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..rotations import hadamard_core
-from .layout import VALUE_BITS, PackedKeys, PackedValues, WholeTokens
-from .pack.reference import RULES
+from signlattice.errors import InputError
+from signlattice.hadamard import hadamard_core
+from signlattice.kernels.layout import VALUE_BITS, PackedKeys, PackedValues, WholeTokens
+from signlattice.kernels.pack.reference import RULES
 
 Impl = Literal["auto", "torch", "triton", "cpu"]
 
@@ -339,9 +339,7 @@ def _check_stored(
         raise InputError(f"{name} is not contiguous: a copy at every step would cost too much")
 
 
-def _check_packed(
-    packed: PackedKeys, cells: tuple[int, ...], d: int, device: torch.device
-) -> None:
+def _check_packed(packed: PackedKeys, cells: tuple[int, ...], d: int, device: torch.device) -> None:
     _check_tensor("words", packed.words, (*cells, d // 8), (torch.uint8,), device)
     _check_tensor("scale", packed.scale, cells, (torch.float16,), device)
     _check_tensor("dc", packed.dc, cells, (torch.float16,), device)

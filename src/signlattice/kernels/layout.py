@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bits import n_words
-from ..errors import InputError
+from signlattice.bits import n_words
+from signlattice.errors import InputError
 
 VALUE_BITS = (2, 4, 8)
 
@@ -27,9 +27,15 @@ class PackedKeys:
 
     @classmethod
     def empty(
-        cls, batch: int, n_heads: int, capacity: int, head_dim: int, *, dc: bool = False,
+        cls,
+        batch: int,
+        n_heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        dc: bool = False,
         device: torch.device | str = "cpu",
-    ) -> PackedKeys:  # fmt: skip
+    ) -> PackedKeys:
         """Room for ``capacity`` tokens, nothing in it yet. Raises ``InputError`` on a head size."""
         shape = (batch, n_heads, capacity)
         words = torch.zeros(*shape, n_words(head_dim), dtype=torch.uint8, device=device)
@@ -53,9 +59,15 @@ class PackedValues:
 
     @classmethod
     def empty(
-        cls, batch: int, n_heads: int, capacity: int, head_dim: int, bits: int, *,
+        cls,
+        batch: int,
+        n_heads: int,
+        capacity: int,
+        head_dim: int,
+        bits: int,
+        *,
         device: torch.device | str = "cpu",
-    ) -> PackedValues:  # fmt: skip
+    ) -> PackedValues:
         """Room for ``capacity`` tokens. Raises ``InputError`` on a width or a head size."""
         if bits not in VALUE_BITS:
             raise InputError(f"values at {bits!r} bits: use 2, 4 or 8")

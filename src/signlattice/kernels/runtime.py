@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from ..errors import InputError
+from signlattice.errors import InputError
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in the interpreter: fixed when triton was first imported."""

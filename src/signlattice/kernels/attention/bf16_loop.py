@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from ..layout import PackedValues
-from . import vectors
-from .cpu_loop import LOG2E, as_bits, attend, compiled, merged, rows_of
+from signlattice.kernels.attention import vectors
+from signlattice.kernels.attention.cpu_loop import LOG2E, as_bits, attend, compiled, merged, rows_of
+from signlattice.kernels.layout import PackedValues
 
 _FOUR, _ONE = vectors.bfloat16_dots(4), vectors.bfloat16_dots(1)
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import InputError
-from ..layout import PackedKeys, PackedValues, WholeTokens
-from . import vectors
-from .cpu_loop import LOG2E, as_bits, attend, compiled, merged, rows_of
+from signlattice.errors import InputError
+from signlattice.kernels.attention import vectors
+from signlattice.kernels.attention.cpu_loop import LOG2E, as_bits, attend, compiled, merged, rows_of
+from signlattice.kernels.layout import PackedKeys, PackedValues, WholeTokens
 
 LIMBS = {torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
 """Limbs of a table entry by the dtype of the query: 12, 18 and 24 bits."""
@@ -104,9 +104,12 @@ def _scorer(words: int, limbs: int, with_dc: bool) -> Callable[..., None]:
                 alpha[j] = vectors.float_of_half(steps[j])
             for g in range(scores.shape[0]):
                 lookup_sums(
-                    nibbles.ctypes.data, tables[row, g].ctypes.data, words // 2, origin[row, g],
+                    nibbles.ctypes.data,
+                    tables[row, g].ctypes.data,
+                    words // 2,
+                    origin[row, g],
                     found.ctypes.data,
-                )  # fmt: skip
+                )
                 out, u = scores[g, t:], unit[row, g]
                 for j in range(there):
                     out[j] = alpha[j] * (u * found[j])
@@ -150,8 +153,12 @@ def decode_attention(
     parts, lse = attend(
         _scorer(d // 8, limbs, keys.dc is not None),
         (rows_of(keys.words), scale, dc, tables, unit, origin, along),
-        values, start, length, group, softcap,
-    )  # fmt: skip
+        values,
+        start,
+        length,
+        group,
+        softcap,
+    )
     if whole is not None:
         also, also_lse = _attend_whole(q, whole, softcap)
         parts, lse = torch.cat((parts, also), 2), torch.cat((lse, also_lse), 2)

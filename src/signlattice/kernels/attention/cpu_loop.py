@@ -14,9 +14,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ..cores import by_all
-from ..layout import PackedValues
-from . import vectors
+from signlattice.kernels.attention import vectors
+from signlattice.kernels.cores import by_all
+from signlattice.kernels.layout import PackedValues
 
 LOG2E = 1.4426950408889634
 

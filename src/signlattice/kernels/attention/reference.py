@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import PackedKeys, PackedValues, WholeTokens
-from ..unpack.reference import dequantise
+from signlattice.kernels.layout import PackedKeys, PackedValues, WholeTokens
+from signlattice.kernels.unpack.reference import dequantise
 
 
 def decode_attention(

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import PackedKeys, PackedValues, WholeTokens
-from ..runtime import INTERPRETED, Launch, as_seen, padded
+from signlattice.kernels.layout import PackedKeys, PackedValues, WholeTokens
+from signlattice.kernels.runtime import INTERPRETED, Launch, as_seen, padded
 
 LOG2E = 1.4426950408889634
 _PLANE_POWER = (15, 14, 12, 8, 0, 15, 14, 12)
@@ -27,9 +27,22 @@ WHOLE_SPLIT = 256
 
 
 @triton.jit
-def _packed_scores(words, scale, dc, planes, aux, row, cell, there, W: tl.constexpr,
-                   WP: tl.constexpr, PLANES: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr,
-                   FINE: tl.constexpr):  # fmt: skip
+def _packed_scores(
+    words,
+    scale,
+    dc,
+    planes,
+    aux,
+    row,
+    cell,
+    there,
+    W: tl.constexpr,
+    WP: tl.constexpr,
+    PLANES: tl.constexpr,
+    GP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FINE: tl.constexpr,
+):
     # Scores of packed keys, [TOKENS, GP] in log2 units.
     w, g = tl.arange(0, WP), tl.arange(0, GP)
     planes += row * ((2 if FINE else 1) * PLANES * WP * GP)
@@ -61,9 +74,21 @@ def _packed_scores(words, scale, dc, planes, aux, row, cell, there, W: tl.conste
 
 
 @triton.jit
-def _whole_scores(query, keys, factor, row, cell, there, group, D: tl.constexpr, DP: tl.constexpr,
-                  GP: tl.constexpr, TOKENS: tl.constexpr, DOT: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
+def _whole_scores(
+    query,
+    keys,
+    factor,
+    row,
+    cell,
+    there,
+    group,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    GP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     # Scores of keys kept whole, [TOKENS, GP] in log2 units.
     part: tl.constexpr = 64 if DOT == tl.float32 and DP > 128 else DP  # registers hold no more
     g = tl.arange(0, GP)
@@ -104,13 +129,44 @@ def _codes(words, BITS: tl.constexpr, TOKENS: tl.constexpr, DVP: tl.constexpr, D
 
 @triton.jit
 def _split(
-    query, planes, aux, keys, scale, dc, values, v_scale, v_zero, start, length, out, lse,
-    n_heads, group, capacity, first_slot, n_slots, factor, softcap,
-    D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, PLANES: tl.constexpr,
-    GP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr,
-    BITS: tl.constexpr, CODE: tl.constexpr, TOKENS: tl.constexpr, FINE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    query,
+    planes,
+    aux,
+    keys,
+    scale,
+    dc,
+    values,
+    v_scale,
+    v_zero,
+    start,
+    length,
+    out,
+    lse,
+    n_heads,
+    group,
+    capacity,
+    first_slot,
+    n_slots,
+    factor,
+    softcap,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    W: tl.constexpr,
+    WP: tl.constexpr,
+    PLANES: tl.constexpr,
+    GP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    VW: tl.constexpr,
+    VWP: tl.constexpr,
+    BITS: tl.constexpr,
+    CODE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FINE: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     # One program: a share of the tokens of one sequence and KV head, for its `group` queries.
     # Keys are packed, or whole where there are no planes of a query; values are packed below 16
     # bits. Absent tensors are None, and what would read them is not compiled.
@@ -178,9 +234,7 @@ def _split(
 
 
 @triton.jit
-def _merge(
-    parts, lse, out, n_slots, DV: tl.constexpr, DVP: tl.constexpr, SLOTS: tl.constexpr
-):  # fmt: skip
+def _merge(parts, lse, out, n_slots, DV: tl.constexpr, DVP: tl.constexpr, SLOTS: tl.constexpr):
     # One query: its partial outputs weighed by what each saw of the softmax's denominator.
     row, g, group = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     v = tl.arange(0, DVP)
@@ -239,18 +293,54 @@ def decode_attention(
     cap = None if softcap is None else softcap * LOG2E
     if n_packed:
         launch(
-            (rows, n_packed), None, planes, aux, keys.words, keys.scale, keys.dc, stored,
-            v_scale, v_zero, start, length, out, lse, n_heads, group, capacity, 0, slots, factor,
+            (rows, n_packed),
+            None,
+            planes,
+            aux,
+            keys.words,
+            keys.scale,
+            keys.dc,
+            stored,
+            v_scale,
+            v_zero,
+            start,
+            length,
+            out,
+            lse,
+            n_heads,
+            group,
+            capacity,
+            0,
+            slots,
+            factor,
             cap,
-        )  # fmt: skip
+        )
     if n_whole:
         k, v = as_seen(whole.keys), as_seen(whole.values)
         launch = plan(d, dv, group, torch.promote_types(seen.dtype, k.dtype), packed=False)
         launch(
-            (rows, n_whole), seen, None, None, k, None, None, v, None, None,
-            torch.zeros_like(whole.length), whole.length, out, lse, n_heads, group, k.shape[2],
-            n_packed, slots, factor, cap,
-        )  # fmt: skip
+            (rows, n_whole),
+            seen,
+            None,
+            None,
+            k,
+            None,
+            None,
+            v,
+            None,
+            None,
+            torch.zeros_like(whole.length),
+            whole.length,
+            out,
+            lse,
+            n_heads,
+            group,
+            k.shape[2],
+            n_packed,
+            slots,
+            factor,
+            cap,
+        )
     result = torch.empty((batch, n_queries, dv), dtype=seen.dtype, device=query.device)
     merge = Launch(_merge, {"DV": dv, "DVP": padded(dv), "SLOTS": 16})
     merge((rows, group), out, lse, result, slots)
@@ -258,9 +348,15 @@ def decode_attention(
 
 
 def plan(
-    d: int, dv: int, group: int, dtype: torch.dtype, *, value_bits: int = 16, packed: bool = True,
+    d: int,
+    dv: int,
+    group: int,
+    dtype: torch.dtype,
+    *,
+    value_bits: int = 16,
+    packed: bool = True,
     fine: bool = False,
-) -> Launch:  # fmt: skip
+) -> Launch:
     """The launch for ``group`` query heads on one KV head; ``packed`` or whole keys."""
     words, side, planes = plane_shape(d)
     exact, wide = dtype == torch.float32, max(d, dv)
@@ -274,12 +370,24 @@ def plan(
     codes = 1 if value_bits == 16 else 8 // value_bits
     width = triton.next_power_of_2(dv // codes)
     constants = {
-        "D": d, "DP": padded(d), "W": words, "WP": side, "PLANES": planes, "GP": padded(group),
-        "DV": dv, "DVP": codes * width, "VW": dv // codes, "VWP": width, "BITS": value_bits,
-        "CODE": 1.0 if exact else 2.0**24, "TOKENS": tokens, "FINE": fine,
-        "STAGES": stages, "PRECISION": "ieee" if INTERPRETED else "tf32x3" if exact else "tf32",
+        "D": d,
+        "DP": padded(d),
+        "W": words,
+        "WP": side,
+        "PLANES": planes,
+        "GP": padded(group),
+        "DV": dv,
+        "DVP": codes * width,
+        "VW": dv // codes,
+        "VWP": width,
+        "BITS": value_bits,
+        "CODE": 1.0 if exact else 2.0**24,
+        "TOKENS": tokens,
+        "FINE": fine,
+        "STAGES": stages,
+        "PRECISION": "ieee" if INTERPRETED else "tf32x3" if exact else "tf32",
         "DOT": getattr(tl, str(dtype).removeprefix("torch.")),
-    }  # fmt: skip
+    }
     return Launch(_split, constants, num_warps=warps, num_stages=stages)
 
 

@@ -6,8 +6,8 @@ import functools
 
 from torch import Tensor
 
-from ..cores import shared_out
-from . import reference
+from signlattice.kernels.cores import shared_out
+from signlattice.kernels.gradient import reference
 
 
 def sign_gemm(keys: Tensor, rotation: Tensor, temperature: float = 0.0) -> Tensor:

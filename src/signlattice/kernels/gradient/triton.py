@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime import INTERPRETED, Launch, as_seen, n_programs, padded
+from signlattice.kernels.runtime import INTERPRETED, Launch, as_seen, n_programs, padded
 
 MAX_DIM = {2: 256, 4: 128}
 """By bytes of a coordinate: above this the products alone bind, and torch's are as good."""
@@ -18,10 +18,20 @@ _BLOCKED = 1 << 28  # most numbers of a block above MAX_DIM
 
 @triton.jit
 def _sign_gemm(
-    keys, rotation, partial, s_head, s_key, n_keys, inverse_temperature,
-    D: tl.constexpr, DP: tl.constexpr, AXES: tl.constexpr, KEYS: tl.constexpr,
-    SMOOTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    keys,
+    rotation,
+    partial,
+    s_head,
+    s_key,
+    n_keys,
+    inverse_temperature,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    AXES: tl.constexpr,
+    KEYS: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     # partial[split, head, axis, :] = Σ slope(r_axis · x) x over every n_splits-th tile of keys
     split, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
     axis = tl.program_id(1) * AXES + tl.arange(0, AXES)
@@ -83,10 +93,13 @@ def plan(d: int, dtype: torch.dtype, *, smooth: bool) -> Launch:
     side = padded(d)
     exact = dtype == torch.float32
     constants = {
-        "D": d, "DP": side, "AXES": min(side, 32 if exact else 128),
-        "KEYS": 64 if side <= (64 if exact else 128) else 32, "SMOOTH": smooth,
+        "D": d,
+        "DP": side,
+        "AXES": min(side, 32 if exact else 128),
+        "KEYS": 64 if side <= (64 if exact else 128) else 32,
+        "SMOOTH": smooth,
         "PRECISION": "ieee" if INTERPRETED else "tf32x3",
-    }  # fmt: skip
+    }
     return Launch(_sign_gemm, constants, num_warps=8 if side > (16 if exact else 64) else 4)
 
 

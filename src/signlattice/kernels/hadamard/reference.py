@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...rotations import hadamard_core, hadamard_signs
+from signlattice.hadamard import hadamard_core, hadamard_signs
 
 
 def hadamard_transform(x: Tensor, signs: Tensor | None = None) -> Tensor:

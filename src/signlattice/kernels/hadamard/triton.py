@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...rotations import hadamard_core, hadamard_signs
-from ..runtime import INTERPRETED, Launch, as_seen, n_programs, padded
+from signlattice.hadamard import hadamard_core, hadamard_signs
+from signlattice.kernels.runtime import INTERPRETED, Launch, as_seen, n_programs, padded
 
 MAX_DENSE = {2: 128, 4: 64}
 """Up to this order, by bytes of an element, a tile of rows meets the whole matrix, on the chip."""
@@ -38,10 +38,17 @@ def _times_signs(x, h, PRECISION: tl.constexpr):
 
 @triton.jit
 def _dense(
-    x, signs, table, y, n_rows,
-    N: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
-    SIGNED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x,
+    signs,
+    table,
+    y,
+    n_rows,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     # y[r, :] = table · (signs ∘ x[r, :]);  table: [P, P], the N×N matrix padded by zeros
     i = tl.arange(0, P)
     inside = i < N
@@ -61,10 +68,19 @@ def _dense(
 
 @triton.jit
 def _kronecker(
-    x, signs, left, right, y, n_rows,
-    N1: tl.constexpr, P1: tl.constexpr, N2: tl.constexpr, P2: tl.constexpr,
-    SIGNED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x,
+    signs,
+    left,
+    right,
+    y,
+    n_rows,
+    N1: tl.constexpr,
+    P1: tl.constexpr,
+    N2: tl.constexpr,
+    P2: tl.constexpr,
+    SIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     # A row is a matrix X [N1, N2], and (left ⊗ right) x is left · X · rightᵀ.
     i, j = tl.arange(0, P1), tl.arange(0, P2)
     dtype = x.dtype.element_ty

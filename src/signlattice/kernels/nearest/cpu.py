@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import InputError
-from ..attention.cpu_loop import compiled, rows_of
-from ..cores import by_all
+from signlattice.errors import InputError
+from signlattice.kernels.attention.cpu_loop import compiled, rows_of
+from signlattice.kernels.cores import by_all
 
 TILE = 16
 """Vectors of one head that a row of the Gram matrix is read for at once."""
@@ -78,9 +78,7 @@ def _run(correlations, gram, passes, first, end, words, along, length):
         first += n
 
 
-def nearest_signs(
-    correlations: Tensor, gram: Tensor, passes: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def nearest_signs(correlations: Tensor, gram: Tensor, passes: int) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.nearest_signs`, with the same signs, compiled at the first call.
 
     As many threads as torch has share the vectors. Raises ``InputError`` on tensors that are not on

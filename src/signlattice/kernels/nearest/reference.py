@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...bits import pack_signs
+from signlattice.bits import pack_signs
 
 
-def nearest_signs(
-    correlations: Tensor, gram: Tensor, passes: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def nearest_signs(correlations: Tensor, gram: Tensor, passes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Signs s of a small sᵀGs − 2 cᵀs, chosen one after the other, each given all others.
 
     With a basis B and a metric M, c = B M x and G = B M Bᵀ, this brings Bᵀs near the vector x: it

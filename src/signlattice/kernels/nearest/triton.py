@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime import Launch
+from signlattice.kernels.runtime import Launch
 
 FEW = 16
 """Vectors of a head up to which each has a warp of its own."""
@@ -18,9 +18,23 @@ NUMBERS = 1024
 
 @triton.jit
 def _nearest(
-    correlations, gram, words, along, length, s_batch, s_head, s_token, n_tokens, n_rows, passes,
-    D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    correlations,
+    gram,
+    words,
+    along,
+    length,
+    s_batch,
+    s_head,
+    s_token,
+    n_tokens,
+    n_rows,
+    passes,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    WP: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     # Rows are tokens of all sequences of one head. Columns are bit planes of W coordinates, each
     # padded to WP; the columns of padding have no sign, 0, and take no part.
     h = tl.program_id(1).to(tl.int64)
@@ -56,9 +70,7 @@ def _nearest(
     tl.store(into, packed.to(tl.uint8), mask=there[:, None] & (w < W)[None, :])
 
 
-def nearest_signs(
-    correlations: Tensor, gram: Tensor, passes: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def nearest_signs(correlations: Tensor, gram: Tensor, passes: int) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.nearest_signs`, with the same signs, in one launch."""
     batch, n_heads, n_tokens, d = correlations.shape
     cells = (batch, n_heads, n_tokens)
@@ -81,8 +93,11 @@ def plan(d: int, few: bool) -> Launch:
     """The launch for vectors of ``d`` coordinates; ``few`` for a decode step's handful of them."""
     width = triton.next_power_of_2(d // 8)
     constants = {
-        "D": d, "W": d // 8, "WP": width, "ROWS": 1 if few else min(32, NUMBERS // (8 * width)),
+        "D": d,
+        "W": d // 8,
+        "WP": width,
+        "ROWS": 1 if few else min(32, NUMBERS // (8 * width)),
         "STAGES": 3,
-    }  # fmt: skip
+    }
     # of one warp, so that no sum over a row waits for another warp
     return Launch(_nearest, constants, num_warps=1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...bits import pack_signs
-from ..layout import PackedKeys
+from signlattice.bits import pack_signs
+from signlattice.kernels.layout import PackedKeys
 
 RULES = ("mse", "norm", "unbiased")
 

@@ -7,18 +7,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import PackedKeys
-from ..runtime import INTERPRETED, Launch, as_seen, n_programs, padded
+from signlattice.kernels.layout import PackedKeys
+from signlattice.kernels.runtime import INTERPRETED, Launch, as_seen, n_programs, padded
 
 
 @triton.jit
 def _pack(
-    keys, rotation, mean, temperature, words, scale, dc, positions,
-    s_batch, s_head, s_token, n_tokens, n_rows, capacity,
-    D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, PLANES: tl.constexpr,
-    ROWS: tl.constexpr, RULE: tl.constexpr, CENTRED: tl.constexpr, DC: tl.constexpr,
-    TEMPERED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    keys,
+    rotation,
+    mean,
+    temperature,
+    words,
+    scale,
+    dc,
+    positions,
+    s_batch,
+    s_head,
+    s_token,
+    n_tokens,
+    n_rows,
+    capacity,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    W: tl.constexpr,
+    WP: tl.constexpr,
+    PLANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    RULE: tl.constexpr,
+    CENTRED: tl.constexpr,
+    DC: tl.constexpr,
+    TEMPERED: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     # Rows are tokens of all sequences of one head. A chunk of the rotation is PLANES bit planes of
     # W coordinates each, a plane padded to WP; all eight stay on the chip where they fit.
     h = tl.program_id(1).to(tl.int64)  # a head's keys may begin beyond 2^31 numbers
@@ -95,20 +116,33 @@ def pack_into(
     x = as_seen(keys)
     x = x if x.stride(-1) == 1 else x.contiguous()
     launch = plan(
-        d, x.dtype, rule, few=n_rows <= 16, centred=mean is not None,
-        dc=packed.dc is not None, tempered=temperature is not None,
-    )  # fmt: skip
+        d,
+        x.dtype,
+        rule,
+        few=n_rows <= 16,
+        centred=mean is not None,
+        dc=packed.dc is not None,
+        tempered=temperature is not None,
+    )
     matrix = as_seen(rotation).contiguous()
     absent = matrix  # a pointer for what the kernel is compiled not to read
     tiles = triton.cdiv(n_rows, launch.constants["ROWS"]) * n_heads
     grid = (triton.cdiv(n_programs(tiles, x.device, 2), n_heads), n_heads)
     launch(
-        grid, x, matrix, absent if mean is None else as_seen(mean).contiguous(),
+        grid,
+        x,
+        matrix,
+        absent if mean is None else as_seen(mean).contiguous(),
         absent if temperature is None else as_seen(temperature).contiguous(),
-        packed.words, packed.scale,
-        absent if packed.dc is None else packed.dc, positions, *x.stride()[:3], n_tokens, n_rows,
+        packed.words,
+        packed.scale,
+        absent if packed.dc is None else packed.dc,
+        positions,
+        *x.stride()[:3],
+        n_tokens,
+        n_rows,
         packed.words.shape[2],
-    )  # fmt: skip
+    )
 
 
 def plan(
@@ -127,12 +161,17 @@ def plan(
     else:
         planes, rows, warps = 1, 16 if exact else 32, 8
     constants = {
-        "D": d, "DP": padded(d), "W": words, "WP": max(8, triton.next_power_of_2(words)),
-        "PLANES": planes, "ROWS": 16 if few else rows,
-        "RULE": rule, "CENTRED": centred, "DC": dc, "TEMPERED": tempered,
+        "D": d,
+        "DP": padded(d),
+        "W": words,
+        "WP": max(8, triton.next_power_of_2(words)),
+        "PLANES": planes,
+        "ROWS": 16 if few else rows,
+        "RULE": rule,
+        "CENTRED": centred,
+        "DC": dc,
+        "TEMPERED": tempered,
         "DOT": tl.float32 if exact else tl.float16,
         "PRECISION": "ieee" if INTERPRETED else "tf32",
-    }  # fmt: skip
+    }
     return Launch(_pack, constants, num_warps=warps)
-
-

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..cores import shared_out
-from . import reference
+from signlattice.kernels.cores import shared_out
+from signlattice.kernels.polar_factor import reference
 
 
 def polar(matrix: Tensor) -> Tensor:

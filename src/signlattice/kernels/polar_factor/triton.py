@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from signlattice.kernels.polar_factor import reference
 
 # Odd polynomials a·x + b·x³ + c·x⁵ whose composition lifts singular values from [.001, 1] to 1
 # faster than any other: Amsel et al. (2025), "The Polar Express", arXiv 2505.16932, Algorithm 1.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...bits import unpack_signs
-from ..layout import PackedKeys
+from signlattice.bits import unpack_signs
+from signlattice.kernels.layout import PackedKeys
 
 
 def dequantise(

@@ -12,16 +12,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import PackedKeys
-from ..runtime import INTERPRETED, Launch, n_programs, padded
+from signlattice.kernels.layout import PackedKeys
+from signlattice.kernels.runtime import INTERPRETED, Launch, n_programs, padded
 
 
 @triton.jit
 def _dequantise(
-    words, scale, dc, rotation, mean, out, n_tokens, n_rows, capacity,
-    D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DC: tl.constexpr, CENTRED: tl.constexpr,
-):  # fmt: skip
+    words,
+    scale,
+    dc,
+    rotation,
+    mean,
+    out,
+    n_tokens,
+    n_rows,
+    capacity,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    WP: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DC: tl.constexpr,
+    CENTRED: tl.constexpr,
+):
     # One program: COLUMNS coordinates of one head, whose share of the rotation stays on the chip,
     # for tile after tile of the tokens of all sequences.  rotation: fp16 [H, PARTS, D, D]
     h = tl.program_id(1)
@@ -77,10 +91,17 @@ def dequantise(
     tiles = triton.cdiv(n_rows, launch.constants["ROWS"]) * n_heads * columns
     grid = (triton.cdiv(n_programs(tiles, out.device, 2), n_heads * columns), n_heads, columns)
     launch(
-        grid, words, scale, scale if packed.dc is None else packed.dc.contiguous(),
+        grid,
+        words,
+        scale,
+        scale if packed.dc is None else packed.dc.contiguous(),
         halves(rotation, launch.constants["PARTS"]),
-        scale if mean is None else mean.float().contiguous(), out, n_tokens, n_rows, n_tokens,
-    )  # fmt: skip
+        scale if mean is None else mean.float().contiguous(),
+        out,
+        n_tokens,
+        n_rows,
+        n_tokens,
+    )
     return out.to(dtype)
 
 
@@ -91,9 +112,15 @@ def plan(d: int, dtype: torch.dtype, *, dc: bool, centred: bool) -> Launch:
     # a program's share of the rotation is 64 KB at most, so that two programs fit a multiprocessor
     columns = min(padded(d), (128 if d <= 256 else 64) // parts)
     constants = {
-        "D": d, "W": words, "WP": padded(words), "PARTS": parts, "ROWS": 128, "COLUMNS": columns,
-        "DC": dc, "CENTRED": centred,
-    }  # fmt: skip
+        "D": d,
+        "W": words,
+        "WP": padded(words),
+        "PARTS": parts,
+        "ROWS": 128,
+        "COLUMNS": columns,
+        "DC": dc,
+        "CENTRED": centred,
+    }
     return Launch(_dequantise, constants, num_warps=8)
 
 

@@ -1,0 +1,1 @@
+"""A cache for ``generate()`` that stores bits: its layers, masks and storage."""

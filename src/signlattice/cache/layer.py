@@ -1,0 +1,510 @@
+"""One layer of a compressed cache: what it keeps, and how queries attend to it.
+
+Every token is packed as it comes. Beside that, its layer keeps the last ``window`` tokens and the
+first ``sinks`` ones whole. A query sees a token whole if it is a sink, or fewer than ``window``
+tokens back; else it sees what was packed. So what a query sees does not depend on how a text was
+cut into calls: a prompt in one call, in chunks or token by token comes to the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.cache_utils import CacheLayerMixin
+
+from signlattice import kernels
+from signlattice.cache.masks import MaskReader, Seen
+from signlattice.cache.storage import (
+    PAGE,
+    KeyFormat,
+    RoundedStore,
+    SignStore,
+    Store,
+    ValueFormat,
+    WholeStore,
+    key_store,
+    value_store,
+)
+from signlattice.errors import InputError
+from signlattice.kernels import Impl
+from signlattice.kernels.layout import WholeTokens
+from signlattice.memory import KVShape
+from signlattice.models.hooks import AttentionLayer
+from signlattice.quantizers.sign import LayerCodec
+
+NewStores = Callable[[torch.dtype], tuple[Store, Store]]
+"""Makes empty stores of keys and of values; the dtype is that of what is whole."""
+
+BLOCK = 256
+"""Queries that attend at once where a prompt is read: keys are whole for those near, not all."""
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """How a layer keeps its tokens.
+
+    Attributes:
+        keys, values: formats, of `stores`.
+        window, sinks: latest and first tokens that are kept whole too.
+        spare: tokens beyond the window that are still there whole, so that as many can be taken
+            back (`crop`) without a trace.
+        dtype: of what is kept whole; None is that of the keys as they come.
+        impl: of the kernels.
+    """
+
+    keys: KeyFormat
+    values: ValueFormat
+    window: int
+    sinks: int
+    spare: int
+    dtype: torch.dtype | None
+    impl: Impl
+
+
+@dataclass(frozen=True)
+class LayerWeight:
+    """What a layer holds.
+
+    Attributes:
+        shape: of one token of a sequence; ``batch``: sequences; ``n_slots``: tokens that are kept.
+        n_seen: tokens that a query can see, fewer than are kept where a window slides.
+        n_packed: keys of all heads and sequences that are seen only packed.
+        bits: of a packed key and of a packed value.
+        stores, recent, sinks: bytes that are allocated, of "keys" and of "values".
+    """
+
+    shape: KVShape
+    batch: int
+    n_slots: int
+    n_seen: int
+    n_packed: int
+    bits: dict[str, int]
+    stores: dict[str, int]
+    recent: dict[str, int]
+    sinks: dict[str, int]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that are allocated."""
+        return sum(sum(part.values()) for part in (self.stores, self.recent, self.sinks))
+
+    @property
+    def n_coordinates(self) -> int:
+        """Coordinates of all keys and values that can be seen."""
+        each = self.shape.n_heads * (self.shape.head_dim + self.shape.value_dim)
+        return self.batch * self.n_seen * each
+
+
+class PackedLayer(CacheLayerMixin):
+    """A cache layer, of all tokens or of a sliding window, that returns `LayerTokens`."""
+
+    is_croppable = True
+
+    def __init__(
+        self, layer: AttentionLayer, fmt: LayerFormat, code: LayerCodec | None, reader: MaskReader
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.format = fmt
+        self.code = code
+        self.reader = reader
+        self.new_stores: NewStores = self._stores_by_format
+        self.is_sliding = layer.window is not None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.n_tokens = 0
+        self.first = 0  # token of slot 0
+        self.key_store: Store | None = None
+        self.value_store: Store | None = None
+        self.recent: dict[str, Tensor] = {}  # keys and values [B, H, R, D] of the last tokens
+        self.sinks: dict[str, Tensor] = {}  # keys and values [B, H, S, D]
+        self.is_initialized = False
+
+    def __repr__(self) -> str:
+        return f"PackedLayer({self.format.keys}, {self.format.values}, {self.n_tokens} tokens)"
+
+    # What is kept.
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room of the first keys and values. Raises ``InputError`` if the code is of others."""
+        batch, n_heads, _, d = key_states.shape
+        expected = (self.layer.n_heads, self.layer.head_dim)
+        if (n_heads, d) != expected:
+            raise InputError(
+                f"keys of {n_heads} heads of {d} in layer {self.layer.index}: this cache was made "
+                f"for a model with {expected[0]} of {expected[1]}"
+            )
+        self.device = key_states.device
+        self.dtype = self.format.dtype or key_states.dtype
+        self.mean = None
+        if self.code is not None:
+            self.code = self.code.to(self.device)
+            self.mean = self.code.centering.mean
+        self.key_store, self.value_store = self.new_stores(self.dtype)
+        for kept, n in ((self.recent, 0), (self.sinks, self.format.sinks)):
+            kept["keys"] = key_states.new_zeros((batch, n_heads, n, d), dtype=self.dtype)
+            shape = (batch, n_heads, n, value_states.shape[-1])
+            kept["values"] = value_states.new_zeros(shape, dtype=self.dtype)
+        self.is_initialized = True
+
+    def _stores_by_format(self, dtype: torch.dtype) -> tuple[Store, Store]:
+        fmt = self.format
+        return key_store(fmt.keys, dtype, self.code, fmt.impl), value_store(fmt.values, dtype)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[LayerTokens, LayerTokens]:
+        """Take in T new tokens; what comes back attends to them and to all before."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        batch = self.recent["keys"].shape[0]
+        if key_states.shape[0] != batch:
+            raise InputError(
+                f"{key_states.shape[0]} sequences for a cache that holds {batch}: use another cache"
+            )
+        at = self.n_tokens - self.first
+        self.key_store.append(at, key_states)
+        self.value_store.append(at, value_states)
+        self.n_tokens += key_states.shape[2]
+        centred = key_states
+        if self.mean is not None:
+            centred = key_states.float() - self.mean[:, None]
+        whole = {
+            "keys": torch.cat((self.recent["keys"], centred.to(self.dtype)), 2),
+            "values": torch.cat((self.recent["values"], value_states.to(self.dtype)), 2),
+        }
+        tokens = LayerTokens(
+            self,
+            self.n_tokens,
+            self.first,
+            self.key_store,
+            self.value_store,
+            whole["keys"],
+            whole["values"],
+        )
+        kept = min(whole["keys"].shape[2], self.format.window + self.format.spare)
+        for name, tensor in whole.items():
+            short = tensor[:, :, tensor.shape[2] - kept :]
+            self.recent[name] = short if kept == tensor.shape[2] else short.clone()
+        self._slide()
+        return tokens, tokens
+
+    def _slide(self) -> None:
+        """Forget what no later query of a sliding window can see."""
+        if self.layer.window is None:
+            return
+        first = self.n_tokens - self.layer.window - self.format.spare
+        if first - self.first >= PAGE:
+            cut = first - self.first, self.n_tokens - self.first
+            self.key_store = self.key_store.without(*cut)
+            self.value_store = self.value_store.without(*cut)
+            self.first = first
+
+    def keep_sinks(self, tokens: LayerTokens, seen: Seen) -> None:
+        """Keep the first tokens of every sequence, as far as they are among those just seen."""
+        n_sinks, n_whole = self.format.sinks, tokens.keys.shape[2]
+        first_whole = tokens.n_tokens - n_whole
+        if not n_sinks or first_whole >= seen.latest_start + n_sinks:
+            return
+        place = seen.start[:, None] + torch.arange(n_sinks, device=self.device) - first_whole
+        there = ((place >= 0) & (place < n_whole))[:, None, :, None]
+        place = place.clamp(0, n_whole - 1).long()[:, None, :, None]
+        for name, whole in (("keys", tokens.keys), ("values", tokens.values)):
+            old = self.sinks[name]
+            new = whole.gather(2, place.expand(*old.shape))
+            self.sinks[name] = torch.where(there, new, old)
+
+    def weight(self) -> LayerWeight:
+        """What the layer holds, in bytes. It must have taken in a token."""
+        recent, keys = self.recent["keys"], self.key_store
+        batch, n_heads, n_recent, d = recent.shape
+        n_slots = self.n_tokens - self.first
+        shape = KVShape(1, n_heads, d, self.recent["values"].shape[-1])
+        n_seen = n_slots if self.layer.window is None else min(n_slots, self.layer.window)
+        n_whole = min(n_seen, min(n_recent, self.format.window) + self.format.sinks)
+        bits = {}
+        for name, store in (("keys", keys), ("values", self.value_store)):
+            bits[name] = 8 * store.n_bytes // (batch * n_heads * store.room)
+        return LayerWeight(
+            shape,
+            batch,
+            n_slots,
+            n_seen,
+            batch * n_heads * (n_seen - n_whole),
+            bits,
+            {"keys": keys.n_bytes, "values": self.value_store.n_bytes},
+            {name: tensor.untyped_storage().nbytes() for name, tensor in self.recent.items()},
+            {name: tensor.untyped_storage().nbytes() for name, tensor in self.sinks.items()},
+        )
+
+    # What transformers asks of a layer.
+
+    def get_seq_length(self) -> int:
+        """Tokens that were taken in, forgotten ones among them."""
+        return self.n_tokens
+
+    def get_max_length(self) -> int:
+        """Of a sliding window; -1 where there is no end."""
+        return -1 if self.layer.window is None else self.layer.window
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the tokens that a mask is made for."""
+        kept = self.n_tokens
+        if self.layer.window is not None:
+            kept = min(kept, self.layer.window - 1)
+        return kept + query_length, self.n_tokens - kept
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens: a number below zero, as transformers has it.
+
+        Up to ``spare`` tokens without a trace; beyond, the window of whole tokens is shorter until
+        it has filled again. Raises ``InputError`` on a number above zero, and where a sliding
+        window has already forgotten what would be in it again.
+        """
+        if tokens_to_remove > 0:
+            raise InputError(f"crop({tokens_to_remove}): give minus the number of tokens to remove")
+        if not tokens_to_remove or not self.is_initialized:
+            return
+        left = max(0, self.n_tokens + tokens_to_remove)
+        if self.first and left - (self.layer.window - 1) < self.first:
+            raise InputError(
+                f"crop({tokens_to_remove}) of layer {self.layer.index}: its sliding window holds "
+                f"tokens from {self.first} on, and would need those from "
+                f"{max(0, left - self.layer.window + 1)} on; crop at most {self.format.spare}"
+            )
+        removed = self.n_tokens - left
+        for name, tensor in self.recent.items():
+            self.recent[name] = tensor[:, :, : max(0, tensor.shape[2] - removed)].contiguous()
+        self.n_tokens = left
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence b becomes what sequence ``beam_idx[b]`` was."""
+        self._each(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence so many times."""
+        self._each(lambda part: part.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences."""
+        self._each(lambda part: part[indices.to(part.device)])
+
+    def offload(self) -> None:
+        """To the processor's memory."""
+        self._each(lambda part: part.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Back to the device."""
+        self._each(lambda part: part.to(self.device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        if not self.is_initialized:
+            return
+        for store in (self.key_store, self.value_store):
+            store.each(change)
+        for kept in (self.recent, self.sinks):
+            for name, tensor in kept.items():
+                kept[name] = change(tensor)
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """The tokens of a layer as one call sees them; stands in the place of keys and of values.
+
+    ``keys`` [B, H, R, D] and ``values`` [B, H, R, Dv]: the last R of ``n_tokens``, whole, keys
+    centred. The stores are the layer's of that time, ``first`` the token of their slot 0: a sliding
+    window may have forgotten since what queries of this call see.
+    """
+
+    layer: PackedLayer
+    n_tokens: int
+    first: int
+    key_store: Store
+    value_store: Store
+    keys: Tensor
+    values: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> LayerTokens:
+        """Themselves. Raises ``InputError`` where a reader of their keys is on another device."""
+        if torch.device(device) != self.keys.device:
+            raise InputError(
+                f"layer {self.layer.layer.index} is on {self.keys.device} and a layer that reads "
+                f"its keys on {device}: put both on one device"
+            )
+        return self
+
+    def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None) -> Tensor:
+        """See `attention.CachedTokens`. A single new token is attended from by the kernels."""
+        layer = self.layer
+        seen = layer.reader.read(mask, len(query), self.n_tokens, query.device)
+        layer.keep_sinks(self, seen)
+        sink_logits = module.sinks if layer.layer.sinks else None
+        if query.shape[2] == 1 and seen.plain and sink_logits is None and self._in_kernels():
+            return self._decode(query, seen)
+        blocks = []
+        for first in range(0, query.shape[2], BLOCK):
+            rows = slice(first, min(first + BLOCK, query.shape[2]))
+            blocks.append(self._attend_block(query, rows, mask, seen, sink_logits))
+        return torch.cat(blocks, 2)
+
+    def _in_kernels(self) -> bool:
+        values = self.value_store
+        whole = isinstance(values, WholeStore) and values.dtype != torch.float8_e4m3fn
+        rounded = isinstance(values, RoundedStore)
+        group = self.layer.layer.n_query_heads // self.layer.layer.n_heads
+        return (
+            isinstance(self.key_store, SignStore)
+            and (whole or rounded)
+            and group <= kernels.MAX_GROUP
+            and self.values.shape[-1] in kernels.HEAD_DIMS
+        )
+
+    def _decode(self, query: Tensor, seen: Seen) -> Tensor:
+        layer, info = self.layer, self.layer.layer
+        n, n_sinks = self.n_tokens, layer.format.sinks
+        n_recent = min(self.keys.shape[2], layer.format.window)
+        if info.window is not None:
+            n_recent = min(n_recent, info.window)
+        end = n - n_recent  # tokens before it are seen packed, but sinks
+        start = seen.start if info.window is None else seen.start.clamp_min(n - info.window)
+        first_packed = (start + n_sinks).clamp(max=end) - self.first
+        recent = slice(self.keys.shape[2] - n_recent, None)
+        # newest first: what is there of a sequence that is shorter than the window is a prefix
+        whole = WholeTokens(
+            torch.cat((self.keys[:, :, recent].flip(2), layer.sinks["keys"]), 2),
+            torch.cat((self.values[:, :, recent].flip(2), layer.sinks["values"]), 2),
+            (n - start).clamp(max=n_recent) + (end - start).clamp(0, n_sinks),
+        )
+        values = self.value_store
+        return kernels.decode_attention(
+            query[:, :, 0],
+            self.key_store.packed,
+            layer.code.basis,
+            values.packed if isinstance(values, RoundedStore) else values.vectors,
+            scaling=info.scaling,
+            start=first_packed.clamp_min(0).int(),
+            length=torch.full_like(start, end - self.first),
+            softcap=info.softcap,
+            whole=whole if whole.keys.shape[2] else None,
+            impl=layer.format.impl,
+        ).unsqueeze(2)
+
+    def _attend_block(
+        self,
+        query: Tensor,
+        rows: slice,
+        mask: Tensor | None,
+        seen: Seen,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        """Plain attention of some queries to packed tokens read back, whole ones and sinks."""
+        layer, info = self.layer, self.layer.layer
+        n, n_new = self.n_tokens, query.shape[2]
+        window, n_sinks = layer.format.window, layer.format.sinks
+        i = torch.arange(n - n_new + rows.start, n - n_new + rows.stop, device=query.device)
+        lowest, highest = n - n_new + rows.start, n - n_new + rows.stop - 1
+        oldest_whole = n - self.keys.shape[2]
+        first_packed = self.first
+        if info.window is not None:
+            first_packed = max(first_packed, lowest - info.window + 1)
+        end_packed = max(highest - window + 1, min(oldest_whole, highest + 1), first_packed)
+        first_whole = max(oldest_whole, lowest - window + 1)
+        packed = torch.arange(first_packed, end_packed, device=query.device)
+        whole = torch.arange(first_whole, highest + 1, device=query.device)
+        sinks = seen.start[:, None] + torch.arange(n_sinks, device=query.device)  # [B, S]
+
+        def seen_whole(j: Tensor) -> Tensor:
+            return (j > i[:, None] - window) & (j >= oldest_whole)
+
+        visible = self._visible(mask, i, query.shape[0], rows)
+        is_sink = (packed >= seen.start[:, None]) & (packed < seen.start[:, None] + n_sinks)
+        sink_near = seen_whole(sinks[:, None])  # [B, T, S]
+        there = torch.cat(
+            (
+                visible(packed) & ~seen_whole(packed) & ~is_sink[:, None],
+                visible(whole) & seen_whole(whole),
+                visible(sinks) & ~sink_near,
+            ),
+            -1,
+        )
+        dtype = query.dtype
+        slots = first_packed - self.first, end_packed - self.first
+        here = slice(first_whole - oldest_whole, highest + 1 - oldest_whole)
+        keys = (self.key_store.read(*slots, dtype), self.keys[:, :, here], layer.sinks["keys"])
+        values = (
+            self.value_store.read(*slots, dtype),
+            self.values[:, :, here],
+            layer.sinks["values"],
+        )
+        return _attention(
+            query[:, :, rows],
+            torch.cat([k.to(dtype) for k in keys], 2),
+            torch.cat([v.to(dtype) for v in values], 2),
+            there,
+            info,
+            sink_logits,
+        )
+
+    def _visible(
+        self, mask: Tensor | None, i: Tensor, batch: int, rows: slice
+    ) -> Callable[[Tensor], Tensor]:
+        """Whether queries i may look at tokens j, [n] or [B, n]: bool [B, T, n]."""
+        window = self.layer.layer.window
+
+        def by_mask(j: Tensor) -> Tensor:
+            first = self.n_tokens - mask.shape[-1]
+            part = mask[:, 0, rows].expand(batch, -1, -1)
+            place = (j - first).clamp(0, mask.shape[-1] - 1).expand(batch, -1)
+            found = part.gather(2, place[:, None].expand(-1, len(i), -1).long())
+            inside = (j >= first) & (j < self.n_tokens)
+            return found & inside.expand(batch, -1)[:, None]
+
+        def causal(j: Tensor) -> Tensor:
+            j = j.expand(batch, -1)[:, None]
+            near = True if window is None else j > i[:, None] - window
+            return (j <= i[:, None]) & near
+
+        return causal if mask is None else by_mask
+
+
+def _attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    there: Tensor,
+    info: AttentionLayer,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Attention of [B, Hq, T, D] to [B, H, n, D], where ``there`` [B, T, n]: [B, Hq, T, Dv].
+
+    A query that sees nothing, padding, gets zeros.
+    """
+    group = info.n_query_heads // info.n_heads
+    grouped = query.unflatten(1, (info.n_heads, group)).flatten(2, 3)  # [B, H, G·T, D]
+    there = there[:, None].repeat(1, 1, group, 1)
+    if info.softcap is None and sink_logits is None:
+        blind = ~there.any(-1, keepdim=True)
+        found = scaled_dot_product_attention(
+            grouped, keys, values, attn_mask=there | blind, scale=info.scaling
+        ).masked_fill(blind, 0.0)
+    else:
+        scores = (grouped @ keys.mT).float() * info.scaling
+        if info.softcap is not None:
+            scores = info.softcap * (scores / info.softcap).tanh()
+        scores = scores.masked_fill(~there, -torch.inf)
+        if sink_logits is not None:
+            own = sink_logits.float().view(1, info.n_heads, group, 1, 1)
+            own = own.expand(len(query), -1, -1, query.shape[2], -1).flatten(2, 3)
+            scores = torch.cat((scores, own), -1)
+        weights = scores.softmax(-1).nan_to_num(0.0)[..., : keys.shape[2]]
+        found = weights.to(values.dtype) @ values
+    return found.unflatten(2, (group, -1)).flatten(1, 2)

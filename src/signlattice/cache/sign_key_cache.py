@@ -1,0 +1,315 @@
+"""A cache for ``generate()`` that stores keys as sign bits, and attends to them as they lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    get_layer_types_and_kwargs,
+)
+
+from signlattice.cache.layer import LayerFormat, PackedLayer
+from signlattice.cache.masks import MaskReader
+from signlattice.cache.storage import KEY_FORMATS, PAGE, VALUE_FORMATS, KeyFormat, ValueFormat
+from signlattice.errors import InputError
+from signlattice.kernels import HEAD_DIMS, Impl
+from signlattice.memory import CacheFormat, EffectiveBits, packed_cache_bytes
+from signlattice.models.hooks import AttentionLayer, attention_layers, open_attention
+from signlattice.models.loading import LoadedModel
+from signlattice.quantizers.codec import KeyCodec
+from signlattice.quantizers.sign import LayerCodec
+
+SlidingLayers = Literal["whole", "packed"]
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What a `SignKeyCache` keeps, and how.
+
+    Attributes:
+        key_format: "sign" of a codec; the others are what signs are compared with: "whole", "fp8"
+            (e4m3), "int8", "int4" and "int2" (after a randomised Hadamard rotation, a scale and a
+            zero to a key).
+        value_format: "whole", "fp8", or "int8", "int4", "int2" with a scale and a zero to a value.
+        window: latest tokens that a query sees whole, itself among them.
+        sinks: first tokens of a sequence that are seen whole for ever.
+        sliding: layers with a sliding window of their own: "whole", or "packed" (without sinks).
+        exempt: layers that keep everything whole, by index; -1 is the last.
+        spare: tokens that can be taken back (``crop``, speculative decoding) without a trace.
+        dtype: of what is whole, exempt and sliding layers among it; None is the model's own.
+        impl: of the kernels: "auto", "torch", "triton" or "cpu".
+
+    Raises:
+        InputError: on an unknown name, or a number below zero.
+    """
+
+    key_format: KeyFormat = "sign"
+    value_format: ValueFormat = "int4"
+    window: int = 60
+    sinks: int = 4
+    sliding: SlidingLayers = "whole"
+    exempt: tuple[int, ...] = ()
+    spare: int = 16
+    dtype: torch.dtype | None = None
+    impl: Impl = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("key_format", KEY_FORMATS),
+            ("value_format", VALUE_FORMATS),
+            ("sliding", get_args(SlidingLayers)),
+            ("impl", get_args(Impl)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}"
+                )
+        for name in ("window", "sinks", "spare"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)!r}: use a whole number, 0 or more")
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache holds, and what that weighs.
+
+    Attributes:
+        n_tokens: tokens of a sequence that were taken in; ``batch``: sequences.
+        n_packed: keys (tokens × layers × heads × sequences) that the latest query saw only through
+            their code.
+        parts: bytes that are allocated, by what they are for: "keys" and "values" packed, "window"
+            and "sinks" whole, "whole layers" that are not packed at all.
+        expected: bytes of the packed layers by arithmetic (`memory.packed_cache_bytes`).
+        fp16: bytes of the tokens that can be seen, in 16 bits.
+        packed_bits: bits to a coordinate of what is packed, scales and zeros counted.
+        effective_bits: bits to a coordinate of the packed layers, window, sinks and room not yet
+            used counted.
+    """
+
+    n_tokens: int
+    batch: int
+    n_packed: int
+    parts: dict[str, int]
+    expected: int
+    fp16: int
+    packed_bits: EffectiveBits
+    effective_bits: EffectiveBits
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that are allocated."""
+        return sum(self.parts.values())
+
+    @property
+    def reduction(self) -> float:
+        """How many times smaller the cache is than in 16 bits."""
+        return self.fp16 / self.n_bytes if self.n_bytes else 1.0
+
+
+class SignKeyCache(Cache):
+    """A cache of one conversation, or of a batch of them, for ``model.generate()``.
+
+    ::
+
+        cache = SignKeyCache(model, codec)
+        model.generate(**inputs, past_key_values=cache)
+
+    The model attends through `attention.open_attention` from then on, which changes nothing for
+    other caches. Give a `LoadedModel` to have its weights compared with those that the codec was
+    learned on; of a model of transformers itself only the shapes can be.
+
+    Raises:
+        InputError: if the codec does not fit the model's layers, a layer to be packed has a head
+            size that the kernels are not made for, ``exempt`` names a layer that is not there, or
+            nothing would be packed.
+        IntegrityError: if the codec was learned on another model.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel | PreTrainedModel,
+        codec: KeyCodec | None = None,
+        config: CacheConfig = CacheConfig(),
+    ) -> None:
+        if isinstance(model, LoadedModel):
+            if codec is not None:
+                codec.check_model(model.weights_hash)
+            model = model.model
+        if config.key_format == "sign" and codec is None:
+            raise InputError("key_format='sign' needs a codec: learn one, or load one from a file")
+        self.config = config
+        found = attention_layers(model)
+        packed = _packed_layers(found, codec, config)
+        text = model.config.get_text_config(decoder=True)
+        readers = {True: MaskReader(), False: MaskReader()}  # sliding layers have their own masks
+        layers = []
+        for index, (kind, arguments) in enumerate(zip(*get_layer_types_and_kwargs(text))):
+            layer = found.get(index)
+            if index in packed:
+                fmt = _layer_format(layer, config)
+            elif config.dtype is not None and layer is not None and layer.owns_keys:
+                fmt = LayerFormat("whole", "whole", 0, 0, config.spare, config.dtype, config.impl)
+            else:
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
+                continue
+            reader = readers[layer.window is not None]
+            layers.append(PackedLayer(layer, fmt, packed.get(index), reader))
+        super().__init__(layers=layers)
+        self.packed_layers: list[PackedLayer] = [layers[index] for index in sorted(packed)]
+        open_attention(model)
+
+    def stats(self) -> CacheStats:
+        """What is in the cache now."""
+        parts = dict.fromkeys(("keys", "values", "window", "sinks", "whole layers"), 0)
+        n_packed = expected = fp16 = batch = 0
+        coordinates = dict.fromkeys(("keys", "values"), 0)
+        packed_bits = dict.fromkeys(("keys", "values"), 0)
+        beside = dict.fromkeys(("keys", "values"), 0)
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                if not layer.is_initialized:
+                    continue
+            else:
+                kept = [getattr(layer, name, None) for name in ("keys", "values")]
+                tensors = [tensor for tensor in kept if tensor is not None]
+                parts["whole layers"] += sum(t.untyped_storage().nbytes() for t in tensors)
+                fp16 += 2 * sum(tensor.numel() for tensor in tensors)
+                continue
+            weight = layer.weight()
+            batch = weight.batch
+            if layer not in self.packed_layers:
+                parts["whole layers"] += weight.n_bytes
+                fp16 += 2 * weight.n_coordinates
+                continue
+            n_packed += weight.n_packed
+            parts["keys"] += weight.stores["keys"]
+            parts["values"] += weight.stores["values"]
+            parts["window"] += sum(weight.recent.values())
+            parts["sinks"] += sum(weight.sinks.values())
+            expected += packed_cache_bytes(
+                weight.shape,
+                self._as_format(layer),
+                weight.n_slots,
+                batch=batch,
+                page=PAGE,
+                whole_bits=8 * layer.dtype.itemsize,
+            )
+            for name, size in (("keys", weight.shape.head_dim), ("values", weight.shape.value_dim)):
+                n = weight.n_seen * weight.shape.n_heads * batch
+                coordinates[name] += n * size
+                fp16 += 2 * n * size
+                packed_bits[name] += n * weight.bits[name]
+                beside[name] += 8 * (weight.stores[name] + weight.recent[name] + weight.sinks[name])
+        return CacheStats(
+            self.get_seq_length(),
+            batch,
+            n_packed,
+            parts,
+            expected,
+            fp16,
+            _bits(packed_bits, coordinates),
+            _bits(beside, coordinates),
+        )
+
+    def _as_format(self, layer: PackedLayer) -> CacheFormat:
+        """The format of a layer in the words of `memory`."""
+        key, value = layer.format.keys, layer.format.values
+        whole = 8 * layer.dtype.itemsize
+        with_dc = layer.code is not None and layer.code.centering.method == "dc"
+        return CacheFormat(
+            f"{key} keys, {value} values",
+            key_bits=1 if key == "sign" else _width(key, whole),
+            value_bits=_width(value, whole),
+            key_scale_bits={"sign": 16, "whole": 0, "fp8": 0}.get(key, 32),
+            value_scale_bits=0 if value in ("whole", "fp8") else 32,
+            mean_bits=16 if with_dc else 0,
+            window=layer.format.window + layer.format.spare,
+            sinks=layer.format.sinks,
+        )
+
+
+def _layer_format(layer: AttentionLayer, config: CacheConfig) -> LayerFormat:
+    """Of a layer that is packed: one that slides has no sinks, and no more window than it sees."""
+    window, sinks = config.window, config.sinks
+    if layer.window is not None:
+        window, sinks = min(window, layer.window), 0
+    return LayerFormat(
+        config.key_format,
+        config.value_format,
+        window,
+        sinks,
+        config.spare,
+        config.dtype,
+        config.impl,
+    )
+
+
+def _width(fmt: str, whole: int) -> int:
+    return whole if fmt == "whole" else int(fmt.removeprefix("int").removeprefix("fp"))
+
+
+def _bits(bits: dict[str, int], n: dict[str, int]) -> EffectiveBits:
+    if not n["keys"]:
+        return EffectiveBits(0.0, 0.0, 0.0)
+    return EffectiveBits(
+        bits["keys"] / n["keys"],
+        bits["values"] / n["values"],
+        (bits["keys"] + bits["values"]) / (n["keys"] + n["values"]),
+    )
+
+
+def _packed_layers(
+    layers: dict[int, AttentionLayer], codec: KeyCodec | None, config: CacheConfig
+) -> dict[int, LayerCodec | None]:
+    """The layers that are to be packed, each with its code if there is one."""
+    owners = {index: layer for index, layer in layers.items() if layer.owns_keys}
+    n_layers = max(layers) + 1
+    if wrong := [i for i in config.exempt if not -n_layers <= i < n_layers]:
+        raise InputError(f"exempt={list(config.exempt)}: {wrong} of {n_layers} layers")
+    exempt = {index % n_layers for index in config.exempt}
+    codes = codec.layers if codec is not None and config.key_format == "sign" else None
+    if codes is not None and (missing := sorted(set(codes) - set(owners))):
+        raise InputError(
+            f"the codec has layers {missing}: the model has keys in layers {sorted(owners)}"
+        )
+    chosen: dict[int, LayerCodec | None] = {}
+    for index, layer in owners.items():
+        if index in exempt or (layer.window is not None and config.sliding == "whole"):
+            continue
+        if codes is None:
+            chosen[index] = None
+        elif index in codes:
+            chosen[index] = _checked(codes[index], layer)
+    if not chosen:
+        raise InputError(
+            "no layer would be packed: "
+            f"the model has keys in layers {sorted(owners)}, "
+            + (f"the codec codes of {sorted(codes)}, " if codes is not None else "")
+            + f"exempt are {sorted(exempt)}, and sliding layers are {config.sliding}"
+        )
+    return chosen
+
+
+def _checked(code: LayerCodec, layer: AttentionLayer) -> LayerCodec:
+    if (code.n_heads, code.head_dim) != (layer.n_heads, layer.head_dim):
+        raise InputError(
+            f"the codec of layer {layer.index} is for {code.n_heads} heads of {code.head_dim}: "
+            f"the model has {layer.n_heads} of {layer.head_dim}"
+        )
+    if code.head_dim not in HEAD_DIMS:
+        raise InputError(
+            f"layer {layer.index} has heads of {code.head_dim}: the kernels are made for "
+            f"{', '.join(map(str, HEAD_DIMS))}; exempt the layer"
+        )
+    if code.centering.method == "token_mean" and not layer.mean_cancels:
+        reason = "a soft-cap" if layer.softcap is not None else "a sink logit"
+        raise InputError(
+            f"the codec of layer {layer.index} takes off a static mean, and the layer has {reason},"
+            " under which a mean does not cancel: learn it with centering 'none'"
+        )
+    return code

@@ -1,0 +1,281 @@
+"""Where a cache layer keeps the vectors of its tokens: as signs, rounded, or as they are.
+
+A store has room for C tokens of every sequence and head, a few more than are in it, since it grows
+by pages. Token t lies in slot t. What is read back of a key is centred: the static mean of a head
+adds the same to every score, and softmax does not see it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from copy import copy
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from signlattice import kernels
+from signlattice.errors import InputError
+from signlattice.kernels import Impl
+from signlattice.kernels.layout import PackedKeys, PackedValues
+from signlattice.quantizers.base import VectorCode
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.rotations.fixed import srht
+
+ValueFormat = Literal["whole", "fp8", "int8", "int4", "int2"]
+KeyFormat = Literal["sign", "whole", "fp8", "int8", "int4", "int2"]
+VALUE_FORMATS: tuple[ValueFormat, ...] = get_args(ValueFormat)
+KEY_FORMATS: tuple[KeyFormat, ...] = get_args(KeyFormat)
+
+PAGE = 64
+"""Tokens by which a store grows."""
+
+
+class Store(ABC):
+    """Vectors [B, H, C, D] in some format.
+
+    ``parts`` are all tensors that it holds, each [B, H, C, …] or [B, H, C].
+    """
+
+    def __init__(self) -> None:
+        self.parts: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def empty(self, like: Tensor, room: int) -> dict[str, Tensor]:
+        """Parts with room for so many tokens of vectors like those given."""
+
+    @abstractmethod
+    def write(self, at: int, vectors: Tensor) -> None:
+        """Put vectors [B, H, T, D] into slots ``at`` onward, for which there is room."""
+
+    @abstractmethod
+    def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """The vectors of slots first ≤ t < last, [B, H, last - first, D]."""
+
+    @property
+    def room(self) -> int:
+        """Slots of each sequence and head."""
+        return next(iter(self.parts.values())).shape[2] if self.parts else 0
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that are allocated, room not yet used among them."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def append(self, at: int, vectors: Tensor) -> None:
+        """`write`, after room was made by whole pages."""
+        needed = -(-(at + vectors.shape[2]) // PAGE) * PAGE
+        if needed > self.room:
+            parts = self.empty(vectors, needed)
+            for name, part in self.parts.items():
+                parts[name][:, :, :at] = part[:, :, :at]
+            self.parts = parts
+        self.write(at, vectors)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change every part, its axis of sequences or its device."""
+        self.parts = {name: change(part).contiguous() for name, part in self.parts.items()}
+
+    def without(self, first: int, n_tokens: int) -> Store:
+        """A store of the slots from ``first`` on of ``n_tokens``, moved to the front.
+
+        This one keeps what it has: who still reads it finds every token in its place.
+        """
+        room = -(-(n_tokens - first) // PAGE) * PAGE
+        parts = {}
+        for name, part in self.parts.items():
+            kept = part[:, :, first : first + room]
+            parts[name] = part.new_zeros((*part.shape[:2], room, *part.shape[3:]))
+            parts[name][:, :, : kept.shape[2]] = kept
+        store = copy(self)
+        store.parts = parts
+        return store
+
+
+class SignStore(Store):
+    """Keys as signs and scales of a codec: attention reads them as they lie."""
+
+    def __init__(self, code: LayerCodec, impl: Impl = "auto") -> None:
+        super().__init__()
+        self.code = code
+        self.impl = impl
+
+    @property
+    def packed(self) -> PackedKeys:
+        """What the kernels read."""
+        return PackedKeys(self.parts["words"], self.parts["scale"], self.parts.get("dc"))
+
+    def empty(self, like: Tensor, room: int) -> dict[str, Tensor]:
+        """As `Store.empty`."""
+        self.code = self.code.to(like.device)
+        batch, n_heads, _, d = like.shape
+        dc = self.code.centering.method == "dc"
+        packed = PackedKeys.empty(batch, n_heads, room, d, dc=dc, device=like.device)
+        parts = {"words": packed.words, "scale": packed.scale}
+        return parts | ({"dc": packed.dc} if dc else {})
+
+    def write(self, at: int, vectors: Tensor) -> None:
+        """As `Store.write`."""
+        code = self.code
+        if code.metric is None:
+            places = torch.full((len(vectors),), at, dtype=torch.int32, device=vectors.device)
+            kernels.pack_into(
+                self.packed,
+                vectors,
+                code.basis,
+                places,
+                mean=code.centering.mean,
+                temperature=code.temperature,
+                rule=code.scale_rule,
+                impl=_impl("pack", self.impl),
+            )
+            return
+        found = code.coded(vectors)
+        place = slice(at, at + vectors.shape[2])
+        self.parts["words"][:, :, place] = found.words
+        self.parts["scale"][:, :, place] = found.scale
+
+    def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """As `Store.read`."""
+        part = {name: tensor[:, :, first:last] for name, tensor in self.parts.items()}
+        packed = PackedKeys(part["words"], part["scale"], part.get("dc"))
+        impl = _impl("unpack", self.impl)
+        return kernels.dequantise(packed, self.code.basis, dtype=dtype, impl=impl)
+
+
+class WholeStore(Store):
+    """Vectors as they are, or in the dtype of a cache."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    @property
+    def vectors(self) -> Tensor:
+        """All that there is room for, [B, H, C, D]."""
+        return self.parts["vectors"]
+
+    def empty(self, like: Tensor, room: int) -> dict[str, Tensor]:
+        """As `Store.empty`."""
+        batch, n_heads, _, d = like.shape
+        shape = (batch, n_heads, room, d)
+        return {"vectors": torch.zeros(shape, dtype=self.dtype, device=like.device)}
+
+    def write(self, at: int, vectors: Tensor) -> None:
+        """As `Store.write`."""
+        if self.dtype == torch.float8_e4m3fn:
+            largest = torch.finfo(self.dtype).max
+            vectors = vectors.clamp(-largest, largest)
+        self.parts["vectors"][:, :, at : at + vectors.shape[2]] = vectors.to(self.dtype)
+
+    def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """As `Store.read`."""
+        return self.parts["vectors"][:, :, first:last].to(dtype)
+
+
+class RoundedStore(Store):
+    """Vectors at 8, 4 or 2 bits, each between its least and greatest coordinate.
+
+    ``turned`` rotates them before by a randomised Hadamard matrix, as QuaRot does to keys: no
+    coordinate is an outlier then.
+    """
+
+    def __init__(self, bits: int, *, turned: bool = False) -> None:
+        super().__init__()
+        self.bits = bits
+        self.turned = turned
+
+    @property
+    def packed(self) -> PackedValues:
+        """What the kernels read."""
+        return PackedValues(**self.parts, bits=self.bits)
+
+    def empty(self, like: Tensor, room: int) -> dict[str, Tensor]:
+        """As `Store.empty`."""
+        batch, n_heads, _, d = like.shape
+        packed = PackedValues.empty(batch, n_heads, room, d, self.bits, device=like.device)
+        return {"words": packed.words, "scale": packed.scale, "zero": packed.zero}
+
+    def write(self, at: int, vectors: Tensor) -> None:
+        """As `Store.write`."""
+        if self.turned:
+            vectors = vectors.float() @ self._turn(vectors).T
+        self.packed.write(vectors, torch.full((len(vectors),), at))
+
+    def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """As `Store.read`."""
+        part = {name: tensor[:, :, first:last] for name, tensor in self.parts.items()}
+        vectors = PackedValues(**part, bits=self.bits).read()
+        if self.turned:
+            vectors = vectors @ self._turn(vectors)
+        return vectors.to(dtype)
+
+    def _turn(self, like: Tensor) -> Tensor:
+        return srht(like.shape[-1], 0).to(like.device)
+
+
+class CodeStore(Store):
+    """Vectors as they are, read through a code: to measure what a code loses.
+
+    Its bytes are those that the code would take.
+    """
+
+    def __init__(self, code: VectorCode) -> None:
+        super().__init__()
+        self.code = code
+        self.n_written = 0
+
+    @property
+    def n_bytes(self) -> int:
+        """By the code's account."""
+        coordinates = sum(part.numel() for part in self.parts.values())
+        return round(coordinates * self.code.bits / 8)
+
+    def empty(self, like: Tensor, room: int) -> dict[str, Tensor]:
+        """As `Store.empty`."""
+        batch, n_heads, _, d = like.shape
+        return {"vectors": like.new_zeros((batch, n_heads, room, d), dtype=torch.float32)}
+
+    def write(self, at: int, vectors: Tensor) -> None:
+        """As `Store.write`."""
+        self.n_written = at + vectors.shape[2]
+        self.parts["vectors"][:, :, at : self.n_written] = vectors
+
+    def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """As `Store.read`."""
+        group = self.code.group
+        start = first // group * group
+        end = min(-(-last // group) * group, self.n_written)
+        vectors = self.parts["vectors"][:, :, start:end]
+        if not vectors.numel():
+            return vectors.to(dtype)
+        return self.code.read_back(vectors)[:, :, first - start : last - start].to(dtype)
+
+
+def value_store(fmt: ValueFormat, dtype: torch.dtype) -> Store:
+    """An empty store of values. Raises ``InputError`` on an unknown format."""
+    if fmt == "whole":
+        return WholeStore(dtype)
+    if fmt == "fp8":
+        return WholeStore(torch.float8_e4m3fn)
+    if fmt in VALUE_FORMATS:
+        return RoundedStore(int(fmt.removeprefix("int")))
+    raise InputError(f"value_format={fmt!r}: choose one of {', '.join(VALUE_FORMATS)}")
+
+
+def key_store(fmt: KeyFormat, dtype: torch.dtype, code: LayerCodec | None, impl: Impl) -> Store:
+    """An empty store of keys. Raises ``InputError`` on an unknown format, or signs without a code."""
+    if fmt not in KEY_FORMATS:
+        raise InputError(f"key_format={fmt!r}: choose one of {', '.join(KEY_FORMATS)}")
+    if fmt != "sign":
+        store = value_store(fmt, dtype)
+        return RoundedStore(store.bits, turned=True) if isinstance(store, RoundedStore) else store
+    if code is None:
+        raise InputError("keys as signs need the code of their layer")
+    return SignStore(code, impl)
+
+
+def _impl(kernel: str, impl: Impl) -> Impl:
+    """``impl`` where the kernel has it: what packs and unpacks has none of its own on a processor."""
+    return "auto" if impl == "cpu" and kernel in ("pack", "unpack") else impl

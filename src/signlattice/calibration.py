@@ -1,0 +1,298 @@
+"""From a model and a text to a codec file: capture, learn, judge on other text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from signlattice import __version__
+from signlattice.data.texts import Text
+from signlattice.errors import InputError
+from signlattice.evaluation.heads import HeadQuality, fit_temperature, head_quality
+from signlattice.io import remembered
+from signlattice.kernels import HEAD_DIMS
+from signlattice.models.bank import bank_of
+from signlattice.models.capture import KeyBank, open_bank
+from signlattice.models.hooks import AttentionLayer, attention_layers
+from signlattice.models.loading import LoadedModel
+from signlattice.models.passages import Passage, passages, up_to
+from signlattice.quantizers.basis import LatticeConfig, learn_basis, query_metric
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.codec import Calibration, KeyCodec
+from signlattice.quantizers.scales import SCALE_RULES, ScaleRule
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.rotations.config import LearnConfig
+from signlattice.rotations.learned import learned_matrices
+from signlattice.rotations.null import noise_null
+
+Code = Literal["lattice", "rotation"]
+
+CODES: tuple[Code, ...] = get_args(Code)
+
+LEAST_KEYS_PER_DIM = {"lattice": 4, "rotation": 1}
+"""Keys of a head for each of its coordinates; of fewer, learning a lattice diverges."""
+
+Progress = Callable[[str], object]
+"""Told of each part of the work as it is done."""
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """How a codec is learned.
+
+    Attributes:
+        code: "lattice" (`lattice`, signs by search in the metric of the queries) or "rotation"
+            (`learn`, the paper's: signs of the rotated key).
+        scale_rule: of `codec.token_scale`.
+        keys_per_dim: calibration keys of a head for each of its coordinates, fewer where the text
+            has fewer.
+        n_held_out: tokens that β is measured on.
+        sliding: whether layers with a sliding window are learned too.
+        temperature: whether a gain for each head is fitted on calibration queries.
+        seed: of the sample of keys, and of the rotation.
+        batch_size: passages read at once.
+        lattice, rotation: how either code is learned.
+
+    Raises:
+        InputError: on an unknown name, or a count below 1.
+    """
+
+    code: Code = "lattice"
+    scale_rule: ScaleRule = "unbiased"
+    keys_per_dim: int = 256
+    n_held_out: int = 4096
+    sliding: bool = False
+    temperature: bool = False
+    seed: int = 0
+    batch_size: int = 16
+    lattice: LatticeConfig = LatticeConfig()
+    rotation: LearnConfig = LearnConfig()
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("code", CODES), ("scale_rule", SCALE_RULES)):
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}"
+                )
+        for name in ("keys_per_dim", "n_held_out", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
+
+
+def coded_layers(loaded: LoadedModel, config: CalibrateConfig) -> dict[int, AttentionLayer]:
+    """The layers that a codec is learned for: those with keys of their own, of a size that fits.
+
+    Raises ``InputError`` if there is none.
+    """
+    found = {
+        index: layer
+        for index, layer in attention_layers(loaded.model).items()
+        if layer.owns_keys
+        and layer.head_dim in HEAD_DIMS
+        and (config.sliding or layer.window is None)
+    }
+    if not found:
+        raise InputError(
+            f"{loaded.name} has no layer to learn a code for: "
+            + ("all have sliding windows, or " if not config.sliding else "")
+            + f"heads of another size than {', '.join(map(str, HEAD_DIMS))}"
+        )
+    return found
+
+
+def learn_codec(
+    loaded: LoadedModel,
+    text: Text,
+    config: CalibrateConfig = CalibrateConfig(),
+    scratch: Path | None = None,
+    progress: Progress | None = None,
+) -> KeyCodec:
+    """Learn a codec of ``loaded`` on the calibration side of ``text``; β is of the other side.
+
+    What is learned is as a file of eight bits holds it. With ``scratch``, a folder, keys go to disk
+    and layers that are done are kept there: a run that was interrupted goes on where it was.
+
+    Raises ``InputError`` as `coded_layers`, and on a text too short for the head sizes.
+    """
+    tell = progress or (lambda part: None)
+    layers = coded_layers(loaded, config)
+    if scratch is not None:
+        scratch = scratch / _identity(loaded, text, config)
+    fit, judged = _passages(loaded, text, layers, config)
+    bank = _captured(loaded, fit, config, scratch, tell)
+    codes = learn_layers(loaded, bank, config, scratch, tell)
+    held_out = bank_of(loaded, judged, queries=False, batch_size=config.batch_size)
+    beta = {
+        index: tuple(code.cosines(held_out.keys(index)).double().mean(-1).tolist())
+        for index, code in codes.items()
+    }
+    tell("measured")
+    smallest = min(layer.head_dim for layer in layers.values())
+    n_keys = min(bank.n_tokens, config.keys_per_dim * smallest)
+    return KeyCodec(
+        codes,
+        loaded.weights_hash,
+        {
+            "model": loaded.name,
+            "code": config.code,
+            "text": text.name,
+            "seed": str(config.seed),
+            "signlattice": __version__,
+        },
+        Calibration(_hash(fit), n_keys, beta, null_betas(n_keys, smallest, config)),
+    )
+
+
+def learn_layers(
+    loaded: LoadedModel,
+    bank: KeyBank,
+    config: CalibrateConfig = CalibrateConfig(),
+    scratch: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[int, LayerCodec]:
+    """The codes that `learn_codec` learns, of keys and queries that are captured already.
+
+    Keys are a sample by the seed, ``keys_per_dim`` of them if the bank has more; the metric is of
+    all its queries. Raises ``InputError`` as `coded_layers`.
+    """
+    readers = _readers(loaded)
+    codes = {}
+    for index, layer in coded_layers(loaded, config).items():
+        file = None if scratch is None else scratch / f"layer-{index}.safetensors"
+        codes[index] = _learned(bank, layer, readers[index], config, file)
+        if progress is not None:
+            progress(f"learned layer {index}")
+    return codes
+
+
+def n_parts(loaded: LoadedModel, config: CalibrateConfig) -> int:
+    """How often `learn_codec` tells of its progress."""
+    return len(coded_layers(loaded, config)) + 2
+
+
+def measure_codec(
+    loaded: LoadedModel, codec: KeyCodec, pieces: Sequence[Passage], batch_size: int = 16
+) -> dict[int, HeadQuality]:
+    """β, distortion and KL of the attention weights, of each layer and head on some passages."""
+    codec.check_model(loaded.weights_hash)
+    bank = bank_of(loaded, pieces, batch_size=batch_size)
+    layers = attention_layers(loaded.model)
+    return {index: head_quality(code, bank, layers[index]) for index, code in codec.layers.items()}
+
+
+def null_betas(n_keys: int, d: int, config: CalibrateConfig) -> tuple[float, float]:
+    """β (in sample, held out) of the same learning on ``n_keys`` of Gaussian noise in d dimensions."""
+    if config.code == "rotation":
+        return noise_null(n_keys, d, config.rotation, config.seed)
+    noise = torch.randn(1, 2 * n_keys, d, generator=torch.Generator().manual_seed(config.seed))
+    eye = torch.eye(d)[None]
+    basis = learn_basis(noise[:, :n_keys], eye.double(), config.lattice)
+    code = LayerCodec(basis, Centering("none"), metric=eye)
+    inside, outside = code.cosines(noise)[0].double().split(n_keys)
+    return float(inside.mean()), float(outside.mean())
+
+
+def _passages(
+    loaded: LoadedModel, text: Text, layers: dict[int, AttentionLayer], config: CalibrateConfig
+) -> tuple[list[Passage], list[Passage]]:
+    """Of both sides as many as are needed, from all over the text."""
+    widest = max(layer.head_dim for layer in layers.values())
+    fit = up_to(passages(loaded, text.calibration, 4), config.keys_per_dim * widest)
+    n_tokens = sum(len(piece.ids) for piece in fit)
+    least = LEAST_KEYS_PER_DIM[config.code]
+    if config.keys_per_dim < least:
+        raise InputError(
+            f"keys_per_dim={config.keys_per_dim}: learning a {config.code} takes {least} or more"
+        )
+    if n_tokens < least * widest:
+        raise InputError(
+            f"the calibration side of {text.name} has {n_tokens} tokens: "
+            f"give at least {least * widest}, {least} for each coordinate of a head"
+        )
+    return fit, up_to(passages(loaded, text.evaluation, 4), config.n_held_out)
+
+
+def _captured(
+    loaded: LoadedModel,
+    fit: Sequence[Passage],
+    config: CalibrateConfig,
+    scratch: Path | None,
+    tell: Progress,
+) -> KeyBank:
+    folder = None if scratch is None else scratch / "keys"
+    if folder is not None and (folder / "index.json").is_file():
+        bank = open_bank(folder)
+    else:
+        bank = bank_of(loaded, fit, folder=folder, batch_size=config.batch_size)
+    tell("captured")
+    return bank
+
+
+def _readers(loaded: LoadedModel) -> dict[int, list[int]]:
+    """Per layer that owns keys, all layers whose queries read them."""
+    readers: dict[int, list[int]] = {}
+    for index, layer in attention_layers(loaded.model).items():
+        readers.setdefault(layer.source, []).append(index)
+    return readers
+
+
+def _learned(
+    bank: KeyBank,
+    layer: AttentionLayer,
+    readers: list[int],
+    config: CalibrateConfig,
+    file: Path | None,
+) -> LayerCodec:
+    """The code of one layer, rounded; its matrices are kept in ``file``, or read from it."""
+    generator = torch.Generator().manual_seed(config.seed)
+    n_keys = min(bank.n_tokens, config.keys_per_dim * layer.head_dim)
+    chosen = torch.randperm(bank.n_tokens, generator=generator)[:n_keys].sort().values
+    keys = bank.keys(layer.index)[:, chosen]
+    centering = Centering.fit(keys, "token_mean" if layer.mean_cancels else "none")
+    centred, _ = centering.split(keys)
+
+    def learn() -> dict[int, Tensor]:
+        if config.code == "rotation":
+            learning = replace(config.rotation, seed=config.seed)
+            return {0: learned_matrices(centred, learning)}
+        metric = query_metric([bank.queries(i) for i in readers], layer.n_heads, config.lattice)
+        return {0: learn_basis(centred, metric, config.lattice), 1: metric.float()}
+
+    found = learn() if file is None else remembered(file, learn)
+    code = LayerCodec(found[0], centering, config.scale_rule, metric=found.get(1)).rounded()
+    if config.temperature and layer.softcap is None:
+        code = replace(code, temperature=fit_temperature(code, _few(bank, layer.index), layer))
+    return code
+
+
+def _few(bank: KeyBank, layer: int, n_sequences: int = 12) -> KeyBank:
+    """A bank of some sequences of one layer of another: a temperature has one number to fit."""
+    few = KeyBank(bank.stage, lengths=bank.lengths[:n_sequences])
+    n_tokens = sum(few.lengths)
+    few.append("keys", layer, bank.keys(layer).transpose(0, 1)[:n_tokens])
+    few.append("queries", layer, bank.queries(layer).transpose(0, 1)[:n_tokens])
+    return few
+
+
+def _hash(pieces: Sequence[Passage]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece.ids.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _identity(loaded: LoadedModel, text: Text, config: CalibrateConfig) -> str:
+    """What kept results depend on: the model, the text, the library and the configuration."""
+    sides = [
+        hashlib.sha256("".join(d.text for d in side).encode()).hexdigest()
+        for side in (text.calibration, text.evaluation)
+    ]
+    known = [loaded.weights_hash, loaded.context, *sides, asdict(config), __version__]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]

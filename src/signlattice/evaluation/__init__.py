@@ -1,0 +1,1 @@
+"""What compression costs: perplexity, head by head, through the cache, and in time."""

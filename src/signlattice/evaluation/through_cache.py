@@ -1,0 +1,357 @@
+"""What a conversation loses by a compressed cache, measured through the cache itself.
+
+Text is read through `cache.SignKeyCache` in calls of as many tokens as is asked for: one, as a
+model that generates does, or a whole window at once, which comes to the same (what a query sees
+does not depend on the calls) and is quicker.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from signlattice.cache.sign_key_cache import CacheConfig, CacheStats, SignKeyCache
+from signlattice.data.corpus import Document
+from signlattice.errors import InputError
+from signlattice.evaluation.bootstrap import Interval, bootstrap
+from signlattice.evaluation.perplexity import TokenLosses, perplexity
+from signlattice.models.loading import LoadedModel
+from signlattice.models.passages import Passage, batches, passages, spread
+from signlattice.quantizers.codec import KeyCodec
+
+Row = dict[str, str | int | float | bool | None]
+"""A row of a table: plain values by column."""
+
+
+class JudgedCache(Protocol):
+    """A cache of transformers that can say what it holds."""
+
+    def stats(self) -> CacheStats:
+        """Tokens, packed keys, bits and bytes, as a `SignKeyCache` says them."""
+
+
+NewCache = Callable[[], JudgedCache]
+Exact = dict[tuple[int, ...], Tensor]
+"""Log probabilities of exact attention [n, T, vocabulary], by the windows of a batch."""
+
+KEPT = 2**29
+"""Bytes up to which a `Judge` keeps the exact log probabilities, to compute them once."""
+
+NEEDLE = 16
+"""Tokens of a needle: the first half is its cue, the other half is asked for."""
+
+DEPTHS = (0.1, 0.5, 0.9)
+"""Where in the context a needle lies, as a share of it."""
+
+
+JOINED = 16
+"""Short documents that are read as one."""
+
+
+@dataclass(frozen=True)
+class QualityConfig:
+    """On how much text a cache is judged.
+
+    Attributes:
+        n_passages: windows of the whole context, of as many documents as there are.
+        n_needles: windows into which a needle is put, at each of `DEPTHS`.
+        batch_size: windows read at once.
+        step: tokens of a call; None is a whole window.
+
+    Raises:
+        InputError: on a count below 1.
+    """
+
+    n_passages: int = 64
+    n_needles: int = 24
+    batch_size: int = 16
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n_passages", "n_needles", "batch_size", "step"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value}: use 1 or more")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses over all tokens, over the last quarter of each window, and what the caches held."""
+
+    whole: TokenLosses
+    end: TokenLosses
+    stats: CacheStats | None
+
+
+@dataclass(frozen=True)
+class Needles:
+    """Windows that end in a needle they also hold further up, beside the same without it above.
+
+    ``hidden`` [n, T]: with it; ``absent`` [n, T]: with it at the end alone. ``answer`` [n, A] are
+    the last A tokens of both.
+    """
+
+    hidden: Tensor
+    absent: Tensor
+    answer: Tensor
+
+
+def full_windows(loaded: LoadedModel, documents: Sequence[Document], n: int) -> list[Passage]:
+    """At most ``n`` windows as long as the context, of as many documents as possible.
+
+    Where no document is that long, neighbours are read as one. Raises ``InputError`` if all of them
+    together are too short.
+    """
+    whole: list[Passage] = []
+    for per_document, read in ((1, documents), (None, documents), (None, _joined(documents))):
+        found = passages(loaded, read, per_document)
+        whole = [piece for piece in found if len(piece.ids) == loaded.context]
+        if len(whole) >= n or (whole and per_document is None):
+            break
+    if not whole:
+        raise InputError(
+            f"the text does not fill the context of {loaded.context} tokens: "
+            "give more of it, or a shorter context"
+        )
+    return spread(whole, n)
+
+
+def _joined(documents: Sequence[Document]) -> list[Document]:
+    """`JOINED` neighbours as one document, by the name of the first."""
+    groups = (documents[i : i + JOINED] for i in range(0, len(documents), JOINED))
+    return [replace(group[0], text="\n".join(each.text for each in group)) for group in groups]
+
+
+@torch.no_grad()
+def cached_losses(
+    loaded: LoadedModel,
+    pieces: Sequence[Passage],
+    new_cache: NewCache | None,
+    config: QualityConfig = QualityConfig(),
+    progress: Callable[[int], object] | None = None,
+    known: Exact | None = None,
+) -> Losses:
+    """Teacher-forced losses of windows of one length, through new caches; None is no cache at all.
+
+    KL and agreement are against exact attention, which is looked up in ``known`` and added to it,
+    if that is given. Raises ``InputError`` if a cache has packed
+    nothing: it would look perfect.
+    """
+    size = len(pieces)
+    found = {name: [np.zeros(size) for _ in range(3)] for name in ("whole", "end")}
+    n_packed, stats = 0, None
+    for chosen, ids, _ in batches(pieces, config.batch_size):
+        ids = ids.to(loaded.model.device)
+        batch = tuple(chosen)
+        exact = None if known is None else known.get(batch)
+        if exact is None:
+            exact = loaded.model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        if known is not None:
+            known[batch] = exact
+        log_p = exact
+        if new_cache is not None:
+            cache = new_cache()
+            log_p = read_through(loaded, ids, cache, config.step)[:, :-1].float().log_softmax(-1)
+            stats = cache.stats()
+            n_packed += stats.n_packed
+        nll = -log_p.gather(-1, ids[:, 1:, None])[..., 0]
+        kl = (exact.exp() * (exact - log_p)).sum(-1)
+        agree = (exact.argmax(-1) == log_p.argmax(-1)).float()
+        for name, first in (("whole", 0), ("end", nll.shape[1] - _end(nll.shape[1]))):
+            for total, per_token in zip(found[name], (nll, kl, agree)):
+                total[chosen] = per_token[:, first:].sum(-1).double().cpu().numpy()
+        if progress is not None:
+            progress(len(chosen))
+    if new_cache is not None and not n_packed:
+        raise InputError(
+            f"the cache packed none of {ids.shape[1]} tokens: its window holds them all"
+        )
+    n = len(pieces[0].ids) - 1
+    losses = {
+        name: TokenLosses(
+            tuple(pieces),
+            nll,
+            np.full(size, n if name == "whole" else _end(n)),
+            kl,
+            agree,
+            n_packed,
+        )
+        for name, (nll, kl, agree) in found.items()
+    }
+    return Losses(losses["whole"], losses["end"], stats)
+
+
+def _end(n: int) -> int:
+    return max(1, n // 4)
+
+
+def read_through(
+    loaded: LoadedModel, ids: Tensor, cache: JudgedCache, step: int | None = None
+) -> Tensor:
+    """Logits [B, T, vocabulary] of ids [B, T], read through a cache in calls of ``step`` tokens."""
+    parts = ids.split(step or ids.shape[1], 1)
+    return torch.cat([loaded.model(part, past_key_values=cache).logits for part in parts], 1)
+
+
+def needles(
+    loaded: LoadedModel, pieces: Sequence[Passage], others: Sequence[Passage], depth: float
+) -> Needles:
+    """Hide a piece of each of ``others`` in each of ``pieces``, and begin it again at the end.
+
+    Raises ``InputError`` on a depth outside 0 … 1, or a context too short for two needles.
+    """
+    if not 0 <= depth <= 1:
+        raise InputError(f"depth={depth}: use a share of the context, 0 to 1")
+    context = loaded.context
+    if context < 4 * NEEDLE:
+        raise InputError(f"a context of {context} tokens is too short for needles of {NEEDLE}")
+    n = min(len(pieces), len(others))
+    hay = torch.stack([piece.ids for piece in pieces[:n]])[:, : context - NEEDLE]
+    middle = context // 4
+    needle = torch.stack([piece.ids[middle : middle + NEEDLE] for piece in others[:n]])
+    at = int(depth * (context - 2 * NEEDLE))
+    hidden = torch.cat((hay[:, :at], needle, hay[:, at:-NEEDLE], needle), 1)
+    return Needles(hidden, torch.cat((hay, needle), 1), needle[:, NEEDLE // 2 :])
+
+
+@torch.no_grad()
+def retrieval(
+    loaded: LoadedModel,
+    ids: Tensor,
+    answer: Tensor,
+    new_cache: NewCache | None,
+    batch_size: int = 16,
+    step: int | None = None,
+) -> float:
+    """Share of the last tokens of ids [n, T], ``answer`` [n, A], that are the model's first choice."""
+    right = 0.0
+    for part, wanted in zip(ids.split(batch_size), answer.split(batch_size)):
+        part = part.to(loaded.model.device)
+        if new_cache is None:
+            logits = loaded.model(part, use_cache=False).logits
+        else:
+            logits = read_through(loaded, part, new_cache(), step)
+        guess = logits[:, -wanted.shape[1] - 1 : -1].argmax(-1).cpu()
+        right += float((guess == wanted).float().mean(1).sum())
+    return right / len(ids)
+
+
+def gap_percent(losses: TokenLosses, exact: TokenLosses) -> Interval:
+    """By how many per cent perplexity is above that of exact attention, on the same documents."""
+
+    def percent(w: np.ndarray) -> float:
+        return 100 * math.expm1((w * (losses.nll - exact.nll)).sum() / (w * exact.n_tokens).sum())
+
+    return bootstrap(exact.pieces, percent)
+
+
+class Judge:
+    """Judges caches of one model on one text; what is exact is computed once."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        documents: Sequence[Document],
+        others: Sequence[Document],
+        config: QualityConfig = QualityConfig(),
+    ) -> None:
+        self.loaded = loaded
+        self.config = config
+        self.pieces = full_windows(loaded, documents, config.n_passages)
+        n_tokens = sum(len(piece.ids) for piece in self.pieces)
+        vocabulary = loaded.model.config.get_text_config(decoder=True).vocab_size
+        self._known: Exact | None = {} if 4 * n_tokens * vocabulary <= KEPT else None
+        self.exact = cached_losses(loaded, self.pieces, None, config, known=self._known)
+        hay = self.pieces[: config.n_needles]
+        straw = full_windows(loaded, others, config.n_needles)
+        self.needles = {depth: needles(loaded, hay, straw, depth) for depth in DEPTHS}
+
+    def exact_row(self) -> Row:
+        """Perplexity and retrieval of exact attention."""
+        ppl, end = perplexity(self.exact.whole), perplexity(self.exact.end)
+        return {
+            "perplexity": ppl.value,
+            "low": ppl.low,
+            "high": ppl.high,
+            "end_perplexity": end.value,
+            "tokens": int(self.exact.whole.n_tokens.sum()),
+            "documents": ppl.n,
+            **self._retrieved(None),
+            "without": self._share(self.needles[DEPTHS[0]].absent, None),
+        }
+
+    def row(
+        self,
+        codec: KeyCodec | None,
+        cache: CacheConfig,
+        *,
+        step: int | None = None,
+        with_needles: bool = True,
+        progress: Callable[[int], object] | None = None,
+    ) -> Row:
+        """What a `SignKeyCache` of that configuration is, and what it loses: see `judged`."""
+        return {
+            "keys": cache.key_format,
+            "values": cache.value_format,
+            "window": cache.window,
+            "sinks": cache.sinks,
+            "sliding": cache.sliding,
+            "exempt": str(list(cache.exempt)),
+            **self.judged(
+                lambda: SignKeyCache(self.loaded, codec, cache),
+                step=step,
+                with_needles=with_needles,
+                progress=progress,
+            ),
+        }
+
+    def judged(
+        self,
+        new_cache: NewCache,
+        *,
+        step: int | None = None,
+        with_needles: bool = True,
+        progress: Callable[[int], object] | None = None,
+    ) -> Row:
+        """What a cache loses: gaps in per cent of perplexity, KL in nats a token."""
+        config = replace(self.config, step=step)
+        losses = cached_losses(self.loaded, self.pieces, new_cache, config, progress, self._known)
+        gap = gap_percent(losses.whole, self.exact.whole)
+        end = gap_percent(losses.end, self.exact.end)
+        n, stats = losses.whole.n_tokens.sum(), losses.stats
+        row: Row = {
+            "key_bits": stats.packed_bits.key,
+            "value_bits": stats.packed_bits.value,
+            "bits": stats.packed_bits.average,
+            "effective_bits": stats.effective_bits.average,
+            "reduction": stats.reduction,
+            "n_packed": losses.whole.n_compressed,
+            "perplexity": perplexity(losses.whole).value,
+            "gap": gap.value,
+            "gap_low": gap.low,
+            "gap_high": gap.high,
+            "end_gap": end.value,
+            "end_gap_low": end.low,
+            "end_gap_high": end.high,
+            "kl": float(losses.whole.kl.sum() / n),
+            "top1": float(losses.whole.agree.sum() / n),
+        }
+        return row | self._retrieved(new_cache, step) if with_needles else row
+
+    def _retrieved(self, new_cache: NewCache | None, step: int | None = None) -> Row:
+        """Shares of the needles' ends that are found again, at each depth and over all."""
+        found = {
+            f"needle_{depth:g}": self._share(task.hidden, new_cache, step)
+            for depth, task in self.needles.items()
+        }
+        return {"needle": sum(found.values()) / len(found), **found}
+
+    def _share(self, ids: Tensor, new_cache: NewCache | None, step: int | None = None) -> float:
+        answer = self.needles[DEPTHS[0]].answer  # the same at every depth
+        return retrieval(self.loaded, ids, answer, new_cache, self.config.batch_size, step)

@@ -1,0 +1,130 @@
+"""Where the repository's files are, and how one of them is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from signlattice.errors import InputError, IntegrityError
+
+PROJECT = Path(__file__).resolve().parents[2]
+"""Root of the source tree: it holds ``models/``, ``results/``, ``book/`` and ``claims.yml``."""
+
+
+def shown(path: Path) -> str:
+    """A path as messages show it: relative to the source tree where it lies inside."""
+    full = Path(path).absolute()
+    return full.relative_to(PROJECT).as_posix() if full.is_relative_to(PROJECT) else str(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text whole or not at all; folders are made as needed.
+
+    Raises ``InputError`` if the place cannot be written to.
+    """
+    path = Path(path)
+    check_writable(path.parent)
+    handle, building = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        os.chmod(building, 0o644)  # mkstemp gives 0600, which a checkout would not
+        os.replace(building, path)
+    except BaseException:
+        Path(building).unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file whole or not at all; folders are made as needed.
+
+    Raises ``InputError`` if the place cannot be written to.
+    """
+    path = Path(path)
+    check_writable(path.parent)
+    building = path.with_name(f".{path.name}.part")
+    try:
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, building, metadata=metadata)
+        os.chmod(building, 0o644)  # safetensors gives 0600, which a checkout would not
+        os.replace(building, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {shown(path)}: {error}") from None
+    finally:
+        building.unlink(missing_ok=True)
+
+
+def remembered(file: Path, make: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:
+    """Tensors by number, read from ``file`` if an earlier run got that far, else made and kept.
+
+    Raises ``IntegrityError`` if the file is damaged.
+    """
+    if not file.exists():
+        write_tensors(file, {str(number): tensor for number, tensor in make().items()})
+    try:
+        found = {int(number): tensor for number, tensor in load_file(file).items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise IntegrityError(
+            f"{shown(file)} is damaged ({error}): delete it and run again"
+        ) from None
+    return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What an interrupted run leaves behind, by name: the next one does not make it again."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, root: Path, *known: object) -> Scratch:
+        """A folder under ``root`` for results that depend on what is ``known``, as JSON writes it."""
+        digest = hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
+        return cls(Path(root) / digest[:16])
+
+    def row(self, name: str, make: Callable[[], dict]) -> dict:
+        """A row of a table, as JSON. Raises ``IntegrityError`` if what was kept is damaged."""
+        file = self.file(name, ".json")
+        if not file.exists():
+            write_text(file, json.dumps(make()))
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise IntegrityError(
+                f"{shown(file)} is damaged ({error}): delete it and run again"
+            ) from None
+
+    def tensors(self, name: str, make: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:
+        """As `remembered`."""
+        return remembered(self.file(name, ".safetensors"), make)
+
+    def file(self, name: str, suffix: str) -> Path:
+        """Where what has that name is kept."""
+        return self.folder / (hashlib.sha256(name.encode()).hexdigest()[:16] + suffix)
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder if need be and try a file in it, so that long work does not end in vain.
+
+    Raises ``InputError`` if the folder cannot be made or written to.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {shown(folder)} ({error.strerror}): "
+            "make it a folder that you may write to"
+        ) from None

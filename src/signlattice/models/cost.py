@@ -1,0 +1,277 @@
+"""What a calibration costs in bytes, operations and hours, before it is run: pure arithmetic.
+
+A calibration captures the keys of a model, learns a rotation of each of its heads by steps that
+read the keys once, and may share both out among GPUs. All times are rates of data sheets times an
+assumed efficiency, and no measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from signlattice.errors import InputError
+from signlattice.kernels import roofline
+
+HALF, SINGLE, DOUBLE = 2, 4, 8
+"""Bytes of a number."""
+
+POLAR = 56
+"""Polar factor of [d, d], in d³ operations: 28 products of 2·d³ (`kernels.polar_factor.triton`).
+Two bound the largest singular value, a round has seven quintic iterations of three and two cubic
+ones of two, and one checks the result; what fails the check takes another round and another check.
+"""
+TURN = 20 / 3
+"""What else an annealed step does with [d, d], in d³ operations: two products, and the Cayley
+transform's factorisation (2/3) with its two triangular solves (2)."""
+
+KERNEL_DIM = 128
+"""Largest d at which a gradient on fp32 keys is a kernel of ours, with three tf32 products in the
+place of one of fp32 (`kernels.gradient.triton.MAX_DIM`). All other products are torch's, in fp32.
+"""
+
+LAID_DOWN = 5
+"""Times that the keys cross to or from the disk before learning reads them: captured, read, dealt
+out at random, read, written in that order (`shards.write_shards`)."""
+
+MILESTONES = (50, 200, 500)
+"""Steps at which a trace always has a point (`learn.LearnConfig.trace_every`)."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU in its computer: what the makers' data sheets say, and two assumptions.
+
+    Attributes:
+        device: memory bandwidth, and half-precision operations per second.
+        fp32: operations per second without tensor cores, torch's way to a product of fp32.
+        tf32: operations per second of tensor cores on tf32 (dense).
+        memory: bytes.
+        nvlink, pcie: bytes per second in one direction.
+        efficiency: assumed share of these rates that is reached.
+        disk: assumed bytes per second that one computer reads; an NVMe drive on PCIe 4 has 7e9.
+    """
+
+    device: roofline.Device
+    fp32: float
+    tf32: float
+    memory: float
+    nvlink: float
+    pcie: float
+    efficiency: float = 0.4
+    disk: float = 5e9
+
+    def __post_init__(self) -> None:
+        rates = [getattr(self, field.name) for field in fields(self)[1:]]
+        if not min(rates) > 0 or self.efficiency > 1:
+            raise InputError(f"{self}: expected rates above 0 and an efficiency of at most 1")
+
+    def gradient_rate(self, dim: int) -> float:
+        """Operations per second of a gradient on fp32 keys [N, dim]."""
+        return self.tf32 / 3 if dim <= KERNEL_DIM else self.fp32
+
+
+# NVIDIA A100 80 GB and H100 data sheets, SXM: tf32 is half of the rate given "with sparsity", and
+# NVLink (600 and 900 GB/s) and PCIe (64 and 128 GB/s) count both directions.
+A100 = Machine(roofline.A100, 19.5e12, 156e12, 80e9, 300e9, 32e9)
+H100 = Machine(roofline.H100, 67e12, 494.5e12, 80e9, 450e9, 64e9)
+ETHERNET = 12.5e9
+"""Bytes per second in one direction of 100 Gbit/s."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Captured keys: of ``n_layers`` layers, ``n_heads`` rotations each, ``n_tokens`` keys [d].
+
+    One rotation for a whole layer is ``n_heads`` = 1 with d = H·D.
+    """
+
+    n_layers: int
+    n_heads: int
+    dim: int
+    n_tokens: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{field.name}={value!r}: expected an integer of at least 1")
+
+    @property
+    def rotations(self) -> int:
+        """How many are learned."""
+        return self.n_layers * self.n_heads
+
+    def n_bytes(self, itemsize: int = HALF) -> int:
+        """Bytes of all keys; a number takes ``itemsize``."""
+        return self.rotations * self.n_tokens * self.dim * itemsize
+
+    def state_bytes(self, itemsize: int = SINGLE) -> int:
+        """Bytes of all solvers' states: a rotation and a velocity [d, d] each."""
+        return self.rotations * 2 * self.dim**2 * itemsize
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of the annealed solver and the keys each reads: `learn.LearnConfig.resolved`'s.
+
+    ``polish_steps`` is the most that the polish may take: it mostly ends sooner.
+    """
+
+    warm_steps: int
+    steps: int
+    batch: int
+    polish_steps: int
+    trace_every: int = 25
+
+    @property
+    def annealed(self) -> int:
+        """Steps on batches."""
+        return self.warm_steps + self.steps
+
+    @property
+    def total(self) -> int:
+        """All steps."""
+        return self.annealed + self.polish_steps
+
+    @property
+    def judged(self) -> int:
+        """Times that beta of all keys is computed: at the points of the trace, and at the end."""
+        seen = {0, self.warm_steps, self.annealed, self.total, *MILESTONES}
+        seen |= set(range(0, self.total, self.trace_every))
+        return len([step for step in seen if step <= self.total]) + 1
+
+    def batch_of(self, n_tokens: int) -> int:
+        """Keys of a step before the polish: batches are made equal."""
+        return math.ceil(n_tokens / max(1, n_tokens // self.batch))
+
+    def keys_read(self, n_tokens: int) -> int:
+        """Keys that training one rotation reads, each counted as often as it is read."""
+        passes = self.polish_steps + self.judged
+        return self.annealed * self.batch_of(n_tokens) + passes * n_tokens
+
+
+def model_bytes(parameters: int, itemsize: int = HALF) -> int:
+    """Bytes of a model's weights in memory."""
+    return parameters * itemsize
+
+
+def capture_flops(active: int, n_tokens: int) -> int:
+    """Of reading a text: a multiply-add per active parameter and token, attention left out."""
+    return 2 * active * n_tokens
+
+
+def step_flops(n_keys: int, dim: int) -> int:
+    """Of a gradient on ``n_keys`` keys [d]: Y = X Rᵀ, and slope(Y)ᵀ X."""
+    return 4 * n_keys * dim**2
+
+
+def matrix_flops(schedule: Schedule, dim: int, polar: float = POLAR, turn: float = TURN) -> float:
+    """Of what training does with [d, d] matrices alone, for one rotation."""
+    return (schedule.total * polar + schedule.annealed * turn) * dim**3
+
+
+def gradient_flops(schedule: Schedule, n_tokens: int, dim: int) -> int:
+    """Of all gradients that training one rotation takes: on batches, and on all keys [N, d]."""
+    batches = schedule.annealed * step_flops(schedule.batch_of(n_tokens), dim)
+    return batches + schedule.polish_steps * step_flops(n_tokens, dim)
+
+
+def beta_flops(schedule: Schedule, n_tokens: int, dim: int) -> int:
+    """Of beta of all keys [N, d] as often as training one rotation computes it: a product each."""
+    return schedule.judged * 2 * n_tokens * dim**2
+
+
+def key_flops(schedule: Schedule, n_tokens: int, dim: int) -> int:
+    """Of all that training does with keys [N, d], for one rotation."""
+    return gradient_flops(schedule, n_tokens, dim) + beta_flops(schedule, n_tokens, dim)
+
+
+def training_flops(schedule: Schedule, keys: Keys) -> float:
+    """Of learning all rotations."""
+    per_rotation = key_flops(schedule, keys.n_tokens, keys.dim) + matrix_flops(schedule, keys.dim)
+    return keys.rotations * per_rotation
+
+
+def all_reduce_bytes(dim: int, n_gpus: int, itemsize: int = DOUBLE) -> float:
+    """Bytes that each GPU sends in a step to sum one gradient [d, d] in a ring: 2(n-1)/n of it.
+
+    Patarasuk and Yuan (2009), "Bandwidth optimal all-reduce algorithms".
+    """
+    if n_gpus < 1:
+        raise InputError(f"n_gpus={n_gpus}: use 1 or more")
+    return 2 * (n_gpus - 1) / n_gpus * dim**2 * itemsize
+
+
+@dataclass(frozen=True)
+class Hours:
+    """Wall time by part, in hours."""
+
+    capture: float
+    learning: float
+    communication: float
+    disk: float
+
+    @property
+    def total(self) -> float:
+        """Of all parts, one after another."""
+        return self.capture + self.learning + self.communication + self.disk
+
+
+def heads_at_once(keys: Keys, machine: Machine, n_gpus: int = 1, itemsize: int = HALF) -> int:
+    """Rotations of a layer for which 90 % of the GPUs' memory has room, 0 for none: the tokens are
+    shared out, and the solver's state is on each GPU."""
+    state = 2 * keys.dim**2 * SINGLE
+    each = keys.n_tokens * keys.dim * itemsize / n_gpus + state
+    return min(keys.n_heads, int((_room(keys, machine) + state) // each))
+
+
+def _room(keys: Keys, machine: Machine) -> float:
+    """Bytes for keys on a GPU, beside the state of one rotation."""
+    return 0.9 * machine.memory - 2 * keys.dim**2 * SINGLE
+
+
+def hours(
+    active: int,
+    keys: Keys,
+    schedule: Schedule,
+    machine: Machine,
+    n_gpus: int = 1,
+    link: float | None = None,
+    itemsize: int = HALF,
+) -> Hours:
+    """How long a calibration takes on ``n_gpus`` GPUs of one computer, the tokens shared out.
+
+    Learning reads a layer's keys from disk once if all its heads fit into the GPUs' memory, and
+    once for each group of heads if some do. If none does, what exceeds memory is read at each pass.
+    Every GPU does the work on [d, d] matrices itself. The parts come one after another; the latency
+    of links, the launching of kernels and held-out keys are left out.
+
+    Args:
+        active: parameters that a token meets.
+        link: bytes per second between GPUs in one direction; NVLink if None.
+        itemsize: bytes of a number of the keys, on disk and in memory. They are computed with in
+            fp32 whatever it is.
+
+    Raises:
+        InputError: on fewer than one GPU.
+    """
+    sent = all_reduce_bytes(keys.dim, n_gpus) * keys.rotations * schedule.total
+    read = schedule.keys_read(keys.n_tokens)
+    at_once = heads_at_once(keys, machine, n_gpus, itemsize)
+    each = keys.n_tokens * keys.dim * itemsize / n_gpus
+    kept = min(1.0, max(0.0, _room(keys, machine) / each))
+    again = kept + (1 - kept) * read / keys.n_tokens
+    passes = math.ceil(keys.n_heads / at_once) if at_once else again
+    gradients = gradient_flops(schedule, keys.n_tokens, keys.dim) / n_gpus
+    others = beta_flops(schedule, keys.n_tokens, keys.dim) / n_gpus
+    others += matrix_flops(schedule, keys.dim)
+    arithmetic = gradients / machine.gradient_rate(keys.dim) + others / machine.fp32
+    memory = read * keys.dim * itemsize / n_gpus / machine.device.bandwidth
+    seconds = (
+        capture_flops(active, keys.n_tokens) / (n_gpus * machine.device.flops * machine.efficiency),
+        keys.rotations * max(arithmetic, memory) / machine.efficiency,
+        sent / (link or machine.nvlink),
+        (LAID_DOWN + passes) * keys.n_bytes(itemsize) / machine.disk,
+    )
+    return Hours(*(value / 3600 for value in seconds))

@@ -1,0 +1,505 @@
+"""Models of full size, by their name on the hub or by their folder, and what they will take.
+
+Everything is told before a weight is fetched: ``python -m signlattice.models.full_size Gemma-4-E2B`` prints
+the estimate. Only safetensors are read, and no code of a repository is run. Of a model that also
+sees or hears, the text decoder alone is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import get_max_memory
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from signlattice.errors import InputError, IntegrityError
+from signlattice.io import shown
+from signlattice.models import cost, hub
+from signlattice.models.hooks import attention_layers
+from signlattice.models.loading import LoadedModel, no_progress_bar, weights_hash
+from signlattice.rotations.config import LearnConfig
+
+FULL = {
+    "OLMoE-1B-7B": "allenai/OLMoE-1B-7B-0924",
+    "Gemma-4-E2B": "google/gemma-4-E2B",
+    "Gemma-4-E4B": "google/gemma-4-E4B",
+    "Gemma-4-26B-A4B": "google/gemma-4-26B-A4B",
+}
+"""Repositories of the paper's four models. Their sizes are read from their ``config.json``."""
+
+CONTEXT = 2048
+"""Tokens of a window, unless another number is asked for or the model reads fewer."""
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"}
+_DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# Where a model of several senses keeps its text decoder, and where the decoder alone has it.
+_TEXT_WEIGHTS = {
+    r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
+}
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found of a model, and what loading and measuring it takes.
+
+    Attributes:
+        name: as it was asked for.
+        repository: on the hub; None for a folder.
+        revision: the commit; None for a folder.
+        folder: where all files are already; None if some are to be fetched.
+        files: those that are needed.
+        download_bytes: of what is not in the cache.
+        parameters: of the text decoder.
+        active: of those, the ones that are multiplied with in every token.
+        dtype: of the loaded weights.
+        memory_bytes: of the weights, and of the logits of one window.
+        context: tokens of a window.
+        keys: groups of like layers that have keys of their own: (layers, KV heads, head size).
+    """
+
+    name: str
+    repository: str | None
+    revision: str | None
+    folder: Path | None
+    files: tuple[str, ...]
+    download_bytes: int
+    config: PreTrainedConfig
+    parameters: int
+    active: int
+    dtype: torch.dtype
+    memory_bytes: int
+    context: int
+    keys: tuple[tuple[int, int, int], ...]
+
+    @property
+    def model_id(self) -> str:
+        """What a record names as its model: repository and commit, or the folder."""
+        return f"{self.repository}@{self.revision}" if self.repository else self.name
+
+    def table(self, n_tokens: int = 1_000_000) -> tuple[tuple[str, str], ...]:
+        """The estimate for ``n_tokens`` calibration tokens in rows of (what, how much)."""
+        groups = [cost.Keys(*group, n_tokens) for group in self.keys]
+        rows = [
+            ("model", self.model_id),
+            ("parameters", f"{self.parameters / 1e9:.3g} billion, {self.active / 1e9:.3g} active"),
+            ("to fetch", f"{self.download_bytes / _GB:.3g} GB"),
+            ("memory", f"{self.memory_bytes / _GB:.3g} GB in {_word(self.dtype)}"),
+            ("context", f"{self.context} tokens"),
+        ]
+        rows += [("keys", f"{n} layers of {h} heads of {d}") for n, h, d in self.keys]
+        rows += [(f"keys of {n_tokens:,} tokens", f"{_total(groups) / _GB:.3g} GB on disk")]
+        for machine in (cost.A100, cost.H100):
+            for n_gpus in (1, 8):
+                hours = _hours(self.active, groups, machine, n_gpus)
+                label = f"{n_gpus} × {machine.device.name}"
+                rows.append((label, f"{hours:.2g} hours, at {machine.efficiency:.0%} of its rates"))
+        return tuple(rows)
+
+
+def _total(groups: list[cost.Keys]) -> int:
+    return sum(keys.n_bytes() for keys in groups)
+
+
+def _hours(active: int, groups: list[cost.Keys], machine: cost.Machine, n_gpus: int) -> float:
+    """Capture, once, and learning of every head."""
+    total = 0.0
+    for place, keys in enumerate(groups):
+        config = LearnConfig().resolved(keys.dim)
+        schedule = cost.Schedule(
+            config.warm_steps, config.steps, config.batch, config.polish_steps, config.trace_every
+        )
+        total += cost.hours(0 if place else active, keys, schedule, machine, n_gpus).total
+    return total
+
+
+def record_name(name: str) -> str:
+    """A word for the record of a model, from its name or folder: letters, digits, ``._-``."""
+    if name in FULL:
+        return name
+    word = re.sub(r"[^\w.-]+", "--", name.strip().rstrip("/").removeprefix("./")).strip("-.")
+    if not word:
+        raise InputError(f"model {name!r}: give a name on the hub or a folder")
+    return word if not Path(name).is_absolute() else Path(name).name
+
+
+def preflight(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    context: int | None = None,
+    device_map: str = "auto",
+) -> Preflight:
+    """Find a model and see that it can be loaded; of a model on the hub only the configuration is
+    fetched.
+
+    Args:
+        name: one of `FULL`, another name on the hub, or the folder of a checkpoint.
+        revision: branch, tag or commit; it is resolved to a commit. Not for folders.
+        dtype: "auto" is that of the checkpoint; "float32", "bfloat16", "float16" or a torch dtype.
+        context: tokens of the windows that will be read; None is what the model reads, at most
+            `CONTEXT`.
+        device_map: accelerate's: "auto", "cpu", "cuda:0", ….
+
+    Raises:
+        InputError: no such model or revision, no access, no network and not in the cache; no
+            safetensors, code of its own, no decoder; a context or dtype that it does not have; too
+            little disk or memory, with the estimate.
+        IntegrityError: a shard that is missing or damaged, in a folder or in the cache.
+    """
+    source = Path(name) if Path(name).is_dir() else FULL.get(name, name)
+    if isinstance(source, Path):
+        if revision is not None:
+            raise InputError(f"revision={revision!r} of the folder {shown(source)}: leave it out")
+        where, files, to_fetch = source, check_checkpoint(source), 0
+        repository = commit = None
+    else:
+        repository = source
+        where, commit, files, to_fetch = _on_hub(repository, revision)
+    config = _text_config(where or repository, commit, name)
+    context = _context(context, config, name)
+    chosen = _dtype(dtype, config)
+    skeleton = _skeleton(config)
+    parameters, active = _parameters(skeleton)
+    memory = parameters * chosen.itemsize + context * config.vocab_size * (chosen.itemsize + 4)
+    _check_disk(name, to_fetch)
+    _check_memory(name, memory, chosen, device_map)
+    return Preflight(
+        name,
+        repository,
+        commit,
+        where,
+        files,
+        to_fetch,
+        config,
+        parameters,
+        active,
+        chosen,
+        memory,
+        context,
+        _key_groups(skeleton),
+    )
+
+
+def load_full(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    context: int | None = None,
+    device_map: str = "auto",
+) -> LoadedModel:
+    """Load a model, fetched if need be, after a `preflight`: same arguments, same errors.
+
+    ``name`` of the result is the record's model id: repository and commit, or the folder.
+    """
+    found = preflight(name, revision=revision, dtype=dtype, context=context, device_map=device_map)
+    folder = found.folder or _fetched(found)
+    check_checkpoint(folder)
+    return _loaded(found, folder, device_map)
+
+
+def _loaded(found: Preflight, folder: Path, device_map: str) -> LoadedModel:
+    with no_progress_bar():
+        model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(found.config)].from_pretrained(
+            folder,
+            config=found.config,
+            dtype=found.dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            trust_remote_code=False,
+            key_mapping=_TEXT_WEIGHTS,
+            output_loading_info=True,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise IntegrityError(
+            f"{found.name} lacks {len(missing)} weights of its decoder, {missing[0]} among them: "
+            "fetch the checkpoint again"
+        )
+    digest = weights_hash(folder)
+    return LoadedModel(found.model_id, model.eval(), _tokenizer(folder), digest, found.context)
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"the tokenizer in {shown(folder)} cannot be read: fetch it again "
+            f"({(str(error).strip() or type(error).__name__).splitlines()[0][:100]})"
+        ) from None
+
+
+# Where the files are.
+
+
+def _on_hub(name: str, revision: str | None) -> tuple[Path | None, str, tuple[str, ...], int]:
+    """(folder if all is in the cache, commit, files, bytes to fetch)."""
+    try:
+        found = hub.resolve(name, revision)
+    except hub.Unreachable as unreachable:
+        try:
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except (LocalEntryNotFoundError, ValueError):
+            raise unreachable from None
+        return folder, folder.name, check_checkpoint(folder), 0
+    files = _needed(name, found.sizes)
+    cached = [try_to_load_from_cache(name, file, revision=found.revision) for file in files]
+    to_fetch = sum(
+        found.sizes[file] for file, path in zip(files, cached) if not isinstance(path, str)
+    )
+    if all(isinstance(path, str) for path in cached):
+        folder = Path(cached[0]).parent
+        return folder, found.revision, check_checkpoint(folder), 0
+    return None, found.revision, files, to_fetch
+
+
+def _needed(name: str, sizes: dict[str, int]) -> tuple[str, ...]:
+    """Weights, configuration and tokenizer: other formats lie beside them, or in folders."""
+    top = sorted(file for file in sizes if "/" not in file)
+    _check_formats(name, top)
+    small = [f for f in top if re.search(r"\.(json|txt|model|jinja|tiktoken)$", f)]
+    return ("config.json", *(f for f in small if f != "config.json"), *_shards(top))
+
+
+def _shards(files: list[str]) -> list[str]:
+    return [file for file in files if re.fullmatch(r"model.*\.safetensors", file)]
+
+
+def _check_formats(name: str, files: list[str]) -> None:
+    if "config.json" not in files:
+        raise InputError(f"no config.json in {name}: not a transformers checkpoint")
+    if _shards(files):
+        if not _TOKENIZERS & set(files):
+            raise InputError(f"no tokenizer in {name}: put the model's tokenizer.json there")
+        return
+    if pickles := [f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
+        raise InputError(
+            f"{name} has its weights in {pickles[0]} alone, a pickle, which can run code: "
+            "give a checkpoint in safetensors"
+        )
+    raise InputError(f"no model*.safetensors in {name}: give a checkpoint in safetensors")
+
+
+def _fetched(found: Preflight) -> Path:
+    with hub.refusals(found.repository, found.revision):
+        return Path(
+            snapshot_download(
+                found.repository, revision=found.revision, allow_patterns=list(found.files)
+            )
+        )
+
+
+def check_checkpoint(folder: Path) -> tuple[str, ...]:
+    """The files of a checkpoint folder, after a look at the header of every shard.
+
+    Raises ``InputError`` if it holds no safetensors or no tokenizer, ``IntegrityError`` naming the
+    file that is damaged, cut short, or named by the index and not there.
+    """
+    files = sorted(file.name for file in folder.iterdir() if file.is_file())
+    _check_formats(shown(folder), files)
+    shards = set(_shards(files))
+    if INDEX in files:
+        for shard in sorted(_indexed(folder / INDEX)):
+            if shard not in shards:
+                raise IntegrityError(
+                    f"{shown(folder / shard)} is missing, which {INDEX} names: fetch it again"
+                )
+    for shard in sorted(shards):
+        try:
+            with safe_open(folder / shard, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise IntegrityError(
+                f"{shown(folder / shard)} is damaged or cut short ({error}): "
+                f"delete {shown((folder / shard).resolve())} and fetch it again"
+            ) from None
+    return tuple(files)
+
+
+def _indexed(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError):
+        raise IntegrityError(f"{shown(index)} cannot be read: fetch it again") from None
+
+
+# What the model is.
+
+
+def _text_config(source: Path | str, revision: str | None, name: str) -> PreTrainedConfig:
+    """The configuration of the text decoder."""
+    try:
+        with hub.refusals(str(source), revision):
+            plain, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+            kind = plain.get("model_type")
+            if "auto_map" in plain:
+                raise InputError(
+                    f"{name} brings code of its own (auto_map in config.json), which is not run: "
+                    "give a checkpoint of a class that transformers has itself"
+                )
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0][:150]
+        raise InputError(f"the config.json of {name} cannot be used: {reason}") from None
+    architectures = config.architectures or ()
+    text = config.get_text_config(decoder=True)
+    if (
+        config.is_encoder_decoder
+        or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        or (architectures and not any(a.endswith(_DECODERS) for a in architectures))
+    ):
+        raise InputError(
+            f"{name} is a {kind} model ({', '.join(architectures) or 'no architecture named'}), "
+            "not a decoder: give a model that continues text"
+        )
+    text.dtype = text.dtype or config.dtype
+    return text
+
+
+def _context(context: int | None, config: PreTrainedConfig, name: str) -> int:
+    most = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if context is None:
+        return min(CONTEXT, most)
+    if isinstance(context, bool) or not isinstance(context, int) or not 2 <= context <= most:
+        raise InputError(f"context={context!r}: {name} reads windows of 2 to {most} tokens")
+    return context
+
+
+def _dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> torch.dtype:
+    if dtype == "auto":
+        return config.dtype or torch.float32
+    found = DTYPES.get(dtype, dtype)
+    if found not in DTYPES.values():
+        raise InputError(f"dtype={dtype!r}: choose auto, {', '.join(DTYPES)}")
+    return found
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without its weights."""
+    with torch.device("meta"):
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+
+
+def _parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """(all, those that every token is multiplied with): a table is looked up, not multiplied."""
+    config = model.config
+    n_experts = _first(config, "num_experts", "num_local_experts", "n_routed_experts")
+    chosen = _first(config, "num_experts_per_tok", "top_k_experts")
+    share = chosen / n_experts if n_experts and chosen else 1.0
+    heads = model.get_output_embeddings()
+    output = {id(p) for p in heads.parameters()} if heads is not None else set()
+    tables = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for p in module.parameters()
+    } - output
+    total = active = 0
+    for path, parameter in model.named_parameters():
+        total += parameter.numel()
+        if id(parameter) not in tables:
+            active += int(parameter.numel() * (share if ".experts." in path else 1.0))
+    return total, active
+
+
+def _first(config: PreTrainedConfig, *names: str) -> int | None:
+    return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+def _key_groups(model: PreTrainedModel) -> tuple[tuple[int, int, int], ...]:
+    layers = attention_layers(model).values()
+    counts = Counter((layer.n_heads, layer.head_dim) for layer in layers if layer.owns_keys)
+    return tuple((count, *shape) for shape, count in counts.items())
+
+
+# Whether there is room.
+
+
+def _check_disk(name: str, needed: int) -> None:
+    cache = Path(constants.HF_HUB_CACHE)
+    there = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise InputError(
+            f"{name} is {needed / _GB:.3g} GB to fetch, {shown(cache)} has {free / _GB:.3g} GB "
+            "free: make room, or set HF_HUB_CACHE to a larger disk"
+        )
+
+
+def _check_memory(name: str, needed: int, dtype: torch.dtype, device_map: str) -> None:
+    free = _free_memory(device_map)
+    if needed > free:
+        remedy = "use dtype='bfloat16', or " if dtype.itemsize > 2 else "use "
+        raise InputError(
+            f"{name} takes {needed / _GB:.3g} GB of memory in {_word(dtype)}, device_map="
+            f"{device_map!r} has {free / _GB:.3g} GB free: {remedy}a machine with more"
+        )
+
+
+def _free_memory(device_map: str) -> int:
+    """Bytes free where ``device_map`` may put weights."""
+    free = get_max_memory()
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return sum(free.values())
+    kind, _, place = str(device_map).partition(":")
+    key = "cpu" if kind == "cpu" else int(place or 0)
+    if key not in free:
+        raise InputError(f"device_map={device_map!r}: there is no such device, use 'auto'")
+    return free[key]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print what a model will take. Returns 2, the reason on stderr, if it cannot be had."""
+    parser = argparse.ArgumentParser("python -m signlattice.models.full_size", description=__doc__)
+    parser.add_argument("name", help=f"{', '.join(FULL)}, a name on the hub, or a folder")
+    parser.add_argument("--revision", help="branch, tag or commit")
+    parser.add_argument("--context", type=int, help=f"tokens of a window, {CONTEXT} unless given")
+    parser.add_argument("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="calibration tokens")
+    given = parser.parse_args(arguments)
+    try:
+        found = preflight(
+            given.name, revision=given.revision, dtype=given.dtype, context=given.context
+        )
+        rows = found.table(given.tokens)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        print(f"{label:<{width}}  {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

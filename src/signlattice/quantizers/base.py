@@ -1,0 +1,33 @@
+"""The protocol of a quantizer: what every code of keys or values has to say and do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+
+class VectorCode(ABC):
+    """A code of the keys, or of the values, of one layer."""
+
+    @property
+    @abstractmethod
+    def bits(self) -> float:
+        """Bits to a coordinate, with all that is kept of a token: scales, zeros, means."""
+
+    @property
+    def static_bytes(self) -> int:
+        """Bytes that are kept once for all tokens: matrices, means and codebooks that are learned.
+
+        What comes from a seed weighs nothing.
+        """
+        return 0
+
+    @property
+    def group(self) -> int:
+        """Tokens that are coded together: of slots 0 … group - 1, of the next so many, and so on."""
+        return 1
+
+    @abstractmethod
+    def read_back(self, vectors: Tensor) -> Tensor:
+        """What vectors [B, H, T, D] are read as, fp32. Whole groups, but for the last."""

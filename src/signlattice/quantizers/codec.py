@@ -1,0 +1,202 @@
+"""Keys to bits and back: centre, choose signs along a basis, keep them and one scale per token.
+
+The basis is a rotation, and the signs those of the rotated key; or, with a metric, any basis, and
+the signs are searched for (`lattice`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from signlattice.errors import InputError, IntegrityError
+from signlattice.io import shown, write_tensors
+from signlattice.quantizers.sign import LayerCodec, _restored, _stored
+
+SCHEMA = 2
+"""Of the files that are written; those of schema 1 are read as well."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a codec was fitted on, and how far its keys are from their lattice points.
+
+    Attributes:
+        text: SHA-256 of the calibration text.
+        n_keys: calibration keys of a head.
+        beta: per layer and head, the mean cosine of held-out keys to their lattice points, in the
+            metric of the code: the paper's β where the basis is a rotation.
+        noise_null: the same of Gaussian noise, (in sample, held out), with as many keys for each
+            coordinate: what β would be if keys had no structure to be learned.
+    """
+
+    text: str
+    n_keys: int
+    beta: dict[int, tuple[float, ...]]
+    noise_null: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class KeyCodec:
+    """The codes of all layers of one model, and what they were fitted on.
+
+    ``layers`` maps a layer's index to its code; layers without one keep their keys.
+    ``provenance`` holds strings, for readers: solver, text, library version …
+    """
+
+    layers: dict[int, LayerCodec]
+    model_hash: str
+    provenance: dict[str, str] = field(default_factory=dict)
+    calibration: Calibration | None = None
+
+    def check_model(self, weights_hash: str) -> None:
+        """Raise ``IntegrityError`` unless the codec was fitted on the model of that hash."""
+        if weights_hash != self.model_hash:
+            raise IntegrityError(
+                f"this codec was fitted on the model {self.model_hash[:12]}…, not on "
+                f"{weights_hash[:12]}…: fit one for this model"
+            )
+
+    def save(self, path: Path, *, bits: Literal[8, 32] = 32) -> None:
+        """Write one safetensors file; the old one stays until the new one is whole.
+
+        With ``bits`` 8 every basis and metric takes a byte to a number: a code that was
+        `LayerCodec.rounded` is read back as it is, any other one nearly so.
+        """
+        if bits not in (8, 32):
+            raise InputError(f"bits={bits}: a codec file has 8 or 32 bits to a number")
+        tensors = {}
+        for index, layer in self.layers.items():
+            for name, tensor in _stored(layer, bits).items():
+                tensors[f"{index}.{name}"] = tensor.clone()  # layers may share one
+        header = {
+            "schema": SCHEMA,
+            "model_hash": self.model_hash,
+            "bits": bits,
+            "scale_rules": {index: layer.scale_rule for index, layer in self.layers.items()},
+            "centerings": {index: code.centering.method for index, code in self.layers.items()},
+            "provenance": self.provenance,
+            "calibration": None if self.calibration is None else asdict(self.calibration),
+        }
+        header = json.loads(json.dumps(header))  # as it will be read: keys are strings
+        header["digest"] = _digest(header, tensors)
+        write_tensors(path, tensors, metadata={"signlattice": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: Path, model_hash: str | None = None) -> KeyCodec:
+        """Read a codec, and check it against a model's hash if one is given.
+
+        Nothing in a file is executed. Raises ``IntegrityError`` on a file that is missing,
+        truncated, changed since it was written, of a later schema, not a codec, or fitted on
+        another model.
+        """
+        header, tensors = _read(Path(path))
+        try:
+            layers = {
+                _index(index): _layer(header, tensors, index) for index in header["centerings"]
+            }
+            codec = cls(
+                layers,
+                _text(header["model_hash"]),
+                {_text(name): _text(fact) for name, fact in header["provenance"].items()},
+                _calibration(header.get("calibration"), layers),
+            )
+        except (
+            LookupError,
+            AttributeError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            ArithmeticError,
+        ) as error:
+            raise IntegrityError(f"{shown(path)} is not a whole codec: {error}") from None
+        if model_hash is not None:
+            codec.check_model(model_hash)
+        return codec
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Header and tensors of a file, both as they were written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("signlattice", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise IntegrityError(f"no codec file at {shown(path)}") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise IntegrityError(f"{shown(path)} is not a whole safetensors file: {error}") from None
+    if not isinstance(header, dict) or type(header.get("schema")) is not int:
+        raise IntegrityError(f"{shown(path)} is a safetensors file, but not a codec of signlattice")
+    if not 1 <= header["schema"] <= SCHEMA:
+        raise IntegrityError(
+            f"{shown(path)} has schema {header['schema']}, this library reads up to {SCHEMA}: "
+            "update signlattice"
+        )
+    found = header.pop("digest", None)
+    try:
+        expected = _digest(header, tensors) if header["schema"] > 1 else None
+    except (RuntimeError, TypeError) as error:  # nested too deeply, or numbers that torch lacks
+        raise IntegrityError(f"{shown(path)} is not a whole codec: {error}") from None
+    if found != expected:
+        raise IntegrityError(f"{shown(path)} was changed after it was written: learn it again")
+    return header, tensors
+
+
+def _digest(header: dict, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over everything in a file."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _index(text: str) -> int:
+    """Of a layer: two ways to write one would be two layers, of which one is lost."""
+    if not (text.isascii() and text.isdecimal()) or str(int(text)) != text:
+        raise InputError(f"{text!r} is no index of a layer")
+    return int(text)
+
+
+def _layer(header: dict, tensors: Mapping[str, Tensor], index: str) -> LayerCodec:
+    own = {
+        name.removeprefix(f"{index}."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{index}.")
+    }
+    if header["schema"] == 1:
+        own["basis"] = own.pop("rotation")
+    return _restored(own, header["scale_rules"][index], header["centerings"][index])
+
+
+def _calibration(found: dict | None, layers: dict[int, LayerCodec]) -> Calibration | None:
+    if found is None:
+        return None
+    beta = {_index(index): tuple(map(_number, heads)) for index, heads in found["beta"].items()}
+    if {index: len(heads) for index, heads in beta.items()} != {
+        index: layer.n_heads for index, layer in layers.items()
+    }:
+        raise InputError("its calibration is of other layers or heads")
+    inside, outside = map(_number, found["noise_null"])
+    return Calibration(_text(found["text"]), int(_number(found["n_keys"])), beta, (inside, outside))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{value!r} where a text was expected")
+    return value
+
+
+def _number(value: object) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise InputError(f"{value!r} where a finite number was expected")
+    return float(value)

@@ -1,0 +1,84 @@
+"""Codes of vectors by what is read back of them: to compare codes, not to store their bits.
+
+A code says how many bits it would take, everything that goes with a token counted, and gives back
+what attention would read. What stores bits for use is `codec`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from signlattice.errors import InputError
+from signlattice.quantizers.base import VectorCode
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.scales import ScaleRule, scale_of
+
+
+@dataclass(frozen=True, eq=False)
+class LevelCode(VectorCode):
+    """Gaussian levels of ``bits_per_level`` bits, after a centering and a rotation [H, D, D].
+
+    The levels are those of least error for a Gaussian (`gaussian_levels`); each token of each head
+    has one scale, by the rules of `codec.scale_of`: ``mse`` makes the error least, ``norm`` keeps
+    the length, ``unbiased`` the inner product with the vector. One bit is the sign code.
+
+    Raises:
+        InputError: on a rule that there is not, or a width outside 1 to 8.
+    """
+
+    centering: Centering
+    rotation: Tensor
+    bits_per_level: int = 1
+    rule: ScaleRule = "mse"
+    learned: bool = False
+
+    def __post_init__(self) -> None:
+        gaussian_levels(self.bits_per_level)
+        scale_of(*torch.ones(3), self.rule)
+
+    @property
+    def bits(self) -> float:
+        """The levels', and sixteen to a token for the scale, and as many for a mean of its own."""
+        numbers = 2 if self.centering.method == "dc" else 1
+        return self.bits_per_level + 16 * numbers / self.rotation.shape[-1]
+
+    @property
+    def static_bytes(self) -> int:
+        """Of a learned rotation at eight bits to a number, and of a static mean at 32."""
+        mean = self.centering.mean
+        rotation = self.rotation.numel() if self.learned else 0
+        return rotation + (0 if mean is None else 4 * mean.numel())
+
+    def read_back(self, vectors: Tensor) -> Tensor:
+        """As `VectorCode.read_back`."""
+        centred, offset = self.centering.split(vectors.float())
+        y = centred @ self.rotation.mT
+        levels = gaussian_levels(self.bits_per_level).to(y.device)
+        unit = y / y.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+        code = levels[torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2, right=True)]
+        scale = scale_of((y * code).sum(-1), code.square().sum(-1), y.square().sum(-1), self.rule)
+        return self.centering.join(scale.unsqueeze(-1) * code @ self.rotation, offset)
+
+
+@cache
+def gaussian_levels(bits: int) -> Tensor:
+    """The 2^bits levels of least squared error for a standard Gaussian, ascending (Lloyd, Max).
+
+    One bit gives ±√(2/π), which is the sign code. Raises ``InputError`` unless 1 <= bits <= 8.
+    """
+    if not 1 <= bits <= 8:
+        raise InputError(f"bits={bits}: use 1 to 8")
+    # The best levels of many lie as densely as the cube root of the density says (Panter, Dite).
+    levels = norm.ppf((np.arange(2**bits) + 0.5) / 2**bits, scale=3**0.5)
+    for _ in range(20 * 4**bits):
+        edges = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
+        levels, former = -np.diff(norm.pdf(edges)) / np.diff(norm.cdf(edges)), levels
+        if np.abs(levels - former).max() < 1e-9:
+            break
+    return torch.from_numpy(levels).float()

@@ -1,0 +1,53 @@
+"""The three rules for the scale of a sign code: least error, the key's length, or unbiased scores."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from signlattice.errors import InputError
+
+ScaleRule = Literal["mse", "norm", "unbiased"]
+
+SCALE_RULES: tuple[ScaleRule, ...] = get_args(ScaleRule)
+
+LEAST_COSINE = 1 / 32
+"""Below it the scale ``unbiased`` grows no further: no rotation of 1024 coordinates comes to it."""
+
+
+def token_scale(y: Tensor, rule: ScaleRule) -> Tensor:
+    """Scale α of the sign code of each rotated key; ``y`` [..., d] gives [...].
+
+    ``mse``: ‖y‖₁/d, the least error. ``norm``: ‖y‖₂/√d, keeps the length. ``unbiased``: ‖y‖₂²/‖y‖₁,
+    a score whose slope is one (RaBitQ, Gao and Long 2024). A zero key has scale 0.
+
+    Raises ``InputError`` on an unknown rule.
+    """
+    length = torch.full_like(y[..., 0], y.shape[-1])
+    return scale_of(y.abs().sum(-1), length, y.square().sum(-1), rule)
+
+
+def scale_of(along: Tensor, length: Tensor, energy: Tensor, rule: ScaleRule) -> Tensor:
+    """`token_scale` of a key x and its lattice point p: of x·p, ‖p‖² and ‖x‖², in any metric.
+
+    For signs s of a rotated key y these are ‖y‖₁, d and ‖y‖₂². Of a key that is small beside a
+    lattice that is no cube, the point may be on the far side, and the scale is below zero; to the
+    rule ``unbiased`` the cosine is `LEAST_COSINE` or more. Raises as `token_scale` does.
+    """
+    if rule not in SCALE_RULES:
+        raise InputError(f"unknown scale rule {rule!r}: choose one of {', '.join(SCALE_RULES)}")
+    tiny = torch.finfo(energy.dtype).tiny
+    if rule == "mse":
+        return along / length.clamp_min(tiny)
+    if rule == "norm":
+        scale = (energy / length.clamp_min(tiny)).sqrt()
+    else:
+        least = LEAST_COSINE * _sizes(length, energy)
+        scale = energy / along.abs().maximum(least).clamp_min(tiny)
+    return torch.where(length > 0, scale.copysign(along), 0.0)
+
+
+def _sizes(length: Tensor, energy: Tensor) -> Tensor:
+    return length.clamp_min(0).sqrt() * energy.sqrt()

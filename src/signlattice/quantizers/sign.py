@@ -1,0 +1,294 @@
+"""Sign codes of one layer's keys: a sign for each basis vector and one scale per token.
+
+The basis is a rotation, and the signs those of the rotated key; or, with a metric, any basis, and
+the signs are searched for (`quantizers.basis`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from signlattice.bits import n_words, pack_signs, unpack_signs
+from signlattice.errors import InputError
+from signlattice.kernels import nearest_signs
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.scales import SCALE_RULES, ScaleRule, _sizes, scale_of
+
+LARGEST = 1e10
+"""Of the numbers of a code that is read: fp32 holds all sums of their products."""
+
+
+@dataclass(frozen=True)
+class SignKeys:
+    """Packed keys: ``words`` uint8 [B, H, T, D/8], ``scale`` fp16 [B, H, T], and with ``dc``
+    centering the component along (1, …, 1)/√D that was taken off, ``dc`` fp16 [B, H, T]."""
+
+    words: Tensor
+    scale: Tensor
+    dc: Tensor | None = None
+
+    @property
+    def n_keys(self) -> int:
+        """How many key vectors are compressed: B · H · T."""
+        return self.scale.numel()
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that the packed keys really take."""
+        parts = (self.words, self.scale, self.dc)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
+class LayerCodec:
+    """The code of one layer's keys: per head a centering, a basis and a temperature.
+
+    A key is read back as k̂ = α Bᵀs, and what the centering took off. ``basis`` B [H, D, D]: a
+    rotation, whose rows are the new axes, where there is no ``metric``. With a ``metric`` M
+    [H, D, D], symmetric and positive definite, any basis: signs and scale then make
+    (k − k̂)ᵀ M (k − k̂) small. ``temperature`` [H] multiplies every scale of a head, hence the
+    head's logits. ``centering.mean`` is [H, D] for ``token_mean``.
+    """
+
+    basis: Tensor
+    centering: Centering
+    scale_rule: ScaleRule = "unbiased"
+    temperature: Tensor | None = None
+    metric: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.basis.ndim != 3 or self.basis.shape[1] != self.basis.shape[2]:
+            raise InputError(f"basis of shape {list(self.basis.shape)}: expected [H, D, D]")
+        if not self.n_heads:
+            raise InputError("a basis of no head: expected [H, D, D], H 1 or more")
+        n_words(self.head_dim)
+        if self.scale_rule not in SCALE_RULES:
+            raise InputError(
+                f"unknown scale rule {self.scale_rule!r}: choose one of {', '.join(SCALE_RULES)}"
+            )
+        if self.temperature is not None and self.temperature.shape != self.basis.shape[:1]:
+            raise InputError(
+                f"temperature of shape {list(self.temperature.shape)}: expected [{self.n_heads}]"
+            )
+        if self.centering.mean is not None and self.centering.mean.shape != self.basis.shape[:2]:
+            raise InputError(
+                f"mean of shape {list(self.centering.mean.shape)}: "
+                f"expected {list(self.basis.shape[:2])}"
+            )
+        if self.metric is not None:
+            if self.metric.shape != self.basis.shape:
+                raise InputError(
+                    f"metric of shape {list(self.metric.shape)}: "
+                    f"expected {list(self.basis.shape)}, as the basis"
+                )
+            if self.centering.method == "dc":
+                raise InputError("centering 'dc' with a metric: use 'token_mean' or 'none'")
+
+    @property
+    def n_heads(self) -> int:
+        """KV heads."""
+        return len(self.basis)
+
+    @property
+    def head_dim(self) -> int:
+        """Coordinates of a key."""
+        return self.basis.shape[-1]
+
+    def to(self, device: torch.device) -> LayerCodec:
+        """The same code on another device."""
+        if self.basis.device == device:
+            return self
+        moved = {"basis": self.basis.to(device)}
+        if self.centering.mean is not None:
+            moved["centering"] = replace(self.centering, mean=self.centering.mean.to(device))
+        for name in ("temperature", "metric"):
+            if (tensor := getattr(self, name)) is not None:
+                moved[name] = tensor.to(device)
+        return replace(self, **moved)
+
+    def rotated(self, keys: Tensor) -> Tensor:
+        """Centred and rotated keys, [..., H, T, D] as given: what the signs are taken of.
+
+        Raises ``InputError`` if the code has a metric: its signs are of no one vector.
+        """
+        if self.metric is not None:
+            raise InputError("a code with a metric rotates nothing: its signs are searched for")
+        centred, _ = self.centering.split(keys.float())
+        return centred @ self.basis.mT
+
+    def cosines(self, keys: Tensor) -> Tensor:
+        """Cosine of each centred key [H, N, D] to its lattice point, in the metric: [H, N].
+
+        Without a metric it is that to the sign lattice, ‖y‖₁ / (√D ‖y‖₂), whose mean is β.
+        """
+        _, along, length, energy = self._nearest(keys[None])
+        sizes = _sizes(length, energy).clamp_min(torch.finfo(energy.dtype).tiny)
+        return (along.abs() / sizes)[0]
+
+    def encode(self, keys: Tensor) -> SignKeys:
+        """Pack keys [B, H, T, D]. Raises ``InputError`` on another shape or on NaN or infinity."""
+        expected = (self.n_heads, self.head_dim)
+        if keys.ndim != 4 or (keys.shape[1], keys.shape[3]) != expected:
+            raise InputError(
+                f"keys of shape {list(keys.shape)}: "
+                f"this codec takes [B, {expected[0]}, T, {expected[1]}]"
+            )
+        if not torch.isfinite(keys).all():
+            raise InputError("keys hold NaN or infinite values: check the model's precision")
+        return self.coded(keys)
+
+    def coded(self, keys: Tensor) -> SignKeys:
+        """`encode` without a look at the keys, for which the host would wait for a GPU."""
+        words, along, length, energy = self._nearest(keys)
+        scale = scale_of(along, length, energy, self.scale_rule)
+        if self.temperature is not None:
+            scale = scale * self.temperature[:, None]
+        dc = None
+        if self.centering.method == "dc":
+            dc = (keys.float().sum(-1) / self.head_dim**0.5).half()
+        most = torch.finfo(torch.float16).max
+        return SignKeys(words, scale.clamp(-most, most).half(), dc)
+
+    def decode(self, packed: SignKeys) -> Tensor:
+        """The keys that the bits stand for, fp32 [B, H, T, D]."""
+        y = unpack_signs(packed.words) * packed.scale.float().unsqueeze(-1)
+        return self.centering.join(y @ self.basis, self._offset(packed))
+
+    def scores(self, query: Tensor, packed: SignKeys) -> Tensor:
+        """Inner products of queries [B, Hq, Tq, D] with packed keys, fp32 [B, Hq, Tq, T].
+
+        The query is taken along the basis, the keys stay signs. Heads are grouped as in GQA: query
+        head g reads KV head g // (Hq / H). Raises ``InputError`` if H does not divide Hq.
+        """
+        groups, rest = divmod(query.shape[1], self.n_heads)
+        if rest or query.shape[-1] != self.head_dim:
+            raise InputError(
+                f"queries of shape {list(query.shape)} do not fit {self.n_heads} KV heads of "
+                f"{self.head_dim}"
+            )
+        query = query.float().unflatten(1, (self.n_heads, groups))  # [B, H, G, Tq, D]
+        along_basis = query @ self.basis.mT.unsqueeze(1)
+        signs = unpack_signs(packed.words).unsqueeze(2)  # [B, H, 1, T, D]
+        scores = (along_basis @ signs.mT) * packed.scale.float()[:, :, None, None, :]
+        if packed.dc is not None:
+            along = query.sum(-1, keepdim=True) / self.head_dim**0.5
+            scores = scores + along * packed.dc.float()[:, :, None, None, :]
+        if self.centering.method == "token_mean":
+            mean = self.centering.mean[:, None, :, None]  # [H, 1, D, 1]
+            scores = scores + query @ mean  # the same for every key
+        return scores.flatten(1, 2)
+
+    def rounded(self) -> LayerCodec:
+        """The code that a file of eight bits to a number gives back (`KeyCodec.save`)."""
+        return _restored(_stored(self, bits=8), self.scale_rule, self.centering.method)
+
+    @cached_property
+    def _gram(self) -> Tensor:
+        return self.basis @ self.metric @ self.basis.mT
+
+    def _nearest(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each key x its signs s, and in the metric x·Bᵀs, ‖Bᵀs‖² and ‖x‖²."""
+        if self.metric is None:
+            y = self.rotated(keys)
+            length = torch.full_like(y[..., 0], y.shape[-1])
+            return pack_signs(y), y.abs().sum(-1), length, y.square().sum(-1)
+        x, _ = self.centering.split(keys.float())
+        weighted = x @ self.metric
+        found = nearest_signs((weighted @ self.basis.mT).contiguous(), self._gram)
+        return *found, (weighted * x).sum(-1).clamp_min(0)
+
+    def _offset(self, packed: SignKeys) -> Tensor:
+        if packed.dc is not None:
+            return packed.dc.float().unsqueeze(-1) / self.head_dim**0.5
+        if self.centering.method == "token_mean":
+            return self.centering.mean.unsqueeze(-2)
+        return torch.zeros(())
+
+
+# Files. A basis of eight bits has a step for each of its vectors; a metric is kept as its Cholesky
+# factor, row by row, so that whatever is read is one.
+
+
+def _stored(layer: LayerCodec, bits: int) -> dict[str, Tensor]:
+    mean, temperature = layer.centering.mean, layer.temperature
+    tensors = {"basis": layer.basis}
+    if layer.metric is not None:
+        try:
+            tensors["metric"] = torch.linalg.cholesky(layer.metric.double()).float()
+        except torch.linalg.LinAlgError as error:
+            raise InputError(f"metric is not positive definite: {error}") from None
+    if bits == 8:
+        for name in tuple(tensors):
+            tensors[name], tensors[f"{name}_step"] = _bytes_of(tensors[name])
+        mean = None if mean is None else mean.half()
+    if "metric" in tensors:
+        if bits == 8:  # or the metric that is read may have no factor
+            tensors["metric"].diagonal(dim1=-2, dim2=-1).clamp_(min=1)
+        rows, columns = torch.tril_indices(layer.head_dim, layer.head_dim)
+        tensors["metric"] = tensors["metric"][:, rows, columns]
+    if mean is not None:
+        tensors["mean"] = mean
+    if temperature is not None:
+        tensors["temperature"] = temperature
+    return tensors
+
+
+def _bytes_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes [H, D, D] and a step for every row, fp16 [H, D]."""
+    step = (matrix.abs().amax(-1) / 127).half()
+    each = step.float().clamp_min(torch.finfo(torch.float16).smallest_normal / 1024)[..., None]
+    return (matrix / each).round().clamp(-127, 127).to(torch.int8), step
+
+
+def _restored(tensors: Mapping[str, Tensor], rule: str, method: str) -> LayerCodec:
+    """The code that tensors of either width stand for. Raises what is wrong with them."""
+    basis = _wide(tensors, "basis", tensors["basis"])
+    if basis.ndim != 3 or not len(basis):
+        raise InputError(f"basis of shape {list(basis.shape)}: expected [H, D, D]")
+    metric = None
+    if "metric" in tensors:
+        d = basis.shape[-1]
+        triangle = tensors["metric"]
+        if triangle.shape != (len(basis), d * (d + 1) // 2):
+            raise InputError(f"metric of shape {list(triangle.shape)} with a head size of {d}")
+        rows, columns = torch.tril_indices(d, d)
+        factor = triangle.new_zeros(len(basis), d, d)
+        factor[:, rows, columns] = triangle
+        factor = _wide(tensors, "metric", factor)
+        metric = factor @ factor.mT
+    mean, temperature = (
+        None if name not in tensors else _wide(tensors, name, tensors[name])
+        for name in ("mean", "temperature")
+    )
+    for name, tensor in (
+        ("basis", basis),
+        ("metric", metric),
+        ("mean", mean),
+        ("temperature", temperature),
+    ):
+        if tensor is not None and not (tensor.abs() <= LARGEST).all():
+            raise InputError(f"{name} holds NaN, infinite or far too large values")
+    code = LayerCodec(basis, Centering(method, mean), rule, temperature, metric)
+    eye = torch.eye(code.head_dim, device=basis.device)
+    if metric is None and (basis @ basis.mT - eye).abs().max() > 0.1:
+        raise InputError("a basis that is no rotation, and no metric")
+    return code
+
+
+def _wide(tensors: Mapping[str, Tensor], name: str, numbers: Tensor) -> Tensor:
+    """Numbers as they are, or codes of eight bits with a step to each row."""
+    step = tensors.get(f"{name}_step")
+    if step is None:
+        if not numbers.is_floating_point():
+            raise InputError(f"{name} is {numbers.dtype}: expected floating point")
+        return numbers.float()
+    if numbers.dtype != torch.int8 or not step.is_floating_point():
+        raise InputError(f"{name} is {numbers.dtype}, its steps {step.dtype}: expected int8, fp16")
+    if numbers.ndim != 3 or step.shape != numbers.shape[:2]:
+        raise InputError(f"{name} of shape {list(numbers.shape)}, its steps {list(step.shape)}")
+    return numbers.float() * step.float()[..., None]

@@ -1,0 +1,36 @@
+"""Sign codes as quantizers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from signlattice.quantizers.base import VectorCode
+from signlattice.quantizers.sign import LayerCodec
+
+
+@dataclass(frozen=True, eq=False)
+class SignCode(VectorCode):
+    """Signs and scales of a layer's codec, rotation or lattice; ``learned``, or from a seed."""
+
+    code: LayerCodec
+    learned: bool = True
+
+    @property
+    def bits(self) -> float:
+        """One, and sixteen to a token for the scale, and as many for a mean of its own."""
+        numbers = 2 if self.code.centering.method == "dc" else 1
+        return 1 + 16 * numbers / self.code.head_dim
+
+    @property
+    def static_bytes(self) -> int:
+        """Of a file with eight bits to a number of basis and metric, four to one of the mean."""
+        n_matrices = (1 if self.code.metric is None else 2) if self.learned else 0
+        matrices = n_matrices * self.code.basis.numel()
+        mean = self.code.centering.mean
+        return matrices + (0 if mean is None else 4 * mean.numel())
+
+    def read_back(self, vectors: Tensor) -> Tensor:
+        """As `VectorCode.read_back`."""
+        return self.code.decode(self.code.coded(vectors))

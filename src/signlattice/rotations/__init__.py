@@ -1,0 +1,1 @@
+"""Rotations: drawn from a seed, fitted in closed form, or learned; and keys to try them on."""

@@ -1,0 +1,1 @@
+"""Other people's caches and codes, by their published rules."""

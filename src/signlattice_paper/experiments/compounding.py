@@ -1,0 +1,178 @@
+"""Does the loss of one layer multiply with that of the next? Layers coded alone, and together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from signlattice.evaluation.bootstrap import Interval, bootstrap
+from signlattice.evaluation.perplexity import TokenLosses, perplexity, perplexity_gap, token_losses
+from signlattice.models.hooks import score_scaling
+from signlattice.models.loading import LoadedModel
+from signlattice.models.passages import Passage
+from signlattice.quantizers.codec import KeyCodec
+from signlattice.quantizers.sign import LayerCodec
+from signlattice_paper.experiments.scores import (
+    attention_states,
+    log_weights,
+    mean_interval,
+    weights_kl,
+)
+from signlattice_paper.experiments.solvers import Progress, tell
+from signlattice_paper.records import Row
+
+LayerSet = tuple[int, ...]
+
+
+def compared_codecs(learned: KeyCodec, srht: Mapping[int, Tensor]) -> dict[str, KeyCodec]:
+    """Three codes of the same keys, from coarse to fine.
+
+    ``srht_mse`` and ``srht_unbiased`` turn keys by ``srht`` [H, D, D] per layer, and take the means
+    off that ``learned`` does.
+    """
+    codecs = {}
+    for rule in ("mse", "unbiased"):
+        layers = {
+            layer: LayerCodec(srht[layer], code.centering, rule)
+            for layer, code in learned.layers.items()
+        }
+        codecs[f"srht_{rule}"] = KeyCodec(layers, learned.model_hash)
+    return codecs | {"learned": learned}
+
+
+def layer_sets(layers: Sequence[int]) -> tuple[LayerSet, ...]:
+    """Each layer alone, then the first two, the first three, … and all."""
+    alone = [(layer,) for layer in layers]
+    return tuple(alone + [tuple(layers[:n]) for n in range(2, len(layers) + 1)])
+
+
+def only(codec: KeyCodec, layers: LayerSet) -> KeyCodec:
+    """The codec restricted to some layers; the others keep their keys."""
+    return KeyCodec(
+        {layer: codec.layers[layer] for layer in layers}, codec.model_hash, codec.provenance
+    )
+
+
+def added_nats(losses: TokenLosses, exact: TokenLosses) -> Interval:
+    """Loss per token above that of exact keys, with its interval over documents."""
+
+    def added(weight: np.ndarray) -> float:
+        return float((weight * (losses.nll - exact.nll)).sum() / (weight * exact.n_tokens).sum())
+
+    return bootstrap(exact.pieces, added)
+
+
+def together_over_sum(
+    together: TokenLosses, alone: Sequence[TokenLosses], exact: TokenLosses
+) -> Interval:
+    """Nats added by all layers at once over the sum of what each adds alone.
+
+    One: nats add, that is, the factors on the perplexity multiply. Above one: a layer hurts more
+    where the others are coded too.
+    """
+
+    def ratio(weight: np.ndarray) -> float:
+        base = (weight * exact.nll).sum()
+        single = sum((weight * losses.nll).sum() - base for losses in alone)
+        return float(((weight * together.nll).sum() - base) / single)
+
+    return bootstrap(exact.pieces, ratio)
+
+
+def loss_rows(
+    loaded: LoadedModel,
+    codecs: Mapping[str, KeyCodec],
+    pieces: Sequence[Passage],
+    progress: Progress | None = None,
+) -> tuple[list[Row], dict[str, Interval], dict[str, TokenLosses]]:
+    """What each layer adds to the loss when it alone is coded, and what all add together.
+
+    Returns a row per code and set of layers; per code the ratio of `together_over_sum`; and the
+    losses with all layers coded, those with exact keys under the name "exact".
+    """
+    exact = token_losses(loaded, pieces)
+    rows, ratios, complete = [], {}, {"exact": exact}
+    for name, codec in codecs.items():
+        every = tuple(sorted(codec.layers))
+        losses = {}
+        for layers in (*((layer,) for layer in every), every):
+            losses[layers] = token_losses(loaded, pieces, only(codec, layers))
+            rows.append(_loss_row(name, layers, losses[layers], exact))
+            tell(progress)
+        complete[name] = losses[every]
+        alone = [losses[(layer,)] for layer in every]
+        ratios[name] = together_over_sum(complete[name], alone, exact)
+    return rows, ratios, complete
+
+
+def _loss_row(code: str, layers: LayerSet, losses: TokenLosses, exact: TokenLosses) -> Row:
+    nats, gap = added_nats(losses, exact), perplexity_gap(losses, exact)
+    return {
+        "code": code,
+        "layers": layers_name(layers),
+        "count": len(layers),
+        "nats": nats.value,
+        "low": nats.low,
+        "high": nats.high,
+        "factor": math.exp(nats.value),
+        "perplexity": perplexity(losses).value,
+        "gap": gap.value,
+    }
+
+
+@torch.no_grad()
+def attention_rows(
+    loaded: LoadedModel,
+    codecs: Mapping[str, KeyCodec],
+    pieces: Sequence[Passage],
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Divergence of each layer's attention from that of the exact model, nats per query.
+
+    ``own``: only that layer is coded. ``upstream``: the layers before it are, and it is not; None
+    in the first. ``both``: it and all before it. Each with its interval over documents.
+    """
+    scaling = score_scaling(loaded.model)
+    divergences: dict[tuple[str, LayerSet, int], list[float]] = {}
+    for piece in pieces:
+        exact = {
+            layer: log_weights(states, scaling[layer])
+            for layer, states in attention_states(loaded, piece.ids).items()
+        }
+        for name, codec in codecs.items():
+            for layers in layer_sets(sorted(codec.layers)):
+                seen = attention_states(loaded, piece.ids, only(codec, layers))
+                for layer, states in seen.items():
+                    kl = weights_kl(exact[layer], log_weights(states, scaling[layer]))
+                    divergences.setdefault((name, layers, layer), []).append(float(kl.mean()))
+        tell(progress)
+    return [
+        _attention_row(name, layer, sorted(codec.layers), divergences, pieces)
+        for name, codec in codecs.items()
+        for layer in sorted(codec.layers)
+    ]
+
+
+def _attention_row(
+    code: str,
+    layer: int,
+    layers: Sequence[int],
+    divergences: Mapping[tuple[str, LayerSet, int], list[float]],
+    pieces: Sequence[Passage],
+) -> Row:
+    before = tuple(other for other in layers if other < layer)
+    row: dict = {"code": code, "layer": layer}
+    for part, coded in (("own", (layer,)), ("upstream", before), ("both", (*before, layer))):
+        found = mean_interval(pieces, divergences[code, coded, layer]) if coded else None
+        row[part] = found and found.value
+        row[f"{part}_low"], row[f"{part}_high"] = found and found.low, found and found.high
+    return row
+
+
+def layers_name(layers: LayerSet) -> str:
+    """How a set of layers is called in a record: ``"2"`` or ``"0-2"``."""
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"

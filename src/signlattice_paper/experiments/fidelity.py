@@ -1,0 +1,220 @@
+"""What the kernels lose on a model's own keys: every implementation against fp64.
+
+Beside each stands what plain torch loses with every step in the same dtype, so that an error can
+be told to be the dtype's or the kernel's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from signlattice import kernels
+from signlattice.bits import unpack_signs
+from signlattice.errors import IntegrityError
+from signlattice.io import PROJECT
+from signlattice.kernels import PackedKeys, PackedValues, WholeTokens
+from signlattice.kernels.attention import reference
+from signlattice.kernels.pack import reference as pack_reference
+from signlattice.models.loading import LoadedModel
+from signlattice.models.passages import Passage
+from signlattice.quantizers.scales import ScaleRule
+from signlattice.rotations import fixed
+from signlattice_paper.experiments.scores import attention_states
+from signlattice_paper.records import Row
+
+Tick = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class FidelityConfig:
+    """On how many whole passages, in which dtypes, with values of how many bits.
+
+    The last token of each passage attends to all; ``sinks`` first tokens and the ``recent`` last
+    ones are kept whole. Rotations are SRHT of ``seed``.
+    """
+
+    passages: int = 2
+    windows: int = 1
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    value_bits: tuple[int, ...] = (16, 8, 4, 2)
+    sinks: int = 4
+    recent: int = 28
+    rule: ScaleRule = "unbiased"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decode step of a layer: ``query`` [B, Hq, D]; ``keys`` and ``values`` [B, H, T, D]."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    rotation: Tensor
+
+
+def decode_steps(
+    loaded: LoadedModel, passages: Sequence[Passage], config: FidelityConfig
+) -> dict[int, Step]:
+    """The last token of every passage in every layer, with what it attends to."""
+    seen = [attention_states(loaded, passage.ids) for passage in passages]
+    steps = {}
+    for layer in seen[0]:
+        states = [each[layer] for each in seen]
+        keys = torch.stack([each.key for each in states])
+        n_heads, _, d = keys.shape[1:]
+        turned = [fixed.srht(d, config.seed + head) for head in range(n_heads)]
+        steps[layer] = Step(
+            torch.stack([each.query[:, -1] for each in states]),
+            keys,
+            torch.stack([each.value for each in states]),
+            torch.stack(turned),
+        )
+    return steps
+
+
+def attention_rows(
+    steps: Mapping[int, Step],
+    impls: Sequence[str],
+    config: FidelityConfig,
+    progress: Tick = lambda: None,
+) -> list[Row]:
+    """Relative error of attention's output, per layer, dtype, bits of V, and implementation."""
+    rows: list[Row] = []
+    for layer, step in steps.items():
+        for dtype, bits in ((d, b) for d in config.dtypes for b in config.value_bits):
+            arguments, options = _attention_call(step, getattr(torch, dtype), bits, config)
+            query, *rest = arguments
+            exact = reference.decode_attention(query.double(), *rest, **options)
+            plain = reference.attention_in(query.dtype, *arguments, **options)
+            for impl in impls:
+                got = kernels.decode_attention(
+                    query, *rest[:3], start=rest[3], length=rest[4], impl=impl, **options
+                )
+                rows.append(
+                    {
+                        "layer": layer,
+                        "dtype": dtype,
+                        "value_bits": bits,
+                        "impl": impl,
+                        "error": relative_error(got, exact),
+                        "plain": relative_error(plain, exact),
+                    }
+                )
+                progress()
+    return rows
+
+
+def pack_rows(
+    steps: Mapping[int, Step],
+    impls: Sequence[str],
+    config: FidelityConfig,
+    progress: Tick = lambda: None,
+) -> list[Row]:
+    """Signs that come out otherwise than in fp64, and the scales' error, per layer and dtype."""
+    rows: list[Row] = []
+    for layer, step in steps.items():
+        exact = _packed(step.keys.double(), step.rotation, "torch", config)
+        for dtype in config.dtypes:
+            keys = step.keys.to(getattr(torch, dtype))
+            for impl in impls:
+                got = _packed(keys, step.rotation, impl, config)
+                flipped = unpack_signs(got.words) != unpack_signs(exact.words)
+                rows.append(
+                    {
+                        "layer": layer,
+                        "dtype": dtype,
+                        "impl": impl,
+                        "flipped": flipped.double().mean().item(),
+                        "scale_error": relative_error(got.scale, exact.scale),
+                    }
+                )
+                progress()
+    return rows
+
+
+def compiled_rows(arch: int, progress: Tick = lambda: None) -> list[Row]:
+    """What each kernel takes of a GPU of compute capability ``arch`` / 10, compiled without one.
+
+    Registers of a thread, bytes that had to leave them, and bytes of shared memory of a program.
+    Raises ``IntegrityError`` if the compiler refuses one.
+    """
+    program = PROJECT / "tests" / "kernels" / "cross_compile.py"
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.Popen(
+        [sys.executable, program.name, str(arch)],
+        cwd=program.parent,
+        env=plain,
+        text=True,
+        stdout=subprocess.PIPE,
+    )
+    rows: list[Row] = []
+    for line in run.stdout:
+        found = json.loads(line)
+        if "error" in found:
+            run.kill()
+            raise IntegrityError(f"sm_{arch}, {found['case']}: {found['error']}")
+        whose = found["case"].partition(",")[0]
+        for each in found["launches"]:
+            name = f"{whose}: {each['kernel'].strip('_').replace('_', ' ')}"
+            rows.append({"arch": arch, "case": found["case"], **each, "kernel": name})
+        progress()
+    return rows
+
+
+def worst(rows: Sequence[Row], by: Sequence[str], of: Sequence[str]) -> list[Row]:
+    """The largest of the columns ``of`` for every combination of the columns ``by``."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in by), []).append(row)
+    return [
+        {**dict(zip(by, key)), **{name: max(row[name] for row in found) for name in of}}
+        for key, found in groups.items()
+    ]
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """‖got − exact‖ / ‖exact‖ in fp64, NaN counted as infinite."""
+    difference = (got.double() - exact.double()).norm() / exact.double().norm()
+    return difference.nan_to_num(torch.inf).item()
+
+
+def _packed(keys: Tensor, rotation: Tensor, impl: str, config: FidelityConfig) -> PackedKeys:
+    packed = PackedKeys.empty(*keys.shape)
+    places = torch.zeros(len(keys), dtype=torch.int32)
+    if keys.dtype == torch.float64:  # the definition itself: the dispatch takes no fp64
+        pack_reference.pack_into(packed, keys, rotation, places, rule=config.rule)
+    else:
+        kernels.pack_into(packed, keys, rotation, places, rule=config.rule, impl=impl)
+    return packed
+
+
+def _attention_call(
+    step: Step, dtype: torch.dtype, bits: int, config: FidelityConfig
+) -> tuple[tuple, dict[str, object]]:
+    """Arguments of the reference for one step: all but sinks and recent tokens are packed."""
+    batch, _, n_tokens, d = step.keys.shape
+    keys, values = step.keys.to(dtype), step.values.to(dtype)
+    first = torch.full((batch,), config.sinks, dtype=torch.int32)
+    last = torch.full((batch,), n_tokens - config.recent, dtype=torch.int32)
+    kept = torch.cat((torch.arange(config.sinks), torch.arange(int(last[0]), n_tokens)))
+    whole = WholeTokens(
+        keys[:, :, kept].contiguous(),
+        values[:, :, kept].contiguous(),
+        torch.full((batch,), len(kept), dtype=torch.int32),
+    )
+    held: Tensor | PackedValues = values
+    if bits < 16:
+        held = PackedValues.empty(*values.shape, bits)
+        held.write(values, torch.zeros(batch, dtype=torch.int32))
+    packed = _packed(keys, step.rotation, "torch", config)
+    arguments = (step.query.to(dtype), packed, step.rotation, held, first, last)
+    return arguments, {"scaling": d**-0.5, "whole": whole}

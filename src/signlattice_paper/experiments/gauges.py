@@ -1,0 +1,355 @@
+"""The table of gauges of one model: gauge × rotation × scale rule, with nothing whole and with a
+window, and which gauge wins in which head.
+
+Beside the gauges stand the plain rotation learned on other objectives, its signs chosen by a search
+instead, and the learned lattice, which answers the same question with a free basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from signlattice import __version__
+from signlattice.cache.sign_key_cache import CacheConfig
+from signlattice.cache.simulated import CodedCache, Codes
+from signlattice.calibration import CalibrateConfig
+from signlattice.data.texts import Text
+from signlattice.errors import InputError
+from signlattice.evaluation.through_cache import Judge, QualityConfig
+from signlattice.io import Scratch
+from signlattice.models.loading import LoadedModel
+from signlattice.models.states import LayerStates
+from signlattice.quantizers.base import VectorCode
+from signlattice.quantizers.basis import LatticeConfig, query_metric
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.gauge import (
+    GAUGES,
+    DescentConfig,
+    GaugedSigns,
+    gauge_of,
+    isotropic_error,
+    learn_score_rotation,
+    participation,
+    weighted_itq,
+)
+from signlattice.quantizers.scales import SCALE_RULES
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign_code import SignCode
+from signlattice.rotations.config import LearnConfig
+from signlattice.rotations.factory import rotate_heads
+from signlattice.rotations.learned import learned_matrices
+from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig, shipped_lattice
+from signlattice_paper.records import Row
+
+Progress = Callable[[str], object]
+"""Told of each part of the work as it is done."""
+
+WEIGHTS = {"norm_weighted": 1.0, "energy_weighted": 2.0}
+"""Powers of a key's length by which it counts, of `gauges.weighted_itq`."""
+
+LATTICE = ("lattice", "free")
+"""What stands for gauge and rotation of the learned lattice: a basis of any shape."""
+
+
+@dataclass(frozen=True)
+class GaugeConfig:
+    """What is crossed.
+
+    Attributes:
+        text: to calibrate and evaluate on, as `texts.read_text` takes it.
+        comparison: on how much text codes are fitted and compared.
+        rules: of the scale; heads are looked at by the first.
+        window, sinks: of the rows with a window.
+        learn: how rotations are learned.
+        descent: how the one on the scores' error is, from there.
+        calibrate: how a lattice is learned, for a model without a file of one.
+        quality: on how much text caches with a window are judged.
+
+    Raises:
+        InputError: on no rule, or one that there is not.
+    """
+
+    text: str = "corpus"
+    comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
+    rules: tuple[str, ...] = ("unbiased", "mse")
+    window: int = 60
+    sinks: int = 4
+    learn: LearnConfig = field(default_factory=LearnConfig)
+    descent: DescentConfig = field(default_factory=DescentConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
+
+    def __post_init__(self) -> None:
+        if not self.rules or (unknown := set(self.rules) - set(SCALE_RULES)):
+            wrong = sorted(unknown) if self.rules else "none"
+            raise InputError(f"rules: {wrong}; choose from {', '.join(SCALE_RULES)}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A code of the keys: its gauge, how the rotation after it is made, and its scale rule."""
+
+    gauge: str
+    rotation: str
+    rule: str
+
+
+WINDOWED = (
+    ("identity", "srht"),
+    ("balanced", "srht"),
+    ("identity", "learned"),
+    ("query_quarter", "learned"),
+    ("balanced", "learned"),
+    ("identity", "score_error"),
+    ("balanced", "score_error"),
+    ("identity", "searched"),
+    LATTICE,
+)
+"""Gauge and rotation of the codes that are judged with a window as well."""
+
+
+def cases(config: GaugeConfig) -> list[Case]:
+    """All that is crossed.
+
+    ``score_error`` and the `WEIGHTS` are other objectives for the rotation; ``searched`` is the
+    learned rotation with signs that are looked for in the metric of the queries.
+    """
+    first = config.rules[0]
+    found = [
+        Case(gauge, rotation, rule)
+        for rotation in ("srht", "learned")
+        for gauge in GAUGES
+        for rule in config.rules
+    ]
+    found += [Case("identity", rotation, first) for rotation in WEIGHTS]
+    found += [Case(gauge, "score_error", first) for gauge in ("identity", "balanced")]
+    found.append(Case("identity", "searched", first))
+    return [*found, *(Case(*LATTICE, rule) for rule in config.rules)]
+
+
+def n_parts(loaded: LoadedModel, config: GaugeConfig) -> int:
+    """How often `measure` tells of its progress."""
+    return len(cases(config)) + len(WINDOWED)
+
+
+def measure(
+    loaded: LoadedModel,
+    text: Text,
+    config: GaugeConfig,
+    scratch: Path,
+    progress: Progress | None = None,
+) -> dict[str, list[Row]]:
+    """Tables "exact" (one row), "rows", "windowed", "heads" and "winners".
+
+    What an interrupted run left in ``scratch`` is not made again. In "rows", ``score_error`` and
+    ``attention_kl`` are means over heads. "heads" are those of the first rule; ``predicted`` is
+    `gauges.isotropic_error` over that of no gauge, None of the lattice. "winners": per head
+    and measure the gauge with a learned rotation that has the least, without and with the lattice
+    beside them; ``ratio`` is its value over that of no gauge, and ``query_rank`` and ``key_rank``
+    the effective number of directions that queries and keys of the head have.
+
+    Raises ``InputError`` as `coded.whole_layers` and `cache_quality.full_windows` do.
+    """
+    tell = progress or (lambda part: None)
+    kept = Scratch.of(scratch, loaded.weights_hash, text.fingerprint, __version__, asdict(config))
+    comparison = Comparison(loaded, text, config.comparison, kept)
+    shelf = _Shelf(loaded, text, config, kept, comparison.fit)
+    rows, heads = [], []
+    for case in cases(config):
+        codes = shelf.codes(case)
+        inside = kept.row(f"heads {case}", lambda: {"rows": comparison.heads(codes)})["rows"]
+        row = comparison.row(str(case), codes)
+        means = {
+            name: fmean(head[name] for head in inside) for name in ("score_error", "attention_kl")
+        }
+        rows.append(_named(case) | {"key_bits": _bits(codes)} | row | means)
+        if case.rule == config.rules[0]:
+            predicted = shelf.predicted(case.gauge)
+            heads += [
+                _named(case) | head | {"predicted": predicted.get((head["source"], head["head"]))}
+                for head in inside
+            ]
+        tell(f"compared {case.gauge}, {case.rotation}")
+    return {
+        "exact": [comparison.exact_row()],
+        "rows": rows,
+        "windowed": _windowed(shelf, tell),
+        "heads": [_without(head, ("rule", "output_error")) for head in heads],
+        "winners": _winners(heads, shelf.moments),
+    }
+
+
+def _named(case: Case) -> Row:
+    return {"gauge": case.gauge, "rotation": case.rotation, "rule": case.rule}
+
+
+def _without(row: Row, names: tuple[str, ...]) -> Row:
+    return {name: value for name, value in row.items() if name not in names}
+
+
+def _bits(codes: Codes) -> float:
+    return fmean(code.bits for code in codes.values())
+
+
+def _windowed(shelf: _Shelf, tell: Progress) -> list[Row]:
+    """The codes of `WINDOWED` in a cache whose window and sinks stay whole, as its values do."""
+    config, loaded = shelf.config, shelf.loaded
+    cache = CacheConfig(window=config.window, sinks=config.sinks, dtype=torch.float16)
+    text, judge, rows = shelf.text, None, []
+    for gauge, rotation in WINDOWED:
+        case = Case(gauge, rotation, config.rules[0])
+
+        def judged() -> Row:
+            nonlocal judge
+            judge = judge or Judge(loaded, text.evaluation, text.calibration, config.quality)
+            codes = shelf.codes(case)
+            return judge.judged(lambda: CodedCache(loaded, codes, None, cache), with_needles=False)
+
+        row = shelf.kept.row(f"windowed {case}", judged)
+        wanted = (
+            "key_bits",
+            "gap",
+            "gap_low",
+            "gap_high",
+            "end_gap",
+            "end_gap_low",
+            "end_gap_high",
+            "kl",
+            "top1",
+            "n_packed",
+        )
+        rows.append(_named(case) | {name: row[name] for name in wanted})
+        tell(f"judged {gauge}, {rotation}")
+    return rows
+
+
+def _winners(heads: list[Row], moments: dict[int, tuple[Tensor, Tensor]]) -> list[Row]:
+    """Per head that is read, means over the layers that read it: see `measure`."""
+    rows: list[Row] = []
+    allowed = {False: [(gauge, "learned") for gauge in GAUGES]}
+    allowed[True] = [*allowed[False], LATTICE]
+    for source, head in dict.fromkeys((row["source"], row["head"]) for row in heads):
+        ranks = [float(participation(moment)[head]) for moment in moments[source]]
+        here = [row for row in heads if (row["source"], row["head"]) == (source, head)]
+        for measure in ("attention_kl", "score_error"):
+            values = {
+                code: fmean(row[measure] for row in here if (row["gauge"], row["rotation"]) == code)
+                for code in allowed[True]
+            }
+            plain = values["identity", "learned"]
+            for lattice, codes in allowed.items():
+                winner = min(codes, key=values.__getitem__)
+                rows.append(
+                    {
+                        "source": source,
+                        "head": head,
+                        "measure": measure,
+                        "lattice": lattice,
+                        "winner": winner[0],
+                        "value": values[winner],
+                        "identity": plain,
+                        "ratio": values[winner] / plain,
+                        "query_rank": ranks[0],
+                        "key_rank": ranks[1],
+                    }
+                )
+    return rows
+
+
+class _Shelf:
+    """Codes by their case; what is learned for one is kept for the others, and in scratch."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        text: Text,
+        config: GaugeConfig,
+        kept: Scratch,
+        fit: dict[int, LayerStates],
+    ) -> None:
+        self.loaded, self.text, self.config, self.kept = loaded, text, config, kept
+        self._centering = {i: Centering.fit(seen.keys, "token_mean") for i, seen in fit.items()}
+        self._keys = {i: self._centering[i].split(seen.keys)[0] for i, seen in fit.items()}
+        floor = LatticeConfig(floor=config.calibrate.lattice.floor)
+        self.moments = {
+            i: tuple(
+                query_metric(vectors, len(seen.keys), floor)
+                for vectors in (list(seen.queries.values()), [self._keys[i]])
+            )
+            for i, seen in fit.items()
+        }
+        """Second moments of queries and of centred keys [H, D, D], by layer."""
+
+    def codes(self, case: Case) -> dict[int, VectorCode]:
+        """The code of each layer. Raises ``InputError`` on an unknown gauge or rotation."""
+        if (case.gauge, case.rotation) == LATTICE:
+            return {
+                i: SignCode(replace(code, scale_rule=case.rule))
+                for i, code in self._lattice().items()
+            }
+        if case.rotation == "searched":
+            return {
+                i: SignCode(
+                    LayerCodec(
+                        rotation, self._centering[i], case.rule, metric=self.moments[i][0].float()
+                    )
+                )
+                for i, rotation in self._rotations(case.gauge, "learned").items()
+            }
+        return {
+            i: GaugedSigns(
+                self._centering[i],
+                gauge_of(case.gauge, *self.moments[i]).float(),
+                rotation,
+                case.rule,
+                learned=case.rotation != "srht",
+            )
+            for i, rotation in self._rotations(case.gauge, case.rotation).items()
+        }
+
+    def predicted(self, gauge: str) -> dict[tuple[int, int], float]:
+        """By layer and head `gauges.isotropic_error` over that of no gauge; none of a lattice."""
+        ratios = {}
+        for i, moments in self.moments.items() if gauge in GAUGES else ():
+            here, plain = (
+                isotropic_error(gauge_of(each, *moments), *moments) for each in (gauge, "identity")
+            )
+            ratios |= {(i, head): ratio for head, ratio in enumerate((here / plain).tolist())}
+        return ratios
+
+    def _rotations(self, gauge: str, name: str) -> dict[int, Tensor]:
+        """Rotations [H, D, D] of a layer's keys in a gauge."""
+        return self.kept.tensors(
+            f"rotation {gauge} {name}",
+            lambda: {i: self._rotation(i, gauge, name) for i in self._keys},
+        )
+
+    def _rotation(self, layer: int, gauge: str, name: str) -> Tensor:
+        seed = self.config.comparison.seed
+        matrix = gauge_of(gauge, *self.moments[layer])
+        keys = self._keys[layer] @ matrix.float().mT
+        if name == "srht":
+            return rotate_heads(keys, "srht", seed)
+        if name == "learned":
+            return learned_matrices(keys, replace(self.config.learn, seed=seed))
+        learned = self._rotations(gauge, "learned")[layer]
+        if name in WEIGHTS:
+            return weighted_itq(keys, learned, WEIGHTS[name])
+        if name != "score_error":
+            raise InputError(f"unknown rotation {name!r}")
+        inverse = torch.linalg.inv(matrix)
+        metric = inverse.mT @ self.moments[layer][0] @ inverse  # of the queries in this gauge
+        starts = [learned, self._rotations(gauge, "srht")[layer]]
+        return learn_score_rotation(keys, metric, starts, replace(self.config.descent, seed=seed))
+
+    def _lattice(self) -> dict[int, LayerCodec]:
+        """The codec of the model's file, or one that is learned and kept."""
+        kept = self.kept.file("lattice", ".safetensors")
+        codec = shipped_lattice(self.loaded, self.text, self.config.calibrate, kept)
+        return {i: codec.layers[i] for i in self._keys}

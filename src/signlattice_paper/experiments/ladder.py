@@ -1,0 +1,415 @@
+"""The ladder of equal bits: this library's caches among those of others, on one model and text.
+
+Every rung is read through a cache as a conversation would be, with as many tokens whole as the
+others have, and weighed with everything that it keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from signlattice import __version__
+from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
+from signlattice.cache.simulated import CodedCache, Codes
+from signlattice.cache.storage import KeyFormat, ValueFormat
+from signlattice.calibration import CalibrateConfig, coded_layers, learn_codec
+from signlattice.data.texts import Text
+from signlattice.errors import InputError
+from signlattice.evaluation.through_cache import Judge, NewCache, QualityConfig, full_windows
+from signlattice.io import Scratch
+from signlattice.models.loading import LoadedModel
+from signlattice.models.states import LayerStates, read_states, whole_layers
+from signlattice.quantizers.base import VectorCode
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.codec import KeyCodec
+from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign_code import SignCode
+from signlattice.rotations.factory import rotate_heads
+from signlattice_paper.baselines.peers import (
+    QJL,
+    Backend,
+    NSNQuantLike,
+    ProductCode,
+    QuantizedLayers,
+    RaBitQ,
+    Rounded,
+    TurboQuant,
+)
+from signlattice_paper.records import Row
+
+Progress = Callable[[str], object]
+"""Told of each part of the work as it is done."""
+Rule = Callable[[Tensor], VectorCode]
+"""The code for a layer whose calibration vectors are [H, N, D]; most look at the shape alone."""
+Signs = Literal["lattice", "rotation", "srht"]
+How = Literal["our cache", "published rule", "transformers' cache"]
+
+LONG = 8192
+"""Tokens of the sequence that what is kept once for all is spread over."""
+
+LARGEST_BLOCK = 64
+"""Tokens that a rung codes together, at most."""
+
+STEP = 8
+"""Tokens of a call where what a cache returns depends on the calls."""
+
+
+@dataclass(frozen=True)
+class LadderConfig:
+    """What all rungs share.
+
+    Attributes:
+        text: to calibrate and evaluate on, as `texts.read_text` takes it.
+        window, sinks: latest and first tokens that are whole; rules that code tokens in blocks, as
+            KIVI does, have as many latest ones and no sinks.
+        calibrate: how codecs are learned, and on how many vectors codebooks are.
+        quality: on how much text caches are judged.
+
+    Raises:
+        InputError: on a number below zero, or too few whole tokens for the largest block.
+    """
+
+    text: str = "corpus"
+    window: int = 60
+    sinks: int = 4
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    quality: QualityConfig = field(
+        default_factory=lambda: QualityConfig(n_passages=48, n_needles=12)
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("window", "sinks"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)}: use 0 or more")
+        if self.whole < LARGEST_BLOCK - 1:
+            raise InputError(
+                f"window={self.window} and sinks={self.sinks}: blocks of {LARGEST_BLOCK} tokens "
+                f"want {LARGEST_BLOCK - 1} or more together"
+            )
+
+    @property
+    def whole(self) -> int:
+        """Tokens that are whole."""
+        return self.window + self.sinks
+
+
+@dataclass(frozen=True)
+class Made:
+    """What makes the caches of a rung, and the bytes that it keeps once for all tokens."""
+
+    new_cache: NewCache
+    static_bytes: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Rung:
+    """A way to keep keys and values.
+
+    Attributes:
+        name, family: what it is called, and with which others a figure joins it.
+        source: paper or library.
+        how: what reads it: "our cache", our cache by a "published rule", or "transformers' cache".
+        make: its caches, from what was calibrated.
+        whole: tokens that it keeps whole.
+        step: tokens of a call; None is a whole window, where that comes to the same.
+    """
+
+    name: str
+    family: str
+    source: str
+    how: How
+    make: Callable[[Calibrated], Made]
+    whole: int
+    step: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """What rungs learn on the calibration side of a text, made when it is first asked for."""
+
+    loaded: LoadedModel
+    text: Text
+    config: LadderConfig
+    folder: Path
+
+    @cached_property
+    def states(self) -> dict[int, LayerStates]:
+        """Keys and values of the coded layers on windows from all over the text."""
+        widest = max(layer.head_dim for layer in whole_layers(self.loaded).values())
+        n = math.ceil(self.config.calibrate.keys_per_dim * widest / self.loaded.context)
+        return read_states(self.loaded, full_windows(self.loaded, self.text.calibration, n))
+
+    @cached_property
+    def _made(self) -> dict[tuple[Rule, str], Codes]:
+        return {}
+
+    def codes(self, rule: Rule, side: Literal["keys", "values"]) -> Codes:
+        """The code of that rule for each layer; what it learns is learned once."""
+        if (rule, side) not in self._made:
+            found = {i: rule(getattr(states, side)) for i, states in self.states.items()}
+            self._made[rule, side] = found
+        return self._made[rule, side]
+
+    def codec(self, signs: Signs) -> KeyCodec:
+        """Signs on a learned lattice or of a learned rotation, or of a random Hadamard matrix.
+
+        What is learned is kept in a file.
+        """
+        if signs == "srht":
+            return KeyCodec(self._srht(), self.loaded.weights_hash)
+        file = self.folder / f"{signs}.safetensors"
+        if not file.exists():
+            learning = replace(self.config.calibrate, code=signs)
+            learn_codec(self.loaded, self.text, learning).save(file, bits=8)
+        return KeyCodec.load(file, self.loaded.weights_hash)
+
+    def _srht(self) -> dict[int, LayerCodec]:
+        found = {}
+        for index, layer in coded_layers(self.loaded, self.config.calibrate).items():
+            keys = self.states[index].keys
+            turns = rotate_heads(keys, "srht", seed=0)
+            centering = Centering.fit(keys, "token_mean" if layer.mean_cancels else "none")
+            found[index] = LayerCodec(turns, centering, self.config.calibrate.scale_rule)
+        return found
+
+
+def rungs(loaded: LoadedModel, config: LadderConfig) -> list[Rung]:
+    """All rungs, the heaviest families first; nothing is learned yet."""
+    quarot = "QuaRot: Ashkboos et al. 2024, arXiv 2404.00456"
+    kivi = "Liu et al. 2024, arXiv 2402.02750"
+    turbo = "Zandieh et al. 2025, arXiv 2504.19874"
+    nsn = "Son et al. 2025, arXiv 2505.18231"
+    product = "Jégou et al. 2011, doi 10.1109/TPAMI.2010.57"
+    hqq, quanto = "hqq 0.2.8.post1", "optimum-quanto 0.2.7"
+    here = "this library"
+    pq = ProductCode.fit
+    found = [
+        _cached("fp16", "fp16 and FP8", "–", "whole", "whole", config, window=False),
+        _cached("FP8", "fp16 and FP8", "e4m3", "fp8", "fp8", config, window=False),
+        _cached("FP8, window", "fp16 and FP8", "e4m3", "fp8", "fp8", config),
+        _cached("4 bits + Hadamard", "Hadamard", quarot, "int4", "int4", config),
+        _cached("2 bits + Hadamard", "Hadamard", quarot, "int2", "int2", config),
+    ]
+    for bits in (4, 2):
+        keys = _rule(Rounded, bits_per_level=bits, size=32, along="tokens")
+        found.append(_ruled(f"KIVI-{bits}", "KIVI", kivi, keys, _grouped(bits, 32), config))
+    found += [_theirs(f"HQQ-{bits}", "HQQ", hqq, "hqq", bits, config) for bits in (4, 2, 1)]
+    found += [
+        _theirs(f"quanto-{bits}", "quanto", quanto, "quanto", bits, config) for bits in (4, 2)
+    ]
+    for bits in (4, 3, 2):
+        both = _sized(TurboQuant, bits_per_level=bits)
+        found.append(_ruled(f"TurboQuant-mse {bits}", "TurboQuant", turbo, both, both, config))
+    found += [
+        _ruled(
+            "RaBitQ-1, V 4",
+            "RaBitQ",
+            "Gao and Long 2024, arXiv 2405.12497",
+            RaBitQ.fit,
+            _grouped(4),
+            config,
+        ),
+        _ruled(
+            "QJL, V 2",
+            "QJL",
+            "Zandieh et al. 2024, arXiv 2406.03482",
+            _sized(QJL),
+            _grouped(2, 32),
+            config,
+        ),
+    ]
+    for bits in (2, 1):
+        both = _sized(NSNQuantLike, bits_per_level=bits)
+        found.append(_ruled(f"NSNQuant-like {bits}", "NSNQuant-like", nsn, both, both, config))
+    return found + [
+        _ruled("PQ-1, V 4", "PQ", product, pq, _grouped(4), config),
+        _ruled("PQ-1", "PQ", product, pq, pq, config),
+        _cached("lattice, V 4", "learned lattice", here, "sign", "int4", config, "lattice"),
+        _cached("lattice, V 2", "learned lattice", here, "sign", "int2", config, "lattice"),
+        _cached(
+            "learned rotation, V 4",
+            "rotated signs",
+            "the paper",
+            "sign",
+            "int4",
+            config,
+            "rotation",
+        ),
+        _cached("SRHT signs, V 4", "rotated signs", here, "sign", "int4", config, "srht"),
+    ]
+
+
+def n_parts(loaded: LoadedModel, config: LadderConfig) -> int:
+    """How often `measure` tells of its progress."""
+    return len(rungs(loaded, config))
+
+
+def measure(
+    loaded: LoadedModel,
+    text: Text,
+    config: LadderConfig,
+    scratch: Path,
+    progress: Progress | None = None,
+) -> dict[str, list[Row]]:
+    """Judge every rung; rows that an interrupted run left are not made again.
+
+    Tables "exact" (one row) and "ladder". Of a rung: ``key_bits``, ``value_bits`` and ``bits`` are
+    those of a coordinate that is coded, with scales, zeros and norms. ``bits_512`` adds the whole
+    tokens, at the length judged (512 tokens for the minis), and for a rung of our cache the room of
+    a page that is not full. ``bits_8192`` is the same by arithmetic at 8192 tokens, and has
+    ``static_bytes`` too, spread over one such sequence. Our cache keeps the codes of its whole
+    tokens as well, transformers' do not. ``n_packed``: keys that queries at the end of a window saw
+    as codes. ``gap``: perplexity lost, in per cent, with its interval over documents; ``end_gap``:
+    over the last quarter of the window. ``kl``: nats to a token. ``pareto``: no other rung has both
+    fewer ``bits_8192`` and a smaller gap.
+
+    Raises ``InputError`` as `calibrate.learn_codec` and `cache_quality.full_windows` do, and if a
+    rung has coded nothing.
+    """
+    tell = progress or (lambda part: None)
+    kept = Scratch.of(
+        scratch, loaded.weights_hash, loaded.context, text.fingerprint, __version__, asdict(config)
+    )
+    calibrated = Calibrated(loaded, text, config, kept.folder)
+    judge = Judge(loaded, text.evaluation, text.calibration, config.quality)
+    rows = []
+    for rung in rungs(loaded, config):
+        rows.append(kept.row(rung.name, lambda: _judged(judge, rung, calibrated)))
+        tell(f"judged {rung.name}")
+    return {"exact": [judge.exact_row()], "ladder": with_pareto(rows)}
+
+
+def with_pareto(rows: Sequence[Row]) -> list[Row]:
+    """The same rows, each told whether no other has fewer ``bits_8192`` and a smaller ``gap``."""
+    return [
+        {
+            **row,
+            "pareto": not any(
+                other["bits_8192"] < row["bits_8192"] and other["gap"] < row["gap"]
+                for other in rows
+            ),
+        }
+        for row in rows
+    ]
+
+
+def _judged(judge: Judge, rung: Rung, calibrated: Calibrated) -> Row:
+    made = rung.make(calibrated)
+    found = judge.judged(made.new_cache, step=rung.step)
+    layers = whole_layers(calibrated.loaded).values()
+    n = LONG * sum(2 * layer.n_heads * layer.head_dim for layer in layers)
+    coded = LONG - (rung.whole if rung.how == "transformers' cache" else 0)
+    long = (found["bits"] * coded + 16 * rung.whole) / LONG + 8 * made.static_bytes / n
+    return {
+        "name": rung.name,
+        "family": rung.family,
+        "source": rung.source,
+        "how": rung.how,
+        "key_bits": found["key_bits"],
+        "value_bits": found["value_bits"],
+        "bits": found["bits"],
+        "bits_512": found["effective_bits"],
+        "bits_8192": long,
+        "static_bytes": made.static_bytes,
+        "whole": rung.whole,
+        **{
+            name: found[name]
+            for name in (
+                "n_packed",
+                "perplexity",
+                "gap",
+                "gap_low",
+                "gap_high",
+                "end_gap",
+                "end_gap_low",
+                "end_gap_high",
+                "kl",
+                "top1",
+                "needle",
+            )
+        },
+    }
+
+
+# How a rung is made.
+
+
+def _cached(
+    name: str,
+    family: str,
+    source: str,
+    keys: KeyFormat,
+    values: ValueFormat,
+    config: LadderConfig,
+    signs: Signs | None = None,
+    *,
+    window: bool = True,
+) -> Rung:
+    """One that our cache really stores."""
+    kept = (config.window, config.sinks) if window else (0, 0)
+    cache = replace(_whole_config(*kept), key_format=keys, value_format=values)
+
+    def make(calibrated: Calibrated) -> Made:
+        codec, static = None, 0
+        if signs is not None:
+            codec = calibrated.codec(signs)
+            codes = [SignCode(code, learned=signs != "srht") for code in codec.layers.values()]
+            static = sum(code.static_bytes for code in codes)
+        return Made(lambda: SignKeyCache(calibrated.loaded, codec, cache), static)
+
+    return Rung(name, family, source, "our cache", make, sum(kept))
+
+
+def _ruled(
+    name: str, family: str, source: str, keys: Rule, values: Rule, config: LadderConfig
+) -> Rung:
+    """One by a published rule."""
+
+    def make(calibrated: Calibrated) -> Made:
+        sides = calibrated.codes(keys, "keys"), calibrated.codes(values, "values")
+        codes = [code for side in sides for code in side.values()]
+        blocks = any(code.group > 1 for code in codes)
+        cache = _whole_config(*((config.whole, 0) if blocks else (config.window, config.sinks)))
+        static = sum(code.static_bytes for code in codes)
+        return Made(lambda: CodedCache(calibrated.loaded, *sides, cache), static)
+
+    return Rung(name, family, source, "published rule", make, config.whole)
+
+
+def _theirs(
+    name: str, family: str, source: str, backend: Backend, bits: int, config: LadderConfig
+) -> Rung:
+    """One of transformers' own caches: of its latest tokens none to all are whole, half on average."""
+
+    def make(calibrated: Calibrated) -> Made:
+        return Made(lambda: QuantizedLayers(calibrated.loaded, backend, bits, 2 * config.whole))
+
+    return Rung(name, family, source, "transformers' cache", make, config.whole, STEP)
+
+
+def _whole_config(window: int, sinks: int) -> CacheConfig:
+    whole = {"key_format": "whole", "value_format": "whole", "dtype": torch.float16}
+    return CacheConfig(window=window, sinks=sinks, spare=0, **whole)
+
+
+def _rule(kind: type[VectorCode], **arguments) -> Rule:
+    """A code that no vector changes."""
+    return lambda vectors: kind(**arguments)
+
+
+def _sized(kind: type[VectorCode], **arguments) -> Rule:
+    """A code that wants to know how many coordinates there are."""
+    return lambda vectors: kind(head_dim=vectors.shape[-1], **arguments)
+
+
+def _grouped(bits: int, size: int | None = None) -> Rule:
+    """Rounded coordinates, so many to a scale; None is a whole vector, as our cache rounds values."""
+    return lambda vectors: Rounded(bits, min(size or vectors.shape[-1], vectors.shape[-1]))

@@ -1,0 +1,523 @@
+"""Queries and values beside the keys: what a sign per coordinate does to each of them.
+
+All is measured on held-out text, with exact attention as the judge. Values get a first look only:
+which bits, rules and rotations suit them is another lab's matter.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from signlattice.beta import cosine
+from signlattice.bits import sign
+from signlattice.cache.simulated import seen_through
+from signlattice.errors import InputError
+from signlattice.evaluation.bootstrap import Interval, bootstrap
+from signlattice.evaluation.perplexity import TokenLosses, perplexity, perplexity_gap, token_losses
+from signlattice.models.hooks import attention_layers, score_scaling, states_seen_by
+from signlattice.models.loading import LoadedModel
+from signlattice.models.passages import Passage
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.codec import KeyCodec
+from signlattice.quantizers.levels import LevelCode
+from signlattice.quantizers.scales import token_scale
+from signlattice.quantizers.sign_code import SignCode
+from signlattice.rotations.factory import rotate_heads
+from signlattice_paper.experiments.solvers import Progress, tell
+from signlattice_paper.records import Row
+
+SIDES = ("keys", "queries", "both")
+"""What is signed: the keys, the queries, or both."""
+LEARNED = ("learned_keys", "learned_queries", "learned_both")
+ROTATIONS = ("identity", "srht", *LEARNED)
+"""What keys and queries are turned by; a learned one is named by what it was learned on."""
+
+
+@dataclass(frozen=True)
+class ScoresConfig:
+    """What is measured on.
+
+    Attributes:
+        calibration_passages: whole context windows, one per document, to fit means and rotations.
+        passages: whole windows of evaluation documents, one each, on which scores are compared.
+        windows: context windows read of each evaluation document for perplexity.
+        perplexity_rotations: under which queries and keys are signed inside the model.
+        first_query: queries before this position see too few keys to correlate, and are left out.
+        value_bits: widths at which attention's output is looked at.
+        seed: of random rotations and of solvers.
+
+    Raises:
+        InputError: on a count below 1 or no widths.
+    """
+
+    calibration_passages: int = 16
+    passages: int = 12
+    windows: int = 1
+    perplexity_rotations: tuple[str, ...] = ("srht", "learned_keys", "learned_both")
+    first_query: int = 64
+    value_bits: tuple[int, ...] = (1, 2, 4)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("calibration_passages", "passages", "windows", "first_query"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
+        if not self.value_bits or min(self.value_bits) < 1:
+            raise InputError(f"value_bits={self.value_bits}: use widths of 1 bit or more")
+        if unknown := sorted(set(self.perplexity_rotations) - set(ROTATIONS)):
+            raise InputError(
+                f"perplexity_rotations: unknown {unknown}; choose from {', '.join(ROTATIONS)}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """One passage in one layer: queries [Hq, T, D], keys [H, T, D] after RoPE, values [H, T, D]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    @property
+    def grouped(self) -> Tensor:
+        """Queries by the key head that they read, [H, Hq / H, T, D]."""
+        return self.query.unflatten(0, (len(self.key), -1))
+
+
+@torch.no_grad()
+def attention_states(
+    loaded: LoadedModel, ids: Tensor, codec: KeyCodec | None = None
+) -> dict[int, States]:
+    """What attention sees of one sequence ``ids`` [T] in every layer, keys through ``codec``.
+
+    Raises ``InputError`` if the model has layers that do not see all tokens before a query, or
+    share keys, or cap their scores.
+    """
+    for layer in attention_layers(loaded.model).values():
+        if not layer.owns_keys or layer.window or layer.softcap or layer.sinks:
+            raise InputError(
+                f"layer {layer.index} of {loaded.name} has a window, a soft-cap, sinks or the keys "
+                "of another layer: scores are measured on models whose layers see all tokens"
+            )
+    seen: dict[int, States] = {}
+
+    def record(
+        layer: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if codec is not None and layer in codec.layers:
+            code = codec.layers[layer]
+            key = code.decode(code.encode(key)).to(key.dtype)
+        seen[layer] = States(query[0].float(), key[0].float(), value[0].float())
+        return query, key, value
+
+    with states_seen_by(loaded.model, record):
+        loaded.model(ids[None], use_cache=False)
+    return seen
+
+
+def whole_passages(pieces: Sequence[Passage], context: int, count: int) -> list[Passage]:
+    """``count`` passages of full length from all over the text, one per document.
+
+    Raises ``InputError`` if there are fewer.
+    """
+    whole = {piece.document: piece for piece in pieces[::-1] if len(piece.ids) == context}
+    chosen = list(whole.values())[::-1]
+    if len(chosen) < count:
+        raise InputError(f"{count} passages of {context} tokens: the text has {len(chosen)}")
+    return [chosen[i * len(chosen) // count] for i in range(count)]
+
+
+def effective_directions(states: States) -> tuple[float, float, float]:
+    """How many directions centred keys, queries, and the scores between them use, mean over heads.
+
+    The participation ratio (Σλ)²/Σλ² of the second moments of keys, of queries, and of
+    Σ_q^{1/2} Σ_k Σ_q^{1/2}, whose trace is the energy of the scores.
+    """
+    key, query = states.key - states.key.mean(1, keepdim=True), states.grouped.flatten(1, 2)
+    k, q = (x.mT @ x / x.shape[1] for x in (key, query))
+    values, vectors = torch.linalg.eigh(q)
+    root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # q = root rootᵀ
+    spectra = (torch.linalg.eigvalsh(x).clamp_min(0) for x in (k, q, root.mT @ k @ root))
+    ratios = [(s.sum(-1).square() / s.square().sum(-1)).mean().item() for s in spectra]
+    return ratios[0], ratios[1], ratios[2]
+
+
+def log_weights(states: States, scaling: float) -> Tensor:
+    """Exact causal attention of one layer, log weights [H, Hq / H, T, T]."""
+    return _causal(states.grouped @ states.key.unsqueeze(1).mT * scaling)
+
+
+def weights_kl(exact: Tensor, other: Tensor) -> Tensor:
+    """KL(exact ‖ other) of log attention weights [..., T, T], nats per query [..., T]."""
+    return (exact.exp() * (exact - other).nan_to_num(0.0)).sum(-1)
+
+
+def mean_interval(pieces: Sequence[Passage], values: Sequence[float] | np.ndarray) -> Interval:
+    """Mean of a number per passage, with its interval over documents."""
+    values = np.asarray(values, dtype=float)
+    return bootstrap(pieces, lambda weight: float((weight * values).sum() / weight.sum()))
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """What was fitted on calibration text: means per layer [H, D] and rotations [H, D, D]."""
+
+    key_mean: dict[int, Tensor]
+    value_mean: dict[int, Tensor]
+    rotations: dict[str, dict[int, Tensor]]
+
+
+def calibrate(
+    loaded: LoadedModel,
+    pieces: Sequence[Passage],
+    codec: KeyCodec,
+    config: ScoresConfig,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Means of keys and values, and the five rotations of keys and queries.
+
+    ``learned_keys`` is the codec's. ``learned_queries`` and ``learned_both`` are learned by the
+    same solver, the latter on as many queries as keys; each vector counts by its direction alone.
+    """
+    pooled = _pooled([attention_states(loaded, piece.ids) for piece in pieces])
+    key_mean = {layer: states.key.mean(1) for layer, states in pooled.items()}
+    rotations: dict[str, dict[int, Tensor]] = {name: {} for name in ROTATIONS}
+    for layer, states in pooled.items():
+        keys = states.key - key_mean[layer].unsqueeze(1)
+        queries = states.grouped.flatten(1, 2)
+        both = torch.cat([keys, queries[:, :: queries.shape[1] // keys.shape[1]]], 1)
+        rotations["learned_keys"][layer] = codec.layers[layer].basis
+        for name, vectors, kind in (
+            ("identity", keys, "identity"),
+            ("srht", keys, "srht"),
+            ("learned_queries", queries, "annealed"),
+            ("learned_both", both, "annealed"),
+        ):
+            rotations[name][layer] = rotate_heads(vectors, kind, config.seed)
+        tell(progress)
+    value_mean = {layer: states.value.mean(1) for layer, states in pooled.items()}
+    return Calibrated(key_mean, value_mean, rotations)
+
+
+@torch.no_grad()
+def score_rows(
+    loaded: LoadedModel,
+    calibrated: Calibrated,
+    pieces: Sequence[Passage],
+    config: ScoresConfig,
+    progress: Progress | None = None,
+) -> tuple[list[Row], list[Row]]:
+    """What signing each side does to the scores: a row per head, and a row per mean over heads.
+
+    ``correlation`` is Pearson's, over the keys that a query sees, mean over queries;
+    ``attention_kl`` is in nats per query, both sides at the unbiased scale. ``predicted`` is what
+    isotropic keys and queries would have: the mean cosine of each signed side, multiplied.
+    """
+    scaling = score_scaling(loaded.model)
+    found: dict[tuple[str, str, int], list[Tensor]] = {}
+    for piece in pieces:
+        for layer, states in attention_states(loaded, piece.ids).items():
+            for rotation, matrices in calibrated.rotations.items():
+                measured = _signed_sides(
+                    states, calibrated.key_mean[layer], matrices[layer], scaling[layer], config
+                )
+                for side, figures in measured.items():
+                    found.setdefault((rotation, side, layer), []).append(figures)
+        tell(progress)
+    return _head_rows(found, pieces), _mean_rows(found, pieces)
+
+
+def _signed_sides(
+    states: States, mean: Tensor, rotation: Tensor, scaling: float, config: ScoresConfig
+) -> dict[str, Tensor]:
+    """Per side (correlation, KL, predicted correlation) of each key head, [3, H]."""
+    key = ((states.key - mean.unsqueeze(1)) @ rotation.mT).unsqueeze(1)
+    query = states.grouped @ rotation.mT.unsqueeze(1)
+    exact = query @ key.mT  # the mean's share is the same for every key: softmax does not see it
+    weights = _causal(exact * scaling)
+    sides = {"keys": (query, _signed(key)), "queries": (_signed(query), key)}
+    sides["both"] = (sides["queries"][0], sides["keys"][1])
+    c_key, c_query = cosine(key).mean((1, 2)), cosine(query).mean((1, 2))
+    predicted = {"keys": c_key, "queries": c_query, "both": c_key * c_query}
+    late = slice(config.first_query, None)
+    figures = {}
+    for side, (q, k) in sides.items():
+        coded = q @ k.mT
+        correlation = _correlation(exact, coded)[..., late].mean((1, 2))
+        kl = weights_kl(weights, _causal(coded * scaling)).mean((1, 2))
+        figures[side] = torch.stack([correlation, kl, predicted[side]])
+    return figures
+
+
+def _head_rows(found: Mapping[tuple[str, str, int], list[Tensor]], pieces) -> list[Row]:
+    rows: list[Row] = []
+    for (rotation, side, layer), figures in found.items():
+        by_head = torch.stack(figures).permute(2, 1, 0).double().numpy()  # [H, 3, passages]
+        for head, (correlation, kl, predicted) in enumerate(by_head):
+            interval = mean_interval(pieces, correlation)
+            rows.append(
+                {
+                    "rotation": rotation,
+                    "side": side,
+                    "layer": layer,
+                    "head": head,
+                    "correlation": interval.value,
+                    "low": interval.low,
+                    "high": interval.high,
+                    "attention_kl": float(kl.mean()),
+                    "predicted": float(predicted.mean()),
+                }
+            )
+    return rows
+
+
+def _mean_rows(found: Mapping[tuple[str, str, int], list[Tensor]], pieces) -> list[Row]:
+    rows: list[Row] = []
+    for rotation in ROTATIONS:
+        for side in SIDES:
+            chosen = [f for (r, s, _), f in found.items() if (r, s) == (rotation, side)]
+            by_layer = torch.stack([torch.stack(figures) for figures in chosen])
+            means = by_layer.mean((0, 3)).double().numpy()  # [passages, 3]
+            correlation, kl = (mean_interval(pieces, means[:, i]) for i in (0, 1))
+            rows.append(
+                {
+                    "rotation": rotation,
+                    "side": side,
+                    "correlation": correlation.value,
+                    "low": correlation.low,
+                    "high": correlation.high,
+                    "attention_kl": kl.value,
+                    "kl_low": kl.low,
+                    "kl_high": kl.high,
+                    "predicted": float(means[:, 2].mean()),
+                }
+            )
+    return rows
+
+
+@contextmanager
+def signed_attention(
+    model: nn.Module,
+    rotations: Mapping[int, Tensor],
+    key_mean: Mapping[int, Tensor],
+    side: str,
+) -> Iterator[None]:
+    """While open, attention sees keys, queries or both only through their signs.
+
+    Both are turned by ``rotations`` [H, D, D]; keys lose ``key_mean`` [H, D] before and get it back
+    after. Scales are unbiased. Raises ``InputError`` on an unknown side.
+    """
+    if side not in SIDES:
+        raise InputError(f"unknown side {side!r}: choose one of {', '.join(SIDES)}")
+
+    def through_signs(
+        layer: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rotation, mean = rotations[layer], key_mean[layer].unsqueeze(1)
+        if side != "keys":
+            grouped = query.unflatten(1, (len(rotation), -1))
+            turned = rotation.unsqueeze(1)
+            query = (_signed(grouped @ turned.mT) @ turned).flatten(1, 2)
+        if side != "queries":
+            key = _signed((key - mean) @ rotation.mT) @ rotation + mean
+        return query, key, value
+
+    with torch.no_grad(), states_seen_by(model, through_signs):
+        yield
+
+
+def perplexity_rows(
+    loaded: LoadedModel,
+    calibrated: Calibrated,
+    pieces: Sequence[Passage],
+    exact: TokenLosses,
+    config: ScoresConfig,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Perplexity with keys, queries or both signed in every layer: a row per rotation and side."""
+    rows: list[Row] = []
+    for rotation in config.perplexity_rotations:
+        for side in SIDES:
+            matrices = calibrated.rotations[rotation]
+            with signed_attention(loaded.model, matrices, calibrated.key_mean, side):
+                losses = token_losses(loaded, pieces)
+            rows.append({"rotation": rotation, "side": side} | _gap(losses, exact))
+            tell(progress)
+    return rows
+
+
+def value_rows(
+    loaded: LoadedModel,
+    calibrated: Calibrated,
+    keys: KeyCodec,
+    pieces: Sequence[Passage],
+    exact: TokenLosses,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """A first look: perplexity with one-bit values after an SRHT, by scale rule.
+
+    "values": keys stay exact; "keys and values": keys go through ``keys``.
+    """
+    rows: list[Row] = []
+    for coded, codec in (("values", None), ("keys and values", keys)):
+        for rule in ("mse", "unbiased"):
+            codes = {
+                layer: _value_code(calibrated, layer, 1, rule) for layer in calibrated.value_mean
+            }
+            coded_keys = {} if codec is None else {i: SignCode(c) for i, c in codec.layers.items()}
+            with seen_through(loaded, coded_keys, codes):
+                losses = token_losses(loaded, pieces)
+            rows.append({"coded": coded, "value_rule": rule} | _gap(losses, exact))
+            tell(progress)
+    return rows
+
+
+def _gap(losses: TokenLosses, exact: TokenLosses) -> dict[str, float]:
+    gap = perplexity_gap(losses, exact)
+    value = perplexity(losses).value
+    return {"perplexity": value, "gap": gap.value, "low": gap.low, "high": gap.high}
+
+
+@torch.no_grad()
+def output_rows(
+    loaded: LoadedModel, calibrated: Calibrated, pieces: Sequence[Passage], config: ScoresConfig
+) -> list[Row]:
+    """Error of attention's output when values are coded after an SRHT: per head, width and rule.
+
+    All energies are relative to that of a value without its mean. ``effective_keys`` is one over
+    the mean of Σ w². ``value_error`` is the code's own error, ``predicted`` the output's if errors
+    of different tokens were uncorrelated, ``measured`` the output's, ``output_energy`` the exact
+    output's and ``relative`` their ratio.
+    """
+    scaling = score_scaling(loaded.model)
+    sums: dict[tuple[int, int, str], Tensor] = {}
+    for piece in pieces:
+        for layer, states in attention_states(loaded, piece.ids).items():
+            weights = log_weights(states, scaling[layer]).exp()[:, :, config.first_query :]
+            for bits in config.value_bits:
+                for rule in ("mse", "unbiased"):
+                    code = _value_code(calibrated, layer, bits, rule)
+                    energies = _output_energies(states.value, code, weights)
+                    name = (layer, bits, rule)
+                    sums[name] = sums.get(name, 0) + energies / len(pieces)
+    return [
+        _output_row(layer, head, bits, rule, energies[:, head].tolist())
+        for (layer, bits, rule), energies in sums.items()
+        for head in range(energies.shape[1])
+    ]
+
+
+def _value_code(calibrated: Calibrated, layer: int, bits: int, rule: str) -> LevelCode:
+    centering = Centering("token_mean", calibrated.value_mean[layer])
+    return LevelCode(centering, calibrated.rotations["srht"][layer], bits, rule)
+
+
+def _output_energies(values: Tensor, code: LevelCode, weights: Tensor) -> Tensor:
+    """Means per head [6, H]: ‖v‖², v·v̂, ‖v̂‖², ‖Σ w v‖², ‖Σ w (v̂ − v)‖², Σ w²."""
+    v, mean = code.centering.split(values)
+    coded = code.read_back(values) - mean
+    output = weights @ v.unsqueeze(1)
+    error = weights @ (coded - v).unsqueeze(1)
+    return torch.stack(
+        [
+            v.square().sum(-1).mean(-1),
+            (v * coded).sum(-1).mean(-1),
+            coded.square().sum(-1).mean(-1),
+            output.square().sum(-1).mean((1, 2)),
+            error.square().sum(-1).mean((1, 2)),
+            weights.square().sum(-1).mean((1, 2)),
+        ]
+    )
+
+
+def _output_row(layer: int, head: int, bits: int, rule: str, energies: Sequence[float]) -> Row:
+    value, product, coded, output, error, squared_weights = energies
+    slope = product / value
+    noise = coded / value - slope**2
+    return {
+        "layer": layer,
+        "head": head,
+        "bits": bits,
+        "rule": rule,
+        "effective_keys": 1 / squared_weights,
+        "value_error": coded / value - 2 * slope + 1,
+        "predicted": (1 - slope) ** 2 * output / value + noise * squared_weights,
+        "measured": error / value,
+        "output_energy": output / value,
+        "relative": error / output,
+    }
+
+
+@torch.no_grad()
+def with_absorbed_rotations(model: nn.Module, rotations: Mapping[int, Tensor]) -> nn.Module:
+    """A copy whose values are turned by ``rotations`` [H, D, D] per layer, and its output not.
+
+    W_V becomes R W_V and W_O becomes W_O Rᵀ, head by head: nothing stands between a value and the
+    output projection but a weighted sum, so no operation is added.
+    """
+    turned = copy.deepcopy(model)
+    for layer, module in _value_layers(turned).items():
+        if layer not in rotations:
+            continue
+        rotation = rotations[layer].to(module.v_proj.weight)
+        heads, d = rotation.shape[:2]
+        for parameter in module.v_proj.parameters():  # weight [H·D, C], and a bias [H·D] if any
+            by_head = parameter.data.reshape(heads, d, -1)
+            parameter.copy_((rotation @ by_head).reshape(parameter.shape))
+        output = module.o_proj.weight  # [C, Hq·D]
+        by_head = output.unflatten(1, (heads, -1, d))
+        output.copy_(torch.einsum("chgd,hed->chge", by_head, rotation).reshape(output.shape))
+    return turned
+
+
+def _value_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Attention modules by layer. Raises ``InputError`` if values have no own projection."""
+    layers = {
+        module.layer_idx: module
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and hasattr(module, "v_proj")
+    }
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no separate value projection")
+    return layers
+
+
+def _pooled(passages: Sequence[Mapping[int, States]]) -> dict[int, States]:
+    """The states of all passages, one behind the other."""
+    return {
+        layer: States(
+            *(
+                torch.cat([getattr(states[layer], name) for states in passages], 1)
+                for name in ("query", "key", "value")
+            )
+        )
+        for layer in passages[0]
+    }
+
+
+def _signed(y: Tensor) -> Tensor:
+    """The sign code of rotated vectors [..., D] at the scale that keeps the slope of scores."""
+    return sign(y) * token_scale(y, "unbiased").unsqueeze(-1)
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's correlation of scores [..., T, T] over the keys that each query sees, [..., T]."""
+    seen = torch.ones(a.shape[-2:]).tril()
+    count = seen.sum(-1)
+    a, b = (x - ((x * seen).sum(-1) / count).unsqueeze(-1) for x in (a, b))
+    covariance, a2, b2 = ((x * seen).sum(-1) for x in (a * b, a * a, b * b))
+    return covariance / (a2 * b2).sqrt().clamp_min(1e-12)
+
+
+def _causal(scores: Tensor) -> Tensor:
+    """Log attention weights of a causal sequence, [..., T, T]."""
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, -math.inf).log_softmax(-1)

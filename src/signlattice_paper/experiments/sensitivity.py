@@ -1,0 +1,597 @@
+"""How much what a cache of one-bit keys loses depends on each choice, beside the choice of code.
+
+One thing is varied at a time around a base case: how much text a code is learned on, which text,
+the seeds, which layers stay whole, how many tokens do, and the length of the context. Each is set
+against what is gained by a learned rotation in place of a random one, and by a learned lattice in
+place of the rotation.
+"""
+
+from __future__ import annotations
+
+import ast
+import doctest
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from signlattice import __version__
+from signlattice.cache.sign_key_cache import CacheConfig
+from signlattice.calibration import (
+    CODES,
+    CalibrateConfig,
+    coded_layers,
+    learn_codec,
+    learn_layers,
+    null_betas,
+)
+from signlattice.data.corpus import Document
+from signlattice.data.texts import Text
+from signlattice.errors import InputError
+from signlattice.evaluation.through_cache import Judge, QualityConfig
+from signlattice.io import Scratch
+from signlattice.models.bank import bank_of
+from signlattice.models.capture import KeyBank, open_bank
+from signlattice.models.hooks import attention_layers
+from signlattice.models.loading import LoadedModel
+from signlattice.models.passages import Passage, passages, up_to
+from signlattice.quantizers.codec import KeyCodec
+from signlattice.rotations.fixed import srht
+from signlattice_paper.records import Row
+
+Progress = Callable[[str], object]
+"""Told of each row as it is done."""
+
+ALL = "all"
+"""The whole of a side of the text, among the domains."""
+
+PROSE = "docstrings"
+"""The docstrings of a side of the text, among the domains."""
+
+POOL = 8
+"""Tokens of a domain that are read for each one that is sampled, where it has as many."""
+
+_QUALITY = (
+    "perplexity",
+    "gap",
+    "gap_low",
+    "gap_high",
+    "kl",
+    "top1",
+    "key_bits",
+    "reduction",
+    "n_packed",
+)
+_UNKNOWN = dict.fromkeys(("n_keys", "beta_in_sample", "null_in_sample", "null_held_out"))
+
+
+@dataclass(frozen=True)
+class SensitivityConfig:
+    """What is varied, and the base case.
+
+    Attributes:
+        text: to calibrate and evaluate on, as `texts.read_text` takes it.
+        keys_per_dim: calibration keys for each coordinate of a head, of the table "calibration".
+        sample: the same for the tables "domain" and "seeds": few enough for a sample to differ.
+        packages: domains of the text, by the package of its documents, beside `PROSE` and `ALL`.
+        seeds: of the sample of keys and of the learning, or of the random rotation.
+        windows: tokens kept whole beside the sinks; 0 is without sinks too.
+        contexts: tokens of a window of text.
+        window, sinks: of the base case.
+        calibrate: how the base case is learned.
+        quality: on how much text a cache is judged; there are no needles, whatever it says.
+
+    Raises:
+        InputError: on a list that is empty, not ascending or below its least, windows without 0 or
+            without that of the base case, a window or sinks that the shortest context has no room
+            for, or a package with the name of another domain.
+    """
+
+    text: str = "corpus"
+    keys_per_dim: tuple[int, ...] = (1, 2, 4, 16, 64, 256, 1024, 4000)
+    sample: int = 64
+    packages: tuple[str, ...] = ("sympy", "networkx", "docutils")
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    windows: tuple[int, ...] = (0, 4, 16, 28, 60, 124, 252)
+    contexts: tuple[int, ...] = (128, 256, 512)
+    window: int = 60
+    sinks: int = 4
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    quality: QualityConfig = field(
+        default_factory=lambda: QualityConfig(n_passages=32, n_needles=1)
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("keys_per_dim", 1), ("seeds", 0), ("windows", 0), ("contexts", 64)):
+            values = getattr(self, name)
+            if not values or min(values) < least or sorted(set(values)) != list(values):
+                raise InputError(
+                    f"{name}={list(values)}: use ascending numbers, {least} or more, one at least"
+                )
+        if self.sample < 1:
+            raise InputError(f"sample={self.sample}: use 1 or more")
+        if not {0, self.window} <= set(self.windows):
+            raise InputError(
+                f"windows={list(self.windows)}: 0 and the base case's {self.window} are compared, "
+                "so name both"
+            )
+        shortest = self.contexts[0]
+        if not 0 <= self.sinks < shortest // 8:
+            raise InputError(
+                f"sinks={self.sinks}: use 0 or more, and less than an eighth of {shortest} tokens"
+            )
+        if not 0 < self.window < shortest - self.sinks:
+            raise InputError(
+                f"window={self.window}: with {self.sinks} sinks and a context of {shortest} tokens "
+                f"use 1 to {shortest - self.sinks - 1}"
+            )
+        if taken := sorted({ALL, PROSE} & set(self.packages)):
+            raise InputError(f"packages={list(self.packages)}: {taken} are domains already")
+
+    def cache(self, window: int, **changes) -> CacheConfig:
+        """The base case with another window, and anything else that is changed of it."""
+        sinks = self.sinks if window else 0
+        return CacheConfig(window=window, sinks=sinks, dtype=torch.float16, **changes)
+
+    def eighth(self, context: int) -> int:
+        """The window that keeps an eighth of a context whole, sinks among it."""
+        return context // 8 - self.sinks
+
+
+def docstrings(documents: Sequence[Document]) -> tuple[Document, ...]:
+    """The docstrings of Python files, without their examples, a document for each file.
+
+    Files that have none, or that do not parse, are left out.
+    """
+    found = []
+    for document in documents:
+        try:
+            text = "\n\n".join(filter(None, map(_prose, ast.walk(ast.parse(document.text)))))
+        except (SyntaxError, ValueError):
+            continue
+        if text:
+            found.append(replace(document, text=text + "\n"))
+    return tuple(found)
+
+
+def _prose(node: ast.AST) -> str:
+    """What a module, class or function says of itself in words; of anything else nothing."""
+    if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        return ""
+    parts = doctest.DocTestParser().parse(ast.get_docstring(node) or "")
+    return "".join(part for part in parts if isinstance(part, str)).strip()
+
+
+def domains(text: Text, config: SensitivityConfig) -> dict[str, Text]:
+    """The text cut to each package, to its docstrings, and whole; sides stay what they are.
+
+    Raises ``InputError`` if one of them has nothing on a side.
+    """
+
+    def cut(name: str, choose: Callable[[Sequence[Document]], tuple[Document, ...]]) -> Text:
+        sides = {side: choose(getattr(text, side)) for side in ("calibration", "evaluation")}
+        if empty := [side for side, chosen in sides.items() if not chosen]:
+            raise InputError(f"{text.name} has nothing of {name!r} on the side of {empty[0]}")
+        return replace(text, name=f"{text.name}, {name}", **sides)
+
+    found = {
+        package: cut(package, lambda side: tuple(d for d in side if d.package == package))
+        for package in config.packages
+    }
+    return found | {PROSE: cut(PROSE, docstrings), ALL: text}
+
+
+def exemptions(layers: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Sets of layers to keep whole, by what they are called; no two are equal, none is all."""
+    named = {"none": ()}
+    named |= {str(layer): (layer,) for layer in layers}
+    named["first and last"] = (layers[0], layers[-1])
+    named |= {f"all but {layer}": tuple(i for i in layers if i != layer) for layer in layers}
+    found: dict[tuple[int, ...], str] = {}
+    for name, exempt in named.items():
+        if len(set(exempt)) == len(exempt) < len(layers):
+            found.setdefault(exempt, name)
+    return {name: exempt for exempt, name in found.items()}
+
+
+def measure(
+    loaded: LoadedModel,
+    text: Text,
+    config: SensitivityConfig,
+    scratch: Path,
+    progress: Progress | None = None,
+) -> dict[str, list[Row]]:
+    """Tables "calibration", "domain", "seeds", "exempt", "window", "context" and "summary".
+
+    A row has its ``factor`` and ``setting`` and the ``code``: "lattice", "rotation" (learned) or
+    "srht" (random). ``n_keys``: calibration keys of a head. ``beta``: mean cosine of held-out keys
+    to their lattice points, over all heads, in the metric of the code, and ``beta_in_sample`` that
+    of the keys it was learned on; ``null_in_sample`` and ``null_held_out`` the same of as much
+    noise, None where a lattice of so few keys has no cosine. Then what the cache loses, in the
+    words of `cache_quality.Judge.judged`. The table "domain" says besides what was ``evaluated``,
+    and "context" which ``window`` was kept. For "summary" see `summary`.
+
+    The codecs of the first three tables are learned on a random sample of tokens from whole windows
+    all over the calibration side: keys, mean and metric. A number of keys that the text does not
+    have is left out. The base case, of the other tables, is what `calibrate.learn_codec` gives.
+    Codecs and rows that an interrupted run left in ``scratch`` are not made again.
+
+    Raises ``InputError`` if the model's context is too short for ``config``, or the text for the
+    smallest calibration.
+    """
+    if config.contexts[-1] > loaded.context:
+        raise InputError(
+            f"contexts={list(config.contexts)}: {loaded.name} reads {loaded.context} tokens"
+        )
+    if config.windows[-1] + config.sinks >= loaded.context:
+        raise InputError(
+            f"windows={list(config.windows)}: with {config.sinks} sinks the last holds all "
+            f"{loaded.context} tokens"
+        )
+    lab = _Lab(loaded, text, config, scratch, progress or (lambda part: None))
+    tables = {
+        "calibration": list(lab.calibration()),
+        "domain": list(lab.domain()),
+        "seeds": list(lab.seeds()),
+        "exempt": list(lab.exempt()),
+        "window": list(lab.window()),
+        "context": list(lab.context()),
+    }
+    return tables | {"summary": summary(tables, config)}
+
+
+def summary(tables: Mapping[str, Sequence[Row]], config: SensitivityConfig) -> list[Row]:
+    """How far what is lost goes over the settings of each factor, by either ``measure``: "gap", in
+    per cent, and "kl", which fewer tokens settle. For the lattice, but for the draw of the SRHT.
+
+    ``range`` is ``high`` less ``low`` over ``settings`` rows, ``ratio`` what it is of the base
+    case's loss. Of the ``kind`` "choice" are all factors but the last four, "code": what is gained
+    by the code itself, at the base window and at none (below zero if the better code loses more).
+    ``above_rotation``, ``above_code``, ``above_rotation_0`` and ``above_code_0`` say whose gain a
+    range exceeds. A factor of one setting is left out.
+    """
+    return [row for measure in ("gap", "kl") for row in _ranges(tables, config, measure)]
+
+
+def _ranges(
+    tables: Mapping[str, Sequence[Row]], config: SensitivityConfig, measure: str
+) -> Iterator[Row]:
+    def of(table: str, **wanted) -> list[Row]:
+        wanted = {"code": "lattice"} | wanted
+        return [row for row in tables[table] if wanted.items() <= row.items()]
+
+    def least(table: str, setting: int) -> list[Row]:
+        return [row for row in of(table) if int(row["setting"]) >= setting]
+
+    def between(window: int, *codes: str) -> list[Row]:
+        return [row for code in codes for row in of("window", code=code, setting=str(window))]
+
+    def spread(rows: Sequence[Row]) -> float:
+        found = [row[measure] for row in rows]
+        return max(found) - min(found)
+
+    evaluated = dict.fromkeys(row["evaluated"] for row in tables["domain"])
+    smallest = int(of("calibration")[0]["setting"])
+    groups = {
+        f"calibration, N/d from {n}": least("calibration", n)
+        for n in dict.fromkeys((16, max(4, smallest), smallest))
+    }
+    groups |= {
+        "text calibrated on": of("domain", evaluated=ALL),
+        "text calibrated on, worst case": max(
+            (of("domain", evaluated=name) for name in evaluated), key=spread
+        ),
+        "text evaluated on": of("domain", setting=ALL),
+        "seed, sample of keys": of("seeds"),
+        "seed, SRHT": of("seeds", code="srht"),
+        "one layer exempt": [
+            row for row in of("exempt") if row["setting"] == "none" or row["setting"].isdigit()
+        ],
+        "any layers exempt": of("exempt"),
+        "window from 16": least("window", 16),
+        "window from 0": of("window"),
+        "context, same window": of("context", window=config.window),
+        "context, an eighth whole": [
+            row for row in of("context") if row["window"] == config.eighth(int(row["setting"]))
+        ],
+    }
+    codes = {
+        "rotation": ("rotation: SRHT → learned", between(config.window, "srht", "rotation")),
+        "code": ("code: rotation → lattice", between(config.window, "rotation", "lattice")),
+        "rotation_0": ("rotation, window 0", between(0, "srht", "rotation")),
+        "code_0": ("code, window 0", between(0, "rotation", "lattice")),
+    }
+    gains = {bar: worse[measure] - better[measure] for bar, (_, (worse, better)) in codes.items()}
+    base = of("window", setting=str(config.window))[0][measure]
+
+    def row(factor: str, kind: str, rows: Sequence[Row], size: float) -> Row:
+        found = [row[measure] for row in rows]
+        return {
+            "factor": factor,
+            "measure": measure,
+            "kind": kind,
+            "settings": len(rows),
+            "low": min(found),
+            "high": max(found),
+            "range": size,
+            "ratio": size / base if base else None,
+            **{f"above_{bar}": size > gain for bar, gain in gains.items()},
+        }
+
+    for name, rows in groups.items():
+        if len(rows) > 1:
+            yield row(name, "choice", rows, spread(rows))
+    for bar, (name, rows) in codes.items():
+        yield row(name, "code", rows, gains[bar])
+
+
+@dataclass(frozen=True, eq=False)
+class _Learned:
+    """A codec, by a name that no other of the run has, and what rows say of its calibration."""
+
+    name: str
+    code: str
+    codec: KeyCodec
+    facts: Row
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """Tokens to calibrate on; the model reads them when the first sample is wanted."""
+
+    name: str
+    loaded: LoadedModel
+    pieces: Sequence[Passage]
+    folder: Path
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(piece.ids) for piece in self.pieces)
+
+    @cached_property
+    def bank(self) -> KeyBank:
+        if (self.folder / "index.json").is_file():
+            return open_bank(self.folder)
+        return bank_of(self.loaded, self.pieces, folder=self.folder)
+
+    def sample(self, n_tokens: int, seed: int) -> KeyBank:
+        """Keys and queries of so many tokens; by the same seed, fewer are among more."""
+        if n_tokens == self.n_tokens:
+            return self.bank
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(self.n_tokens, generator=generator)[:n_tokens].sort().values
+        few = KeyBank(self.bank.stage, lengths=[n_tokens])
+        for index, layer in attention_layers(self.loaded.model).items():
+            if layer.owns_keys:
+                few.append("keys", index, self.bank.keys(index).transpose(0, 1)[chosen])
+            few.append("queries", index, self.bank.queries(index).transpose(0, 1)[chosen])
+        return few
+
+
+@dataclass(frozen=True, eq=False)
+class _Evaluation:
+    """Text that caches are judged on; the model reads it when the first row is wanted."""
+
+    name: str
+    loaded: LoadedModel
+    text: Text
+    quality: QualityConfig
+    n_held_out: int
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(self.loaded, self.text.evaluation, self.text.calibration, self.quality)
+
+    @cached_property
+    def keys(self) -> dict[int, Tensor]:
+        """Held-out keys [H, N, D] of each layer."""
+        pieces = passages(self.loaded, self.text.evaluation, 4)
+        bank = bank_of(self.loaded, up_to(pieces, self.n_held_out), queries=False)
+        return {layer: bank.keys(layer) for layer in bank.layers}
+
+
+class _Lab:
+    """The tables of one model and text, row by row."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        text: Text,
+        config: SensitivityConfig,
+        scratch: Path,
+        tell: Progress,
+    ) -> None:
+        self.loaded, self.text, self.config, self.tell = loaded, text, config, tell
+        self.kept = Scratch.of(
+            scratch,
+            loaded.weights_hash,
+            loaded.context,
+            text.fingerprint,
+            __version__,
+            asdict(config),
+        )
+        self.d = max(layer.head_dim for layer in coded_layers(loaded, config.calibrate).values())
+        self.evaluation = self._evaluation(ALL, text, loaded.context)
+        self.source = self._source("text", text, max(*config.keys_per_dim, config.sample))
+        least = max(config.keys_per_dim[0], config.sample) * self.d
+        if self.source.n_tokens < least:
+            raise InputError(
+                f"{text.name} has {self.source.n_tokens} tokens to calibrate on: give {least}, or "
+                "smaller keys_per_dim and sample"
+            )
+
+    def calibration(self) -> Iterator[Row]:
+        """By the number of keys that a code is learned on."""
+        for per_dim in self.config.keys_per_dim:
+            if per_dim * self.d > self.source.n_tokens:
+                break
+            for learned in self._learned(self.source, per_dim, self.config.calibrate.seed):
+                yield self._row("calibration", str(per_dim), learned, self.evaluation)
+
+    def domain(self) -> Iterator[Row]:
+        """By the text that a code is learned on, for each text that it is used on."""
+        parts = domains(self.text, self.config)
+        sources = [
+            self._source(name, part, POOL * self.config.sample) for name, part in parts.items()
+        ]
+        shortest = min(sources, key=lambda source: source.n_tokens)
+        per_dim = min(self.config.sample, shortest.n_tokens // self.d)
+        if not per_dim:
+            raise InputError(
+                f"{shortest.name!r} has {shortest.n_tokens} tokens to calibrate on: give {self.d}"
+            )
+        codes = [
+            (source.name, learned)
+            for source in sources
+            for learned in self._learned(source, per_dim, self.config.calibrate.seed)
+        ]
+        for name, part in parts.items():
+            evaluation = self._evaluation(name, part, self.loaded.context)
+            for calibrated, learned in codes:
+                row = self._row("domain", calibrated, learned, evaluation)
+                yield {**row, "evaluated": name}
+
+    def seeds(self) -> Iterator[Row]:
+        """By the seed of the sample of keys and of the learning, or of a random rotation."""
+        for seed in self.config.seeds:
+            for learned in (
+                *self._learned(self.source, self.config.sample, seed),
+                self._random(seed),
+            ):
+                yield self._row("seed", str(seed), learned, self.evaluation)
+
+    def exempt(self) -> Iterator[Row]:
+        """By the layers that keep their keys."""
+        layers = tuple(coded_layers(self.loaded, self.config.calibrate))
+        for name, exempt in exemptions(layers).items():
+            cache = self.config.cache(self.config.window, exempt=exempt)
+            yield self._row("exempt", name, self._base["lattice"], self.evaluation, cache)
+
+    def window(self) -> Iterator[Row]:
+        """By the tokens that are seen whole."""
+        for window in self.config.windows:
+            for learned in self._base.values():
+                cache = self.config.cache(window)
+                yield self._row("window", str(window), learned, self.evaluation, cache)
+
+    def context(self) -> Iterator[Row]:
+        """By the tokens of a text, a fixed number of them whole, or a fixed share."""
+        for context in self.config.contexts:
+            evaluation = self._evaluation(ALL, self.text, context)
+            for window in dict.fromkeys((self.config.window, self.config.eighth(context))):
+                for learned in self._base.values():
+                    cache = self.config.cache(window)
+                    row = self._row("context", str(context), learned, evaluation, cache)
+                    yield {**row, "window": window}
+
+    def _evaluation(self, name: str, text: Text, context: int) -> _Evaluation:
+        """On as many tokens as ever, however short the context."""
+        quality = self.config.quality
+        n_passages = quality.n_passages * self.loaded.context // context
+        return _Evaluation(
+            f"{name}, {context} tokens",
+            replace(self.loaded, context=context),
+            text,
+            replace(quality, n_passages=n_passages),
+            self.config.calibrate.n_held_out,
+        )
+
+    def _source(self, name: str, text: Text, per_dim: int) -> _Source:
+        """Whole windows, where there are any: a domain of short documents has late keys too."""
+        pieces = passages(self.loaded, text.calibration)
+        pieces = [piece for piece in pieces if len(piece.ids) == self.loaded.context] or pieces
+        pieces = up_to(pieces, per_dim * self.d)
+        return _Source(name, self.loaded, pieces, self.kept.file(f"keys of {name}", ""))
+
+    @cached_property
+    def _base(self) -> dict[str, _Learned]:
+        """The base case's codes, the best first."""
+        return {code: self._calibrated(code) for code in CODES} | {
+            "srht": self._random(self.config.calibrate.seed)
+        }
+
+    def _calibrated(self, code: str) -> _Learned:
+        file = self.kept.file(f"base {code}", ".safetensors")
+        if not file.exists():
+            config = replace(self.config.calibrate, code=code)
+            learn_codec(self.loaded, self.text, config).save(file, bits=8)
+        codec = KeyCodec.load(file, self.loaded.weights_hash)
+        inside, outside = codec.calibration.noise_null
+        known = {"n_keys": codec.calibration.n_keys}
+        known |= {"null_in_sample": inside, "null_held_out": outside}
+        return _Learned(f"base {code}", code, codec, _UNKNOWN | known)
+
+    def _random(self, seed: int) -> _Learned:
+        """Random Hadamard transforms, no two alike, with the base case's means."""
+        codec = self._calibrated("rotation").codec
+        n_heads = sum(code.n_heads for code in codec.layers.values())
+        drawn = iter(range(seed * n_heads, (seed + 1) * n_heads))
+        layers = {
+            index: replace(
+                code,
+                basis=torch.stack([srht(code.head_dim, next(drawn)) for _ in range(code.n_heads)]),
+            )
+            for index, code in codec.layers.items()
+        }
+        codec = KeyCodec(layers, self.loaded.weights_hash)
+        return _Learned(f"srht {seed}", "srht", codec, _UNKNOWN)
+
+    def _learned(self, source: _Source, per_dim: int, seed: int) -> Iterator[_Learned]:
+        """Both codes of one sample, of so many tokens for each coordinate of a head."""
+        n_keys = per_dim * self.d
+        bank = cache(lambda: source.sample(n_keys, seed))
+        for code in CODES:
+            name = f"{source.name}: {code}, N/d {per_dim}, seed {seed}"
+            file = self.kept.file(name, ".safetensors")
+            config = replace(self.config.calibrate, code=code, keys_per_dim=per_dim, seed=seed)
+
+            def learn() -> Row:
+                layers = learn_layers(self.loaded, bank(), config)
+                codec = KeyCodec(layers, self.loaded.weights_hash)
+                codec.save(file, bits=8)
+                keys = {index: bank().keys(index) for index in layers}
+                return {"n_keys": n_keys, "beta_in_sample": _beta(codec, keys)}
+
+            facts = self.kept.row(name, learn)  # which is there only after the codec's file
+            codec = KeyCodec.load(file, self.loaded.weights_hash)
+            yield _Learned(name, code, codec, facts | self._null(code, n_keys))
+
+    def _null(self, code: str, n_keys: int) -> Row:
+        def betas() -> Row:
+            config = replace(self.config.calibrate, code=code)
+            found = null_betas(n_keys, self.d, config)
+            known = found if max(found) <= 1 and min(found) > 0 else (None, None)
+            return dict(zip(("null_in_sample", "null_held_out"), known))
+
+        return self.kept.row(f"null: {code}, {n_keys} keys", betas)
+
+    def _row(
+        self,
+        factor: str,
+        setting: str,
+        learned: _Learned,
+        evaluation: _Evaluation,
+        cache: CacheConfig | None = None,
+    ) -> Row:
+        """What a codec's cache loses; the base case's unless another is given."""
+        cache = cache or self.config.cache(self.config.window)
+
+        def lost() -> Row:
+            row = evaluation.judge.row(learned.codec, cache, with_needles=False)
+            return {name: row[name] for name in _QUALITY}
+
+        where = f"{learned.name}; on {evaluation.name}"
+        beta = self.kept.row(where, lambda: {"beta": _beta(learned.codec, evaluation.keys)})
+        found = self.kept.row(f"{where}; {cache}", lost)
+        self.tell(f"{factor} {setting}, {learned.code}")
+        head = {"factor": factor, "setting": setting, "code": learned.code}
+        return {**head, **learned.facts, **beta, **found}
+
+
+def _beta(codec: KeyCodec, keys: Mapping[int, Tensor]) -> float:
+    """Mean cosine of keys [H, N, D] of each layer to their lattice points."""
+    each = [code.cosines(keys[index]).double().mean(-1) for index, code in codec.layers.items()]
+    return float(torch.cat(each).mean())

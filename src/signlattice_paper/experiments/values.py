@@ -1,0 +1,470 @@
+"""What values need: bits, rotation, centering and scale rule of V, with keys exact and at one bit.
+
+Values are summed, not compared, so neither a static mean nor a rotation costs anything: weights
+that sum to one carry the mean to a bias of the output projection, and the rotation R_V goes into
+W_V and, transposed, into W_O. Here both are applied where values are read, which comes to the same.
+
+The learned R_V maximises β of the centred values, as for keys (`learn`): the mean cosine of a value
+to its signs, in which every value counts alike, whatever its norm and the weight it is given. It is
+the best rotation for one bit in that sense alone; no error of more bits, of attention's output, or
+of the model has a part in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from signlattice import __version__
+from signlattice.cache.simulated import Codes, seen_through
+from signlattice.calibration import CalibrateConfig
+from signlattice.data.texts import Text
+from signlattice.errors import InputError
+from signlattice.io import Scratch
+from signlattice.models.hooks import attention_layers
+from signlattice.models.loading import LoadedModel
+from signlattice.models.states import whole_layers
+from signlattice.quantizers.centering import CENTERING_METHODS, Centering
+from signlattice.quantizers.levels import LevelCode
+from signlattice.quantizers.scales import SCALE_RULES
+from signlattice.quantizers.sign_code import SignCode
+from signlattice.rotations.config import LearnConfig
+from signlattice.rotations.factory import rotate_heads
+from signlattice.rotations.learned import learned_matrices
+from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig, shipped_lattice
+from signlattice_paper.records import Row
+
+Progress = Callable[[str], object]
+"""Told of each part of the work as it is done."""
+
+ROTATIONS = ("identity", "srht", "learned")
+COMPARED_RULES = ("mse", "unbiased")
+"""Scale rules of what is measured under two of them: least error, and a slope of one."""
+WHOLE = 16.0
+"""Bits to a coordinate of what is not coded."""
+
+
+@dataclass(frozen=True)
+class ValuesConfig:
+    """What is crossed, and on how much text.
+
+    Attributes:
+        text: to calibrate and evaluate on, as `texts.read_text` takes it.
+        bits, rotations, centerings, rules: of values, all crossed.
+        rules_of_eight: the rules at eight bits, where their scales are nearly the same: gaps of
+            olmoe-mini differed by less than a tenth of a per cent of perplexity.
+        pairs: unequal bits of (keys, values) for both sides coded alike.
+        layer_bits: widths at which one layer alone has coded values.
+        head_bits: widths at which the output of each head is looked at.
+        comparison: on how much text codes are fitted and compared.
+        calibrate: how the lattice of the keys is learned where the model has none beside it.
+
+    Raises:
+        InputError: on a width outside 1 to 8, a name that there is not, or nothing to cross.
+    """
+
+    text: str = "corpus"
+    bits: tuple[int, ...] = (1, 2, 3, 4, 8)
+    rotations: tuple[str, ...] = ROTATIONS
+    centerings: tuple[str, ...] = CENTERING_METHODS
+    rules: tuple[str, ...] = SCALE_RULES
+    rules_of_eight: tuple[str, ...] = ("mse",)
+    pairs: tuple[tuple[int, int], ...] = (
+        (1, 2),
+        (2, 1),
+        (1, 3),
+        (3, 1),
+        (1, 4),
+        (4, 1),
+        (2, 4),
+        (4, 2),
+    )
+    layer_bits: tuple[int, ...] = (1, 2)
+    head_bits: tuple[int, ...] = (1, 2, 4)
+    comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("rotations", ROTATIONS),
+            ("centerings", CENTERING_METHODS),
+            ("rules", SCALE_RULES),
+            ("rules_of_eight", SCALE_RULES),
+        ):
+            given = getattr(self, name)
+            if not given or set(given) - set(known):
+                raise InputError(f"{name}={given}: choose some of {', '.join(known)}")
+        for name in ("bits", "layer_bits", "head_bits"):
+            _check_widths(name, getattr(self, name))
+        for pair in self.pairs:
+            _check_widths("pairs", pair)
+
+    def rules_at(self, bits: int) -> tuple[str, ...]:
+        """The rules that are measured at a width."""
+        return self.rules_of_eight if bits == 8 else self.rules
+
+
+@dataclass(frozen=True)
+class LevelSpec:
+    """A `LevelCode` by its names, the same in every layer."""
+
+    bits: int
+    rotation: str = "srht"
+    centering: str = "token_mean"
+    rule: str = "mse"
+
+    @property
+    def name(self) -> str:
+        """Of its rows in the scratch folder."""
+        return " ".join(map(str, astuple(self)))
+
+
+@dataclass(frozen=True)
+class SideCase:
+    """Bits of levels of keys ``k`` and of values ``v``, None for exact, under one rule for both.
+
+    ``code`` is that of the keys: "levels", the same as of the values, or "lattice", which has one
+    bit and a rule of its own.
+    """
+
+    code: str
+    rule: str
+    k: int | None
+    v: int | None
+
+    @property
+    def side(self) -> str:
+        """Which side is coded: "keys", "values" or "both"."""
+        return "keys" if self.v is None else "values" if self.k is None else "both"
+
+
+def value_codes(config: ValuesConfig) -> list[LevelSpec]:
+    """All codes of values that are crossed."""
+    return [
+        LevelSpec(bits, rotation, centering, rule)
+        for bits in config.bits
+        for rotation in config.rotations
+        for centering in config.centerings
+        for rule in config.rules_at(bits)
+    ]
+
+
+def side_cases(config: ValuesConfig) -> list[SideCase]:
+    """Keys alone, values alone and both at equal bits, the unequal pairs, and the lattice."""
+    found = []
+    for rule in COMPARED_RULES:
+        for bits in config.bits:
+            sides = ((bits, None), (None, bits), (bits, bits))
+            found += [SideCase("levels", rule, *side) for side in sides]
+        found += [SideCase("levels", rule, *pair) for pair in config.pairs]
+        found += [SideCase("lattice", rule, 1, bits) for bits in config.bits]
+    found.append(SideCase("lattice", "unbiased", 1, None))
+    return list(dict.fromkeys(found))
+
+
+def n_parts(loaded: LoadedModel, config: ValuesConfig) -> int:
+    """How often `measure` tells of its progress: once for each row but that of exact attention."""
+    owners = whole_layers(loaded)
+    readers = [layer for layer in attention_layers(loaded.model).values() if layer.source in owners]
+    return (
+        2 * len(value_codes(config))
+        + len(side_cases(config))
+        + len(list(_outputs(config))) * len(readers)
+        + len(owners) * len(config.layer_bits) * len(COMPARED_RULES)
+        + len(_head_codes(config)) * sum(layer.n_heads for layer in readers)
+        + len(config.bits) * len(config.rotations)
+    )
+
+
+def measure(
+    loaded: LoadedModel,
+    text: Text,
+    config: ValuesConfig,
+    scratch: Path,
+    progress: Progress | None = None,
+) -> dict[str, list[Row]]:
+    """The tables of the lab; rows that an interrupted run left are not made again.
+
+    - ``exact``: one row, exact attention.
+    - ``rows``: every code of values, beside exact keys (``k`` "exact") and beside keys on their
+      one-bit lattice ("one bit"). ``bits`` are those of the levels; ``key_bits`` and ``value_bits``
+      are of a coordinate, with scales and means of tokens counted.
+    - ``added``: what the best code of each width and rotation adds to one-bit keys: its gap is over
+      the model with one-bit keys and exact values, with an interval of its own.
+    - ``sides``: the same code on keys, on values, or on both (`SideCase`).
+    - ``outputs``: error of attention's output with keys or with values coded, by layer.
+    - ``layers``: values coded in one layer at a time.
+    - ``heads``: error of attention's output per head under two rules, keys exact; ``cosine`` of a
+      held-out value to its code, which at one bit is β; ``effective_keys`` is 1 / E Σ w².
+
+    Gaps are as in `Comparison.row`, output errors as in `comparison.head_errors`. Raises
+    ``InputError`` as `cache_quality.full_windows` does, and `calibrate.learn_codec` where the model
+    has no lattice.
+    """
+    tell = progress or (lambda part: None)
+    kept = Scratch.of(scratch, loaded.weights_hash, text.fingerprint, __version__, asdict(config))
+    study = _Study(loaded, text, config, kept)
+    makers = {
+        "rows": study.rows,
+        "sides": study.sides,
+        "outputs": study.outputs,
+        "layers": study.layers,
+        "heads": study.heads,
+    }
+    tables = {"exact": [study.comparison.exact_row()]}
+    for name, make in makers.items():
+        tables[name] = list(_told(make(), name, tell))
+    tables["added"] = list(_told(study.added(tables["rows"]), "added", tell))
+    return tables
+
+
+def best(rows: Iterable[Row], bits: int, k: str, **wanted: str) -> Row:
+    """The row of ``rows`` with the smallest gap among those of a width.
+
+    ``k`` is "exact" or "one bit"; ``wanted`` are other columns, such as a rotation. Raises
+    ``InputError`` if there is none.
+    """
+    wanted |= {"bits": bits, "k": k}
+    found = [row for row in rows if all(row[name] == wanted[name] for name in wanted)]
+    if not found:
+        raise InputError(f"no row has {wanted}")
+    return min(found, key=lambda row: row["gap"])
+
+
+def needed_bits(rows: Iterable[Row], percent: float) -> int | None:
+    """The fewest bits of values at which some code surely loses no more than ``percent``.
+
+    Surely: the upper end of the interval of its gap. None where no code does. Of the table "rows"
+    give those of one ``k``; those of "added" say what values lose beyond one-bit keys.
+    """
+    return min((row["bits"] for row in rows if row["gap_high"] <= percent), default=None)
+
+
+class _Study:
+    """Codes of one model, built once, and the tables that are measured with them."""
+
+    def __init__(
+        self, loaded: LoadedModel, text: Text, config: ValuesConfig, scratch: Scratch
+    ) -> None:
+        self.config = config
+        self.comparison = Comparison(loaded, text, config.comparison, scratch)
+        self._loaded = loaded
+        self._text = text
+        self._scratch = scratch
+        self._turns: dict[tuple[str, str, str], dict[int, Tensor]] = {}
+
+    def rows(self) -> Iterator[Row]:
+        """Of every code of values, with keys exact and at one bit."""
+        for k, lattice in (("exact", False), ("one bit", True)):
+            for code in value_codes(self.config):
+                row = self._row("lattice" if lattice else None, code)
+                yield {"k": k, **asdict(code), "learned": code.rotation == "learned", **row}
+
+    def added(self, rows: Sequence[Row]) -> Iterator[Row]:
+        """Of the best code of each width and rotation, beside one-bit keys, against these alone."""
+        alone = Comparison(
+            self._loaded,
+            self._text,
+            self.config.comparison,
+            Scratch(self._scratch.folder / "beside one-bit keys"),
+        )
+        chosen = [
+            best(rows, bits, "one bit", rotation=rotation)
+            for bits in self.config.bits
+            for rotation in self.config.rotations
+        ]
+        specs = [
+            LevelSpec(row["bits"], row["rotation"], row["centering"], row["rule"]) for row in chosen
+        ]
+        values = [self._codes("values", spec) for spec in specs]  # fitted on exact states
+        with seen_through(self._loaded, self._lattice):  # what is exact in there has coded keys
+            for row, spec, codes in zip(chosen, specs, values):
+                width = {"value_bits": row["value_bits"]}
+                yield asdict(spec) | width | alone.row(spec.name, values=codes)
+
+    def sides(self) -> Iterator[Row]:
+        """Of every `SideCase`."""
+        for case in side_cases(self.config):
+            keys = "lattice" if case.code == "lattice" else _plain(case.k, case.rule)
+            row = self._row(keys, _plain(case.v, case.rule))
+            yield {**asdict(case), "side": case.side, **row}
+
+    def layers(self) -> Iterator[Row]:
+        """Of values coded in one layer at a time, after an SRHT and a static mean."""
+        for layer in self.comparison.layers:
+            for bits in self.config.layer_bits:
+                for rule in COMPARED_RULES:
+                    code = _plain(bits, rule)
+                    values = {layer: self._codes("values", code)[layer]}
+                    row = self.comparison.row(f"layer {layer}, {code.name}", values=values)
+                    yield {"layer": layer, "bits": bits, "rule": rule, **row}
+
+    def outputs(self) -> Iterator[Row]:
+        """Error of the output by layer, mean over heads, with the same code on either side."""
+        for code, bits, rule in _outputs(self.config):
+            spec = _plain(bits, rule)
+            keys = self._heads("lattice" if code == "lattice" else spec, None)
+            values = self._heads(None, spec)
+            for layer in dict.fromkeys(head["layer"] for head in keys):
+                of_keys, of_values = (
+                    [head["output_error"] for head in side if head["layer"] == layer]
+                    for side in (keys, values)
+                )
+                yield {
+                    "code": code,
+                    "bits": bits,
+                    "rule": rule,
+                    "layer": layer,
+                    "keys": fmean(of_keys),
+                    "values": fmean(of_values),
+                }
+
+    def heads(self) -> Iterator[Row]:
+        """Error of the output in each head, beside what goes into it."""
+        effective = self._effective_keys()
+        for bits, rotation, centering in _head_codes(self.config):
+            specs = [LevelSpec(bits, rotation, centering, rule) for rule in COMPARED_RULES]
+            cosines = self._cosines(specs[0])
+            for least, unbiased in zip(*(self._heads(None, spec) for spec in specs)):
+                layer, source, head = (least[name] for name in ("layer", "source", "head"))
+                yield {
+                    "layer": layer,
+                    "source": source,
+                    "head": head,
+                    "bits": bits,
+                    "rotation": rotation,
+                    "centering": centering,
+                    "output_error_mse": least["output_error"],
+                    "output_error_unbiased": unbiased["output_error"],
+                    "cosine": cosines[source][head].item(),
+                    "effective_keys": effective[layer][head].item(),
+                }
+
+    def _row(self, keys: LevelSpec | str | None, values: LevelSpec | None) -> Row:
+        codes = self._codes("keys", keys), self._codes("values", values)
+        width = {"key_bits": _width(codes[0]), "value_bits": _width(codes[1])}
+        return width | self.comparison.row(_pair_name(keys, values), *codes)
+
+    def _heads(self, keys: LevelSpec | str | None, values: LevelSpec | None) -> list[Row]:
+        codes = self._codes("keys", keys), self._codes("values", values)
+        name = f"heads: {_pair_name(keys, values)}"
+        return self._scratch.row(name, lambda: {"heads": self.comparison.heads(*codes)})["heads"]
+
+    def _codes(self, side: str, spec: LevelSpec | str | None) -> Codes:
+        """By layer; ``spec`` None is no code, and "lattice" is that of the keys."""
+        if spec is None:
+            return {}
+        if spec == "lattice":
+            return self._lattice
+        turns = self._rotations(side, spec.rotation, spec.centering)
+        return {
+            layer: LevelCode(
+                Centering.fit(getattr(states, side), spec.centering),
+                turns[layer],
+                spec.bits,
+                spec.rule,
+                spec.rotation == "learned",
+            )
+            for layer, states in self.comparison.fit.items()
+        }
+
+    def _rotations(self, side: str, rotation: str, centering: str) -> dict[int, Tensor]:
+        name = (side, rotation, centering)
+        if name not in self._turns:
+            self._turns[name] = {
+                layer: self._rotation(layer, getattr(states, side), rotation, centering)
+                for layer, states in self.comparison.fit.items()
+            }
+        return self._turns[name]
+
+    def _rotation(self, layer: int, vectors: Tensor, rotation: str, centering: str) -> Tensor:
+        if rotation != "learned":
+            return rotate_heads(vectors, rotation, self.config.comparison.seed)
+        centred, _ = Centering.fit(vectors, centering).split(vectors)
+        kept = self._scratch.tensors(
+            f"R_V of layer {layer}, {centering}",
+            lambda: {0: learned_rotations(centred, self.config.comparison.seed)},
+        )
+        return kept[0]
+
+    @cached_property
+    def _lattice(self) -> Codes:
+        """The one-bit keys: the codec beside the model, or one that is learned if there is none."""
+        kept = self._scratch.file("lattice", ".safetensors")
+        codec = shipped_lattice(self._loaded, self._text, self.config.calibrate, kept)
+        return {layer: SignCode(code) for layer, code in codec.layers.items()}
+
+    def _cosines(self, spec: LevelSpec) -> dict[int, Tensor]:
+        """Mean cosine [H] of held-out centred values to their code, by layer."""
+        found = {}
+        for layer, code in self._codes("values", spec).items():
+            values = torch.cat([states[layer].values for states in self.comparison.held_out], 1)
+            centred, offset = code.centering.split(values)
+            coded = code.read_back(values) - offset
+            found[layer] = torch.cosine_similarity(centred, coded, dim=-1).mean(-1)
+        return found
+
+    def _effective_keys(self) -> dict[int, Tensor]:
+        """1 / E Σ w² of exact attention [H], by the layer that asks."""
+        readers, squares = attention_layers(self._loaded.model), {}
+        for states in self.comparison.held_out:
+            for seen in states.values():
+                for reader, queries in seen.queries.items():
+                    grouped = queries.unflatten(0, (len(seen.keys), -1))
+                    weights = readers[reader].log_weights(grouped @ seen.keys.unsqueeze(1).mT)
+                    late = weights[:, :, self.config.comparison.first_query :].exp()
+                    mean = late.square().sum(-1).mean((1, 2))
+                    squares[reader] = squares.get(reader, 0) + mean / len(self.comparison.held_out)
+        return {reader: 1 / mean for reader, mean in squares.items()}
+
+
+def learned_rotations(centred: Tensor, seed: int) -> Tensor:
+    """R_V of centred values [H, N, D]: the rotations [H, D, D] of the largest β, head by head.
+
+    Raises ``InputError`` as `learn.learn_rotations` does.
+    """
+    return learned_matrices(centred, LearnConfig(seed=seed))
+
+
+def _plain(bits: int | None, rule: str) -> LevelSpec | None:
+    """After an SRHT and a static mean: what sides and layers are compared with."""
+    return None if bits is None else LevelSpec(bits, rule=rule)
+
+
+def _outputs(config: ValuesConfig) -> Iterator[tuple[str, int, str]]:
+    """(code of the keys, bits, rule) of the table "outputs"."""
+    for case in side_cases(config):
+        if case.side == "keys":
+            yield case.code, case.k, case.rule
+
+
+def _head_codes(config: ValuesConfig) -> list[tuple[int, str, str]]:
+    return list(itertools.product(config.head_bits, config.rotations, config.centerings))
+
+
+def _pair_name(keys: LevelSpec | str | None, values: LevelSpec | None) -> str:
+    names = (spec.name if isinstance(spec, LevelSpec) else spec for spec in (keys, values))
+    return " | ".join(name or "exact" for name in names)
+
+
+def _width(codes: Codes) -> float:
+    """Bits to a coordinate, mean over layers; of no code, those of what is whole."""
+    return fmean(code.bits for code in codes.values()) if codes else WHOLE
+
+
+def _told(rows: Iterable[Row], name: str, tell: Progress) -> Iterator[Row]:
+    for row in rows:
+        yield row
+        tell(name)
+
+
+def _check_widths(name: str, widths: Sequence[int]) -> None:
+    if not widths or not all(1 <= bits <= 8 for bits in widths):
+        raise InputError(f"{name}={tuple(widths)}: use widths of 1 to 8 bits")

@@ -1,0 +1,134 @@
+"""Figures of what a one-bit K cache loses by each choice.
+
+``record`` is that of the lab *sensitivity*.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.ticker import LogLocator
+
+from signlattice_paper.figures.style import COLOURS, Figure, styled
+from signlattice_paper.records import RunRecord
+from signlattice_paper.tables import select
+
+_CODES = {
+    "lattice": ("learned lattice", "blue", "o"),
+    "rotation": ("learned rotation", "orange", "s"),
+}
+_BARS = (("vermilion", "--"), ("black", ":"))
+
+
+@styled
+def fig_calibration(record: RunRecord) -> Figure:
+    """Perplexity lost, and how near keys come to their lattice, against keys per coordinate.
+
+    Below: filled on held-out keys, open on the keys that were learned from, dashed what
+    learning makes of as much noise, on the noise itself. A lattice of too few keys lies below.
+    """
+    figure = Figure(figsize=(6.4, 6.0))
+    above, below = figure.subplots(2, sharex=True)
+    for code, (label, colour, marker) in _CODES.items():
+        rows = select(record.table("calibration"), code=code)
+        x = [int(row["setting"]) for row in rows]
+        style = {"color": COLOURS[colour], "marker": marker, "ms": 5}
+
+        def values(name: str) -> list[float]:
+            return [np.nan if row[name] is None else row[name] for row in rows]
+
+        low = np.subtract(values("gap"), values("gap_low"))
+        high = np.subtract(values("gap_high"), values("gap"))
+        above.errorbar(x, values("gap"), (low, high), capsize=2, label=label, **style)
+        below.plot(x, values("beta"), **style)
+        below.plot(x, values("beta_in_sample"), lw=1, markerfacecolor="white", **style)
+        below.plot(x, values("null_in_sample"), ls="--", lw=1.2, color=COLOURS[colour])
+    above.set(xscale="log", yscale="log", ylabel="perplexity lost, %")
+    above.set_xticks(x, map(str, x))
+    above.yaxis.set_major_formatter("{x:g}")
+    above.yaxis.set_major_locator(LogLocator())
+    above.minorticks_off()
+    above.legend()
+    for label, line in (
+        ("held out", {"marker": "o"}),
+        ("in sample", {"marker": "o", "markerfacecolor": "white", "lw": 1}),
+        ("in sample, of noise", {"ls": "--", "lw": 1.2}),
+    ):
+        below.plot([], [], color=COLOURS["grey"], ms=5, label=label, **line)
+    below.set(ylabel="β", ylim=(0.75, 1), xlabel="calibration keys per coordinate of a head")
+    below.legend()
+    return figure
+
+
+@styled
+def fig_domain(record: RunRecord) -> Figure:
+    """Perplexity lost, in per cent, by the text a code was learned on and the text it is used on.
+
+    The darker, the more a text loses beside what it does with the best of the codes; bold is the
+    text's own.
+    """
+    rows = record.table("domain")
+    names = list(dict.fromkeys(row["setting"] for row in rows))
+    figure = Figure(figsize=(6.4, 7.2))
+    for axes, (code, (label, _, _)) in zip(figure.subplots(2, sharex=True), _CODES.items()):
+        gaps = np.array(
+            [
+                [select(rows, code=code, setting=s, evaluated=e)[0]["gap"] for e in names]
+                for s in names
+            ]
+        )
+        excess = gaps - gaps.min(0)
+        most = max(1.0, excess.max())
+        axes.imshow(excess, cmap="Blues", vmin=0, vmax=most, aspect="auto")
+        for (i, j), gap in np.ndenumerate(gaps):
+            dark = excess[i, j] > 0.6 * most
+            axes.text(
+                j,
+                i,
+                f"{gap:.2f}",
+                ha="center",
+                va="center",
+                color="white" if dark else "black",
+                weight="bold" if i == j else "normal",
+            )
+        axes.set_xticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), names)
+        axes.set(title=label, ylabel="learned on")
+        axes.grid(visible=False)
+    axes.set_xlabel("used on")
+    return figure
+
+
+@styled
+def fig_factors(record: RunRecord, measure: str = "gap") -> Figure:
+    """How far what is lost goes over the settings of each choice: perplexity in percentage points,
+    or with ``measure`` "kl" the divergence in nats.
+
+    Lines: what is gained by the code itself in the base case.
+    """
+    rows = select(record.table("summary"), measure=measure)
+    choices = sorted(select(rows, kind="choice"), key=lambda row: row["range"])
+    figure = Figure(figsize=(6.4, 0.34 * len(choices) + 1.4))
+    axes = figure.subplots()
+    sizes = [row["range"] for row in choices]
+    for place, size in enumerate(sizes):
+        axes.annotate(
+            f"{size:.3g}",
+            (size, place),
+            (8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )
+    axes.plot(sizes, range(len(sizes)), "o", ms=7, color=COLOURS["blue"])
+    for row, (colour, line) in zip(select(rows, kind="code"), _BARS):
+        style = {"color": COLOURS[colour], "ls": line, "lw": 1.8}
+        axes.plot([], [], label=f"{row['factor']}, {row['range']:.3g}", **style)
+        if row["range"] > 0:  # a logarithm knows no other
+            axes.axvline(row["range"], **style)
+    axes.set_yticks(range(len(sizes)), [row["factor"] for row in choices])
+    unit = {"gap": "perplexity lost, percentage points", "kl": "KL, nats a token"}[measure]
+    axes.set(xscale="log", xlabel=f"range of {unit}", xlim=(None, 4 * max(sizes)))
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
