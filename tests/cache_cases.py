@@ -30,7 +30,7 @@ from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
 from signlattice.models.hooks import attention_layers
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations import fixed
 
 VOCABULARY = 211
@@ -142,7 +142,7 @@ def tokens(batch: int, n: int, seed: int = 0, device: str = "cpu") -> Tensor:
 
 def layer_code(
     kind: str, n_heads: int, d: int, centering: str = "token_mean", seed: int = 0
-) -> LayerCodec:
+) -> SignQuantizer:
     """A code that was not learned: a random rotation, or a random basis in a random metric."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -152,11 +152,11 @@ def layer_code(
     mean = 0.7 * random(n_heads, d) if centering == "token_mean" else None
     if kind == "rotation":
         basis = torch.stack([fixed.haar(d, seed + head) for head in range(n_heads)])
-        return LayerCodec(basis.float(), Centering(centering, mean))
+        return SignQuantizer(basis.float(), Centering(centering, mean))
     basis = 1.5 * random(n_heads, d, d) / d  # as long as makes up a key of length sqrt(d)
     half = random(n_heads, d, d)
     metric = half @ half.mT / d + 0.3 * torch.eye(d)
-    return LayerCodec(basis, Centering(centering, mean), metric=metric)
+    return SignQuantizer(basis, Centering(centering, mean), metric=metric)
 
 
 def codec_for(
@@ -193,7 +193,7 @@ def held(layer: PackedLayer) -> dict[str, Tensor]:
     """All tensors of sequences in a layer, by name."""
     found = {}
     for name in ("keys", "values"):
-        store = layer.key_store if name == "keys" else layer.value_store
+        store = layer.key_storage if name == "keys" else layer.value_storage
         found |= {f"{name} {part}": tensor for part, tensor in store.parts.items()}
         found |= {f"recent {name}": layer.recent[name], f"sink {name}": layer.sinks[name]}
     return found

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import TEXTS
-from signlattice.beta import haar_beta
+from signlattice.alignment import haar_beta
 from signlattice.data.corpus import Document
 from signlattice.data.texts import Text
 from signlattice.errors import InputError, IntegrityError

@@ -13,7 +13,7 @@ from transformers import (
 
 from signlattice.errors import InputError
 from signlattice.models.capture import capture_keys
-from signlattice.models.hooks import AttentionLayer, attention_layers, keys_seen_by
+from signlattice.models.hooks import AttentionLayer, attention_layers, key_hook
 
 IDS = torch.randint(1, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 SMALL = dict(
@@ -87,7 +87,7 @@ def test_weights_under_a_soft_cap_or_sinks_are_the_models_own(special):
 def test_looking_at_the_keys_changes_nothing(gemma, gemma_moe, special):
     for model in (gemma.model, gemma_moe.model, special):
         before = logits(model)
-        with keys_seen_by(model, lambda layer, query, key: key):
+        with key_hook(model, lambda layer, query, key: key):
             torch.testing.assert_close(logits(model), before, atol=2e-5, rtol=1e-4)
         assert torch.equal(logits(model), before)
 
@@ -97,7 +97,7 @@ def test_layers_read_the_keys_that_gemma_says_they_share(gemma):
     assert [layers[i].source for i in range(5)] == [0, 1, 2, 1, 2]
     assert [layers[i].head_dim for i in range(5)] == [16, 16, 32, 16, 32]
     seen = {}
-    with keys_seen_by(gemma.model, lambda layer, query, key: seen.setdefault(layer, key)):
+    with key_hook(gemma.model, lambda layer, query, key: seen.setdefault(layer, key)):
         logits(gemma.model)
     for layer in layers.values():
         assert torch.equal(seen[layer.index], seen[layer.source])

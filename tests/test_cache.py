@@ -31,11 +31,11 @@ from cache_cases import (
     tokens,
 )
 from signlattice.cache.layer import PackedLayer
-from signlattice.cache.masks import MaskReader
+from signlattice.cache.masks import MaskCache
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
 from signlattice.cache.storage import PAGE
 from signlattice.errors import InputError, IntegrityError
-from signlattice.evaluation.perplexity import one_bit_keys
+from signlattice.evaluation.perplexity import quantized_keys
 from signlattice.models.hooks import attention_layers
 from signlattice.quantizers.codec import KeyCodec
 
@@ -122,7 +122,7 @@ def test_without_window_and_sinks_it_is_one_bit_attention(name, kind):
     """The same by the road that measurements take, which has no cache."""
     model, ids = tiny(name), tokens(4, 40)
     cache = new_cache(model, kind, window=0, sinks=0, value_format="whole")
-    with one_bit_keys(model, codec_for(model, kind)):
+    with quantized_keys(model, codec_for(model, kind)):
         expected = model(ids, use_cache=False).logits
     assert most(read(model, ids, cache, (30, 1, 1)), expected) < ROUNDED
 
@@ -530,7 +530,7 @@ def test_a_whole_layer_weighs_what_it_holds_on_to():
 
 def test_the_mask_of_a_prompt_is_not_kept():
     """It has a number for every pair of tokens, more than the cache for a long prompt."""
-    reader, mask = MaskReader(), torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    reader, mask = MaskCache(), torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     first = reader.read(mask, 1, 4, mask.device)
     assert reader.read(mask, 1, 4, mask.device) is first
     gone = weakref.ref(mask)
@@ -597,7 +597,7 @@ def test_exempt_layers_keep_everything():
     cache = new_cache(model, exempt=(0, -1), window=0, sinks=0, value_format="whole")
     assert [layer.layer.index for layer in cache.packed_layers] == [1]
     codec = codec_for(model)
-    with one_bit_keys(model, replace(codec, layers={1: codec.layers[1]})):
+    with quantized_keys(model, replace(codec, layers={1: codec.layers[1]})):
         expected = model(ids, use_cache=False).logits
     assert most(read(model, ids, cache, (30, 1)), expected) < ROUNDED
 

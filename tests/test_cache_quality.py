@@ -11,7 +11,7 @@ import torch
 
 from conftest import documents
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
-from signlattice.calibration import CalibrateConfig
+from signlattice.calibration import CalibrationConfig
 from signlattice.data.corpus import Document
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
@@ -39,7 +39,7 @@ CONTEXT = 72
 QUALITY = QualityConfig(n_passages=3, n_needles=2, batch_size=2)
 WHOLE = CacheConfig(key_format="whole", value_format="whole", window=8, sinks=0)
 COARSE = CacheConfig(key_format="int2", value_format="int2", window=0, sinks=0)
-CALIBRATE = CalibrateConfig(
+CALIBRATE = CalibrationConfig(
     keys_per_dim=8,
     n_held_out=100,
     lattice=LatticeConfig(rounds=2),

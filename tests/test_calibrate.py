@@ -9,10 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import TEXTS
 from signlattice import calibration as calibrate
-from signlattice.beta import haar_beta
+from signlattice.alignment import haar_beta
 from signlattice.calibration import (
     CODES,
-    CalibrateConfig,
+    CalibrationConfig,
     coded_layers,
     learn_codec,
     measure_codec,
@@ -23,20 +23,20 @@ from signlattice.data.texts import Text
 from signlattice.errors import InputError, IntegrityError
 from signlattice.evaluation import heads
 from signlattice.evaluation.heads import HeadQuality
-from signlattice.models.bank import bank_of
+from signlattice.models.capture import capture_passages
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import MODELS, LoadedModel, load_model
-from signlattice.models.passages import passages, up_to
+from signlattice.models.passages import passages, take_tokens
 from signlattice.quantizers.basis import LatticeConfig, query_metric
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import Calibration, KeyCodec
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.fixed import orthogonality_defect
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONFIG = CalibrateConfig(
+CONFIG = CalibrationConfig(
     keys_per_dim=30,
     n_held_out=400,
     batch_size=4,
@@ -120,8 +120,8 @@ def test_it_is_what_a_file_of_eight_bits_gives_back(learned, tmp_path):
 
 def test_beta_is_of_the_other_side_of_the_text(learned, llama48, text):
     codec, config, _ = learned
-    pieces = up_to(passages(llama48, text.evaluation, 4), config.n_held_out)
-    bank = bank_of(llama48, pieces, queries=False)
+    pieces = take_tokens(passages(llama48, text.evaluation, 4), config.n_held_out)
+    bank = capture_passages(llama48, pieces, queries=False)
     for index, layer in codec.layers.items():
         cosines = layer.cosines(bank.keys(index)).mean(-1).tolist()
         assert codec.calibration.beta[index] == pytest.approx(cosines, abs=1e-5)
@@ -144,7 +144,7 @@ def test_the_null_is_what_noise_gives(learned):
 def test_a_lattice_loses_less_of_the_scores_than_a_rotation(llama48, text):
     """On the evaluation side, with the scale of least error: what the lattice is learned for."""
     pieces = passages(llama48, text.evaluation)
-    bank = bank_of(llama48, pieces)
+    bank = capture_passages(llama48, pieces)
     lost = {}
     for code in CODES:
         config = replace(
@@ -228,7 +228,7 @@ def test_all_queries_that_read_a_layer_take_part_in_its_metric(gemma48, text, mo
     config = replace(CONFIG, sliding=True)
     codec = learn_codec(gemma48, text, config)
     fit, _ = calibrate._passages(gemma48, text, coded_layers(gemma48, config), config)
-    bank = bank_of(gemma48, fit, batch_size=config.batch_size)
+    bank = capture_passages(gemma48, fit, batch_size=config.batch_size)
     read_by = {0: [0], 1: [1, 3], 2: [2, 4]}
     for readers, indices in zip(given, read_by.values(), strict=True):
         assert len(readers) == len(indices)
@@ -320,7 +320,7 @@ def test_fewer_keys_than_were_asked_for_are_told(llama48, text):
 @pytest.mark.parametrize("wanted", [1, 48, 100, 300, 10**6])
 def test_passages_are_from_all_over_the_text(wanted, llama48, text):
     pieces = passages(llama48, text.calibration)
-    chosen = up_to(pieces, wanted)
+    chosen = take_tokens(pieces, wanted)
     assert len({id(piece) for piece in chosen}) == len(chosen) <= len(pieces)
     assert len(chosen) == len(pieces) or sum(len(p.ids) for p in chosen) < wanted + 2 * 48
     if len(chosen) > 3:
@@ -339,7 +339,7 @@ def test_passages_are_from_all_over_the_text(wanted, llama48, text):
 )
 def test_bad_settings_are_refused(change, said):
     with pytest.raises(InputError, match=said):
-        CalibrateConfig(**change)
+        CalibrationConfig(**change)
 
 
 # Runs that end before they are done
@@ -357,7 +357,7 @@ def test_an_interrupted_run_goes_on_where_it_was(code, llama48, text, tmp_path, 
 
     def counted_bank(loaded, pieces, *, queries=True, **more):
         read.append("keys and queries" if queries else "held-out keys")
-        return bank_of(loaded, pieces, queries=queries, **more)
+        return capture_passages(loaded, pieces, queries=queries, **more)
 
     def counted(name):
         function = getattr(calibrate, name)
@@ -368,8 +368,8 @@ def test_an_interrupted_run_goes_on_where_it_was(code, llama48, text, tmp_path, 
 
         return learn
 
-    monkeypatch.setattr(calibrate, "bank_of", counted_bank)
-    for name in ("learned_matrices", "learn_basis"):
+    monkeypatch.setattr(calibrate, "capture_passages", counted_bank)
+    for name in ("learn_matrices", "learn_basis"):
         monkeypatch.setattr(calibrate, name, counted(name))
     monkeypatch.setattr(calibrate, "null_betas", lambda *arguments: whole.calibration.noise_null)
 
@@ -453,7 +453,7 @@ def test_a_codec_of_a_mini_takes_less_than_a_fiftieth_of_the_model(tmp_path):
     layers = {}
     for index in range(shape["num_hidden_layers"]):
         root = torch.randn(n_heads, d, d, generator=generator)
-        layers[index] = LayerCodec(
+        layers[index] = SignQuantizer(
             torch.randn(n_heads, d, d, generator=generator),
             Centering("token_mean", torch.randn(n_heads, d, generator=generator)),
             temperature=torch.randn(n_heads, generator=generator),

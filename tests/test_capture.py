@@ -6,7 +6,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from signlattice.errors import InputError, IntegrityError
 from signlattice.models.capture import capture_keys, open_bank
-from signlattice.models.hooks import keys_seen_by
+from signlattice.models.hooks import key_hook
 
 IDS = torch.randint(1, 300, (3, 20), generator=torch.Generator().manual_seed(0))
 HEADS = {"olmoe": (4, 4), "llama": (4, 2)}
@@ -20,7 +20,7 @@ def loaded(request):
 def test_opening_attention_changes_nothing(loaded):
     before = loaded.model(IDS).logits
     implementation = loaded.model.config._attn_implementation
-    with keys_seen_by(loaded.model, lambda layer, query, key: key):
+    with key_hook(loaded.model, lambda layer, query, key: key):
         during = loaded.model(IDS).logits
     torch.testing.assert_close(before, during)
     assert loaded.model.config._attn_implementation == implementation
@@ -29,13 +29,13 @@ def test_opening_attention_changes_nothing(loaded):
 def test_attention_is_closed_again_after_an_error(loaded):
     implementation = loaded.model.config._attn_implementation
     with pytest.raises(ZeroDivisionError):
-        with keys_seen_by(loaded.model, lambda layer, query, key: 1 / 0):
+        with key_hook(loaded.model, lambda layer, query, key: 1 / 0):
             loaded.model(IDS)
     assert loaded.model.config._attn_implementation == implementation
 
 
 def test_attention_uses_the_keys_it_is_given(loaded):
-    with keys_seen_by(loaded.model, lambda layer, query, key: torch.zeros_like(key)):
+    with key_hook(loaded.model, lambda layer, query, key: torch.zeros_like(key)):
         zeroed = loaded.model(IDS).logits
     assert (zeroed - loaded.model(IDS).logits).abs().max() > 1e-3
 

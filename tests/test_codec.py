@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from signlattice.beta import beta, cosine
+from signlattice.alignment import beta, cosine
 from signlattice.bits import pack_signs, sign, unpack_signs
 from signlattice.errors import InputError, IntegrityError
 from signlattice.models.loading import MODELS, weights_hash
@@ -20,7 +20,7 @@ from signlattice.quantizers import codec as codec_module
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering
 from signlattice.quantizers.codec import Calibration, KeyCodec
 from signlattice.quantizers.scales import LEAST_COSINE, SCALE_RULES, scale_of, token_scale
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.fixed import haar
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,10 +33,10 @@ def random_keys(seed: int = 0) -> torch.Tensor:
     return torch.randn(B, H, T, D, generator=generator) + torch.randn(H, 1, D, generator=generator)
 
 
-def layer_codec(keys: torch.Tensor, method: str, rule: str = "unbiased", **more) -> LayerCodec:
+def layer_codec(keys: torch.Tensor, method: str, rule: str = "unbiased", **more) -> SignQuantizer:
     rotation = torch.stack([haar(D, seed) for seed in range(H)])
     centering = Centering.fit(keys.transpose(0, 1).flatten(1, 2), method)
-    return LayerCodec(rotation, centering, rule, **more)
+    return SignQuantizer(rotation, centering, rule, **more)
 
 
 def random_metric(seed: int = 0, condition: float = 30.0) -> torch.Tensor:
@@ -45,7 +45,7 @@ def random_metric(seed: int = 0, condition: float = 30.0) -> torch.Tensor:
     return axes.mT * torch.logspace(0, 1, D).double() ** torch.tensor(condition).log10() @ axes
 
 
-def lattice_codec(keys: torch.Tensor, method: str, rule: str = "unbiased", **more) -> LayerCodec:
+def lattice_codec(keys: torch.Tensor, method: str, rule: str = "unbiased", **more) -> SignQuantizer:
     """A basis that is neither orthogonal nor of vectors of one length, and a metric."""
     generator = torch.Generator().manual_seed(3)
     basis = torch.stack([haar(D, seed) for seed in range(H)])
@@ -53,7 +53,7 @@ def lattice_codec(keys: torch.Tensor, method: str, rule: str = "unbiased", **mor
     basis = basis + 0.05 * torch.randn(H, D, D, generator=generator)
     centering = Centering.fit(keys.transpose(0, 1).flatten(1, 2), method)
     metric = random_metric()
-    return LayerCodec(basis, centering, rule, metric=((metric + metric.mT) / 2).float(), **more)
+    return SignQuantizer(basis, centering, rule, metric=((metric + metric.mT) / 2).float(), **more)
 
 
 MAKERS = {"rotation": layer_codec, "lattice": lattice_codec}
@@ -83,7 +83,7 @@ def test_keys_on_the_lattice_come_back(method):
     rotation = torch.stack([haar(D, seed) for seed in range(H)])
     lattice = sign(torch.randn(B, H, T, D, generator=torch.Generator().manual_seed(1)))
     mean = torch.ones(H, D) if method == "token_mean" else None
-    codec = LayerCodec(rotation, Centering(method, mean), "mse")
+    codec = SignQuantizer(rotation, Centering(method, mean), "mse")
     keys = 0.5 * lattice @ rotation
     if method == "token_mean":
         keys = keys + 1.0
@@ -267,7 +267,7 @@ def test_softmax_does_not_see_the_token_mean():
     codec = layer_codec(keys, "token_mean")
     packed = codec.encode(keys)
     query = torch.randn(B, H, 4, D, generator=torch.Generator().manual_seed(2))
-    shifted = LayerCodec(
+    shifted = SignQuantizer(
         codec.basis, Centering("token_mean", codec.centering.mean * 0), codec.scale_rule
     )
     torch.testing.assert_close(
@@ -319,7 +319,7 @@ def write(path: Path, header: object, tensors: dict[str, torch.Tensor], signed: 
     save_file(tensors, path, metadata={"signlattice": json.dumps(header)})
 
 
-def same(a: LayerCodec, b: LayerCodec) -> bool:
+def same(a: SignQuantizer, b: SignQuantizer) -> bool:
     pairs = [
         (getattr(a, name), getattr(b, name)) for name in ("basis", "metric", "temperature")
     ] + [(a.centering.mean, b.centering.mean)]
@@ -377,7 +377,7 @@ def test_rounding_is_idempotent_where_all_queries_look_one_way(d, floor):
     query = torch.rand(1, d, 1, generator=torch.Generator().manual_seed(0)).double() + 0.1
     metric = query @ query.mT
     metric = metric + floor * metric.diagonal(dim1=1, dim2=2).mean() * torch.eye(d)
-    once = LayerCodec(haar(d, 0)[None], Centering("none"), metric=metric.float()).rounded()
+    once = SignQuantizer(haar(d, 0)[None], Centering("none"), metric=metric.float()).rounded()
     assert same(once, once.rounded())
 
 
@@ -702,7 +702,7 @@ def test_a_layer_has_one_index_written_in_one_way(codec, path, index):
 # Files of the first schema
 
 
-def write_first_schema(path: Path, layers: dict[int, LayerCodec], **more) -> None:
+def write_first_schema(path: Path, layers: dict[int, SignQuantizer], **more) -> None:
     header = {
         "schema": 1,
         "model_hash": "a" * 64,
@@ -718,7 +718,7 @@ def write_first_schema(path: Path, layers: dict[int, LayerCodec], **more) -> Non
     save_file(tensors, path, metadata={"signlattice": json.dumps(header)})
 
 
-def rotations_of(codec: KeyCodec) -> dict[int, LayerCodec]:
+def rotations_of(codec: KeyCodec) -> dict[int, SignQuantizer]:
     return {index: layer for index, layer in codec.layers.items() if layer.metric is None}
 
 

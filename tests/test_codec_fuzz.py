@@ -18,7 +18,7 @@ from signlattice.errors import InputError, IntegrityError
 from signlattice.quantizers import codec as codec_module
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import Calibration, KeyCodec
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.fixed import haar
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,8 +63,8 @@ def small_codec() -> KeyCodec:
     mean = torch.randn(H, D, generator=generator)
     basis = rotation * torch.logspace(0, -1, D)[:, None]
     layers = {
-        0: LayerCodec(rotation, Centering("dc"), "norm", torch.tensor([0.5, 1.5])),
-        3: LayerCodec(basis, Centering("token_mean", mean), "unbiased", None, metric),
+        0: SignQuantizer(rotation, Centering("dc"), "norm", torch.tensor([0.5, 1.5])),
+        3: SignQuantizer(basis, Centering("token_mean", mean), "unbiased", None, metric),
     }
     betas = {index: (0.9, 0.8) for index in layers}
     return KeyCodec(layers, "a" * 64, {"code": "lattice"}, Calibration("b", 9, betas, (0.8, 0.7)))

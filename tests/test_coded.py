@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
-from signlattice.cache.simulated import CodedCache, seen_through
+from signlattice.cache.simulated import SimulatedCache, quantized_attention
 from signlattice.errors import InputError
-from signlattice.models.hooks import attention_layers, states_seen_by
+from signlattice.models.hooks import attention_hook, attention_layers
 from signlattice.models.loading import load_model
 from signlattice.models.passages import Passage
-from signlattice.models.states import read_states, whole_layers
-from signlattice.quantizers.base import VectorCode
+from signlattice.models.states import compressible_layers, read_states
+from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.levels import LevelCode
-from signlattice.quantizers.sign import LayerCodec
-from signlattice.quantizers.sign_code import SignCode
+from signlattice.quantizers.levels import LevelQuantizer
+from signlattice.quantizers.sign import SignQuantizer
+from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.fixed import srht
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +34,7 @@ def loaded(request):
 
 
 @dataclass(frozen=True)
-class Grouped(VectorCode):
+class Grouped(Quantizer):
     """Every vector is read as the mean of its group: what is read tells where a group began."""
 
     size: int = 8
@@ -44,7 +44,7 @@ class Grouped(VectorCode):
     def group(self):
         return self.size
 
-    def read_back(self, vectors):
+    def reconstruct(self, vectors):
         parts = vectors.split(self.size, 2)
         return torch.cat([p.mean(2, keepdim=True).expand_as(p) for p in parts], 2)
 
@@ -57,7 +57,7 @@ def codes(loaded, bits=2):
     for index, found in states.items():
         for side, vectors in ((keys, found.keys), (values, found.values)):
             turn = srht(vectors.shape[-1], 0).expand(len(vectors), -1, -1)
-            side[index] = LevelCode(Centering("none"), turn, bits, "unbiased")
+            side[index] = LevelQuantizer(Centering("none"), turn, bits, "unbiased")
     return keys, values
 
 
@@ -74,7 +74,7 @@ def test_states_are_those_of_the_layers_that_see_everything(loaded):
     pieces = [Passage("a", ids, 1) for ids in IDS]
     states = read_states(loaded, pieces)
     layers = attention_layers(loaded.model)
-    assert set(states) == set(whole_layers(loaded))
+    assert set(states) == set(compressible_layers(loaded))
     for index, found in states.items():
         layer = layers[index]
         assert found.keys.shape == (layer.n_heads, 120, layer.head_dim)
@@ -104,11 +104,11 @@ def test_attention_sees_what_the_codes_read_back_and_nothing_else_changes(loaded
         return record
 
     with torch.no_grad():
-        with states_seen_by(loaded.model, recorder(exact)):
+        with attention_hook(loaded.model, recorder(exact)):
             before = loaded.model(IDS, use_cache=False).logits
         with (
-            seen_through(loaded, keys, values, {first: lambda query: 0.5 * query}),
-            states_seen_by(loaded.model, recorder(seen)),
+            quantized_attention(loaded, keys, values, {first: lambda query: 0.5 * query}),
+            attention_hook(loaded.model, recorder(seen)),
         ):
             during = loaded.model(IDS, use_cache=False).logits
         after = loaded.model(IDS, use_cache=False).logits
@@ -116,32 +116,34 @@ def test_attention_sees_what_the_codes_read_back_and_nothing_else_changes(loaded
     assert (before - during).abs().max() > 1e-3
     query, key, value = exact[first]
     torch.testing.assert_close(seen[first][0], 0.5 * query)
-    torch.testing.assert_close(seen[first][1], keys[first].read_back(key))
-    torch.testing.assert_close(seen[first][2], values[first].read_back(value))
+    torch.testing.assert_close(seen[first][1], keys[first].reconstruct(key))
+    torch.testing.assert_close(seen[first][2], values[first].reconstruct(value))
 
 
 def test_a_layer_without_keys_of_its_own_cannot_be_coded(gemma):
     code = next(iter(codes(gemma)[0].values()))
     with pytest.raises(InputError, match=r"codes for layers \[4\]"):
-        with seen_through(gemma, {4: code}):
+        with quantized_attention(gemma, {4: code}):
             pass
     with pytest.raises(InputError, match=r"codes for layers \[3\]: packed are \[2\]"):
-        CodedCache(gemma, {3: code})
+        SimulatedCache(gemma, {3: code})
 
 
 @pytest.mark.parametrize("sinks", [0, 2])
 @pytest.mark.parametrize("window", [0, 7])
 def test_a_coded_cache_is_the_packed_one_if_its_code_is_the_codecs(loaded, window, sinks):
     layers = {
-        index: LayerCodec(
+        index: SignQuantizer(
             torch.stack([srht(layer.head_dim, head) for head in range(layer.n_heads)]),
             Centering("token_mean", 0.1 * torch.ones(layer.n_heads, layer.head_dim)),
         )
-        for index, layer in whole_layers(loaded).items()
+        for index, layer in compressible_layers(loaded).items()
     }
     config = CacheConfig(value_format="whole", window=window, sinks=sinks, dtype=torch.float32)
     packed = SignKeyCache(loaded, KeyCodec(layers, loaded.weights_hash), config)
-    coded = CodedCache(loaded, {i: SignCode(c) for i, c in layers.items()}, None, config)
+    coded = SimulatedCache(
+        loaded, {i: SignReconstruction(c) for i, c in layers.items()}, None, config
+    )
     expected = logits(loaded, packed)  # but for the last bit of a scale
     torch.testing.assert_close(logits(loaded, coded), expected, atol=8e-3, rtol=1e-3)
     ours, theirs = coded.stats(), packed.stats()
@@ -157,8 +159,8 @@ def test_what_is_seen_does_not_depend_on_the_calls(loaded, step, kind):
     if kind == "groups":
         keys = values = dict.fromkeys(keys, Grouped())
     config = CacheConfig(window=9, sinks=2, dtype=torch.float32)
-    once = logits(loaded, CodedCache(loaded, keys, values, config))
-    many = logits(loaded, CodedCache(loaded, keys, values, config), step)
+    once = logits(loaded, SimulatedCache(loaded, keys, values, config))
+    many = logits(loaded, SimulatedCache(loaded, keys, values, config), step)
     torch.testing.assert_close(once, many, atol=2e-4, rtol=1e-3)
     assert (once - logits(loaded)).abs().max() > 1e-3
 
@@ -166,21 +168,21 @@ def test_what_is_seen_does_not_depend_on_the_calls(loaded, step, kind):
 def test_with_nothing_whole_a_cache_is_what_is_seen_through_codes(loaded):
     keys, values = codes(loaded)
     config = CacheConfig(window=0, sinks=0, dtype=torch.float32)
-    cached = logits(loaded, CodedCache(loaded, keys, values, config))
-    with seen_through(loaded, keys, values):
+    cached = logits(loaded, SimulatedCache(loaded, keys, values, config))
+    with quantized_attention(loaded, keys, values):
         torch.testing.assert_close(cached, logits(loaded), atol=2e-4, rtol=1e-3)
 
 
 def test_a_window_that_ends_inside_a_group_is_refused(olmoe):
     config = CacheConfig(window=6, dtype=torch.float32)
     with pytest.raises(InputError, match="window=6: Grouped takes 8 tokens together, so use 7"):
-        CodedCache(olmoe, {0: Grouped()}, None, config)
-    CodedCache(olmoe, {0: Grouped()}, None, replace(config, window=7))
+        SimulatedCache(olmoe, {0: Grouped()}, None, config)
+    SimulatedCache(olmoe, {0: Grouped()}, None, replace(config, window=7))
 
 
 def test_bits_are_by_the_codes_account(llama):
     keys, values = codes(llama, bits=3)
-    cache = CodedCache(llama, keys, values, CacheConfig(window=4, sinks=0, dtype=torch.float16))
+    cache = SimulatedCache(llama, keys, values, CacheConfig(window=4, sinks=0, dtype=torch.float16))
     logits(llama, cache)
     stats = cache.stats()
     assert stats.packed_bits.key == stats.packed_bits.value == 3 + 16 / 16

@@ -12,7 +12,7 @@ from signlattice.io import Scratch
 from signlattice.models.hooks import AttentionLayer
 from signlattice.models.loading import load_model
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.levels import LevelCode
+from signlattice.quantizers.levels import LevelQuantizer
 from signlattice.rotations.fixed import srht
 from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig, head_errors
 
@@ -36,7 +36,7 @@ def compared(loaded, folder):
 
 def levels(comparison, bits):
     keys = {
-        index: LevelCode(
+        index: LevelQuantizer(
             Centering.fit(states.keys, "token_mean"),
             srht(states.keys.shape[-1], 0).expand(len(states.keys), -1, -1),
             bits,
@@ -44,7 +44,7 @@ def levels(comparison, bits):
         )
         for index, states in comparison.fit.items()
     }
-    values = {i: LevelCode(Centering("none"), code.rotation, bits) for i, code in keys.items()}
+    values = {i: LevelQuantizer(Centering("none"), code.rotation, bits) for i, code in keys.items()}
     return keys, values
 
 

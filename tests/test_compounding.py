@@ -8,7 +8,7 @@ from signlattice.evaluation.perplexity import TokenLosses
 from signlattice.models.passages import Passage
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.fixed import srht
 from signlattice_paper.experiments import compounding
 
@@ -17,7 +17,7 @@ PIECES = [Passage(f"{i}.py", torch.arange(1, 61) * (i + 3) % 290, 100) for i in 
 
 @pytest.fixture
 def codec(olmoe):
-    layer = LayerCodec(torch.stack([srht(16, i) for i in range(4)]), Centering("none"))
+    layer = SignQuantizer(torch.stack([srht(16, i) for i in range(4)]), Centering("none"))
     return KeyCodec({0: layer, 1: layer}, olmoe.weights_hash)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from signlattice.beta import cosine, residual_energy
+from signlattice.alignment import cosine, residual_energy
 from signlattice.errors import InputError
 from signlattice.rotations import fixed, synthetic
 from signlattice.rotations.config import SOLVERS, TracePoint

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from signlattice.beta import GAUSSIAN_BETA, moment_ratio, rank_ceiling
+from signlattice.alignment import GAUSSIAN_BETA, moment_ratio, rank_ceiling
 from signlattice.errors import InputError
 from signlattice_paper.densities import LOWEST_BETA, REGIMES, density, effective_rank
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from signlattice.beta import haar_beta
+from signlattice.alignment import haar_beta
 from signlattice.data.corpus import Document
 from signlattice.errors import InputError, IntegrityError
 from signlattice.evaluation.bootstrap import bootstrap
@@ -15,10 +15,10 @@ from signlattice.evaluation.perplexity import (
     bigram_bits_per_byte,
     bits_per_byte,
     gap_ratio,
-    logits_of,
-    one_bit_keys,
+    next_token_logits,
     perplexity,
     perplexity_gap,
+    quantized_keys,
     token_losses,
 )
 from signlattice.models.capture import capture_keys
@@ -26,7 +26,7 @@ from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.passages import passages
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations import fixed
 from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.null import noise_null
@@ -52,7 +52,7 @@ def codec_for(loaded, seed: int = 0, method: str = "none", rule: str = "unbiased
     with capture_keys(loaded.model) as bank:
         loaded.model(ids)
     layers = {
-        layer: LayerCodec(
+        layer: SignQuantizer(
             torch.stack([fixed.haar(16, seed + h) for h in range(len(bank.keys(layer)))]),
             Centering.fit(bank.keys(layer), method),
             rule,
@@ -82,11 +82,11 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(loaded, pieces):
 def test_coded_losses_are_those_of_a_model_that_reads_decoded_keys(loaded, pieces):
     """The same figures by another road: decode the captured keys, attend to them by hand."""
     codec = codec_for(loaded)
-    coded = token_losses(loaded, pieces, codec, logits_of(loaded, pieces))
+    coded = token_losses(loaded, pieces, codec, next_token_logits(loaded, pieces))
     assert (coded.nll != token_losses(loaded, pieces).nll).all()
     assert (coded.kl > 0).all() and (coded.agree <= coded.n_tokens).all()
     ids = pieces[0].ids[None]
-    with one_bit_keys(loaded.model, codec), capture_keys_inside(loaded.model) as seen:
+    with quantized_keys(loaded.model, codec), capture_keys_inside(loaded.model) as seen:
         loaded.model(ids)
     layer = codec.layers[0]
     torch.testing.assert_close(seen[0], layer.decode(layer.encode(exact_keys(loaded, ids))))
@@ -131,7 +131,7 @@ def test_every_key_is_counted(loaded, pieces):
 
 def test_an_evaluation_that_compressed_nothing_fails(loaded, pieces, monkeypatch):
     codec = codec_for(loaded)
-    monkeypatch.setattr("signlattice.evaluation.perplexity.keys_seen_by", nothing_seen)
+    monkeypatch.setattr("signlattice.evaluation.perplexity.key_hook", nothing_seen)
     with pytest.raises(RuntimeError, match="compressed 0 keys, expected"):
         token_losses(loaded, pieces, codec)
 
@@ -206,7 +206,7 @@ def test_a_perfect_code_loses_nothing(loaded, method):
     bank = lattice_bank(rotation)
     mean = torch.zeros(heads, 16) if method == "token_mean" else None
     layer = AttentionLayer(0, 0, heads, heads, 16, scaling=0.25)
-    quality = head_quality(LayerCodec(rotation, Centering(method, mean), "mse"), bank, layer)
+    quality = head_quality(SignQuantizer(rotation, Centering(method, mean), "mse"), bank, layer)
     if method == "dc":
         assert (quality.beta < 1).all()  # taking the dc off moves keys away from the lattice
     else:
@@ -238,7 +238,7 @@ def test_the_temperature_is_the_best_of_its_neighbours(loaded):
     tau = fit_temperature(layer, bank, attention)
     kl = {
         factor: head_quality(
-            LayerCodec(layer.basis, layer.centering, "mse", tau * factor), bank, attention
+            SignQuantizer(layer.basis, layer.centering, "mse", tau * factor), bank, attention
         ).kl
         for factor in (0.9, 1.0, 1.1)
     }

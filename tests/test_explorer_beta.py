@@ -12,8 +12,8 @@ import torch
 from ipywidgets import HTML, SelectionSlider, Stack, Widget
 from scipy.integrate import quad
 
-from signlattice import beta as cosines
-from signlattice.beta import GAUSSIAN_BETA
+from signlattice import alignment as cosines
+from signlattice.alignment import GAUSSIAN_BETA
 from signlattice.errors import InputError
 from signlattice_paper.claims import load_claims
 from signlattice_paper.densities import REGIMES, density, effective_rank

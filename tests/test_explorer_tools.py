@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from signlattice.beta import beta, cosine, haar_beta, rank_ceiling
+from signlattice.alignment import beta, cosine, haar_beta, rank_ceiling
 from signlattice.bits import sign
 from signlattice.errors import InputError
 from signlattice.quantizers.scales import SCALE_RULES, token_scale

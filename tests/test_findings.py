@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from signlattice.beta import haar_beta
+from signlattice.alignment import haar_beta
 from signlattice.cache.sign_key_cache import CacheConfig
 from signlattice.data import corpus
 from signlattice.evaluation import perplexity
 from signlattice.models import loading, minis, passages
-from signlattice.models.hooks import keys_seen_by
+from signlattice.models.hooks import key_hook
 from signlattice.quantizers.codec import KeyCodec
 from signlattice_paper import records, tables
 from signlattice_paper.claims import load_claims
@@ -138,7 +138,7 @@ def test_a_running_model_does_not_see_a_static_offset_of_its_keys(name):
         "static": lambda layer, query, key: key + offset,
         "dc": lambda layer, query, key: key - key.mean(-1, keepdim=True),
     }.items():
-        with keys_seen_by(loaded.model, change):
+        with key_hook(loaded.model, change):
             logits = loaded.model(ids, use_cache=False).logits
         changed[what] = (logits - exact).abs().max()
     assert changed["static"] < 1e-3 and changed["dc"] > 0.1
@@ -427,13 +427,13 @@ def leaning(request) -> str:
     return request.param
 
 
-def rungs(name: str) -> dict[str, records.Row]:
+def ladder_entries(name: str) -> dict[str, records.Row]:
     return {row["name"]: row for row in records.read("ladder", name).table("ladder")}
 
 
 def test_below_four_bits_no_rung_loses_as_little_as_the_lattice(leaning):
     """The ladder: with two-bit values it is lighter than all that come near it."""
-    found = rungs(leaning)
+    found = ladder_entries(leaning)
     ours = found.pop("lattice, V 2")
     del found["lattice, V 4"]
     others = [row for row in found.values() if row["bits_8192"] < 4]
@@ -444,14 +444,14 @@ def test_below_four_bits_no_rung_loses_as_little_as_the_lattice(leaning):
 
 def test_from_four_bits_on_others_lose_less_than_the_lattice():
     """The ladder, where we lose: on the model that is all global layers, to nearly everyone."""
-    found = rungs("olmoe-mini")
+    found = ladder_entries("olmoe-mini")
     for name in ("4 bits + Hadamard", "KIVI-4", "HQQ-4", "quanto-4", "FP8"):
         assert found[name]["gap_high"] < found["lattice, V 4"]["gap_low"]
 
 
 def test_the_papers_code_is_no_rung_to_stop_at(leaning):
     """Product quantisation of both sides at half the bits loses less."""
-    found = rungs(leaning)
+    found = ladder_entries(leaning)
     turned, product = found["learned rotation, V 4"], found["PQ-1"]
     assert not turned["pareto"] and product["bits_8192"] < 0.6 * turned["bits_8192"]
     assert product["gap"] < turned["gap"]
@@ -459,7 +459,7 @@ def test_the_papers_code_is_no_rung_to_stop_at(leaning):
 
 def test_the_abstracts_ratio_is_not_had_by_a_rotation(leaning):
     """Claim 31: the gap of SRHT over that of the learned rotation, with window and values alike."""
-    found = rungs(leaning)
+    found = ladder_entries(leaning)
     srht = found["SRHT signs, V 4"]["gap"]
     assert 1 < srht / found["learned rotation, V 4"]["gap"] < 2
     assert srht / found["lattice, V 4"]["gap"] > 8

@@ -8,14 +8,20 @@ import pytest
 import torch
 
 from conftest import documents
-from signlattice.calibration import CalibrateConfig
+from signlattice.calibration import CalibrationConfig
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import QualityConfig
 from signlattice.io import Scratch
 from signlattice.models.loading import load_model
 from signlattice.quantizers.basis import LatticeConfig
-from signlattice.quantizers.gauge import GAUGES, DescentConfig, GaugedSigns, read_signs, score_error
+from signlattice.quantizers.gauge import (
+    GAUGES,
+    DescentConfig,
+    GaugeQuantizer,
+    score_error,
+    sign_reconstruct,
+)
 from signlattice.rotations.config import LearnConfig
 from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig
 from signlattice_paper.experiments.gauges import (
@@ -23,7 +29,7 @@ from signlattice_paper.experiments.gauges import (
     WINDOWED,
     Case,
     GaugeConfig,
-    _Shelf,
+    _GaugeCodes,
     cases,
     measure,
     n_parts,
@@ -40,7 +46,7 @@ CONFIG = GaugeConfig(
     sinks=2,
     learn=LearnConfig(steps=4, warm_steps=2, polish_steps=4),
     descent=DescentConfig(steps=4, batch=100),
-    calibrate=CalibrateConfig(keys_per_dim=4, n_held_out=100, lattice=LatticeConfig(rounds=2)),
+    calibrate=CalibrationConfig(keys_per_dim=4, n_held_out=100, lattice=LatticeConfig(rounds=2)),
     quality=QualityConfig(n_passages=3, n_needles=1),
 )
 
@@ -59,7 +65,7 @@ def measured(request, tmp_path_factory):
 def shelf_of(loaded, folder):
     kept = Scratch(folder)
     comparison = Comparison(loaded, TEXT, CONFIG.comparison, kept)
-    return _Shelf(loaded, TEXT, CONFIG, kept, comparison.fit), comparison
+    return _GaugeCodes(loaded, TEXT, CONFIG, kept, comparison.fit), comparison
 
 
 def test_every_case_is_a_row_and_rows_are_means_of_heads(measured):
@@ -106,7 +112,7 @@ def test_winners_have_the_least_of_their_head_over_all_that_read_it(measured):
 
 def test_nothing_is_made_twice(measured, monkeypatch):
     loaded, tables, _, scratch = measured
-    for name in ("learned_matrices", "learn_score_rotation", "weighted_itq", "Judge"):
+    for name in ("learn_matrices", "learn_score_rotation", "weighted_itq", "Judge"):
         monkeypatch.setattr(f"signlattice_paper.experiments.gauges.{name}", lambda *a, **k: 1 / 0)
     monkeypatch.setattr("signlattice.calibration.learn_codec", lambda *a, **k: 1 / 0)
     monkeypatch.setattr(
@@ -125,7 +131,7 @@ def test_codes_are_what_their_names_say(gemma, tmp_path):
     assert (shelf.moments[layer][0][0] - moment).norm() < 1e-2 * moment.norm()
 
     def error(code):
-        read = code.read_back(states.keys[None])[0] - states.keys.mean(1, keepdim=True)
+        read = code.reconstruct(states.keys[None])[0] - states.keys.mean(1, keepdim=True)
         return score_error(keys, read, shelf.moments[layer][0].float())
 
     learned = {g: shelf.codes(Case(g, "learned", "unbiased"))[layer] for g in GAUGES}
@@ -134,7 +140,7 @@ def test_codes_are_what_their_names_say(gemma, tmp_path):
         assert error(on_scores) <= error(learned[gauge]) * (1 + 1e-4)
         torch.testing.assert_close(on_scores.gauge, learned[gauge].gauge)
     searched = shelf.codes(Case("identity", "searched", "mse"))[layer]
-    plain = GaugedSigns(
+    plain = GaugeQuantizer(
         learned["identity"].centering,
         learned["identity"].gauge,
         learned["identity"].rotation,
@@ -143,7 +149,7 @@ def test_codes_are_what_their_names_say(gemma, tmp_path):
     assert error(searched) < error(plain)
     weighted = shelf.codes(Case("identity", "norm_weighted", "unbiased"))[layer].rotation
     assert (keys @ weighted.mT).abs().sum() > (keys @ learned["identity"].rotation.mT).abs().sum()
-    direct = read_signs(keys, learned["identity"].rotation, "unbiased")
+    direct = sign_reconstruct(keys, learned["identity"].rotation, "unbiased")
     torch.testing.assert_close(
         error(learned["identity"]), score_error(keys, direct, shelf.moments[layer][0].float())
     )

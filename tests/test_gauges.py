@@ -7,26 +7,26 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from signlattice.beta import cosine
+from signlattice.alignment import cosine
 from signlattice.errors import InputError
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.gauge import (
     GAUGES,
     DescentConfig,
-    GaugedSigns,
-    gauge_of,
+    GaugeQuantizer,
     geometric_mean,
     isotropic_error,
     learn_score_rotation,
+    make_gauge,
     participation,
-    read_signs,
     score_error,
     score_slope,
+    sign_reconstruct,
     weighted_itq,
 )
-from signlattice.quantizers.levels import LevelCode
-from signlattice.quantizers.sign import LayerCodec
-from signlattice.quantizers.sign_code import SignCode
+from signlattice.quantizers.levels import LevelQuantizer
+from signlattice.quantizers.sign import SignQuantizer
+from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.fixed import haar, orthogonality_defect, srht
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,14 +59,14 @@ CENTRED = (KEYS - MEAN.unsqueeze(1)).double()
 
 def after(name):
     """Moments of queries and keys in a gauge: of A^{-T} q and of A k."""
-    a = gauge_of(name, Q, K)
+    a = make_gauge(name, Q, K)
     inverse = torch.linalg.inv(a)
     return inverse.mT @ Q @ inverse, a @ K @ a.mT
 
 
 @pytest.mark.parametrize("name", GAUGES)
 def test_every_gauge_is_symmetric_positive_and_leaves_scores_alone(name):
-    a = gauge_of(name, Q, K)
+    a = make_gauge(name, Q, K)
     torch.testing.assert_close(a, a.mT)
     assert (torch.linalg.eigvalsh(a) > 0).all()
     query = drawn(7, Q, 3)
@@ -78,7 +78,7 @@ def test_what_each_gauge_does_to_the_moments():
     eye = torch.eye(D, dtype=torch.float64).expand(H, D, D)
     torch.testing.assert_close(after("identity"), (Q, K))
     torch.testing.assert_close(after("query_root")[0], eye)
-    quarter = gauge_of("query_quarter", Q, K)
+    quarter = make_gauge("query_quarter", Q, K)
     torch.testing.assert_close(quarter @ quarter @ quarter @ quarter, Q)
     queries, keys = (m.diagonal(dim1=-2, dim2=-1) for m in after("diagonal"))
     torch.testing.assert_close(queries, keys)
@@ -102,20 +102,20 @@ def test_the_geometric_mean_is_the_one_whose_square_carries_keys_to_queries():
 
 
 def test_balanced_has_the_least_error_of_all_gauges_and_diagonal_of_the_diagonal_ones():
-    best = isotropic_error(gauge_of("balanced", Q, K), Q, K)
+    best = isotropic_error(make_gauge("balanced", Q, K), Q, K)
     for head in range(H):  # the nuclear norm of Σ_q^{1/2} Σ_k^{1/2}, squared
         nuclear = np.linalg.norm(sqrtm(Q[head].numpy()) @ sqrtm(K[head].numpy()), "nuc")
         least = nuclear**2 / (D * np.trace(Q[head].numpy() @ K[head].numpy()))
         assert best[head].item() == pytest.approx(least)
-    diagonal = isotropic_error(gauge_of("diagonal", Q, K), Q, K)
+    diagonal = isotropic_error(make_gauge("diagonal", Q, K), Q, K)
     for seed in range(20):
         wild = gaussian(H, D, D, seed=50 + seed)
         assert (isotropic_error(wild, Q, K) > best).all()
         near = torch.eye(D) + 0.05 * wild
-        assert (isotropic_error(near @ gauge_of("balanced", Q, K), Q, K) > best).all()
+        assert (isotropic_error(near @ make_gauge("balanced", Q, K), Q, K) > best).all()
         stretch = (0.3 * wild[..., 0]).exp().diag_embed()
-        assert (isotropic_error(stretch @ gauge_of("diagonal", Q, K), Q, K) > diagonal).all()
-    others = [isotropic_error(gauge_of(name, Q, K), Q, K) for name in GAUGES]
+        assert (isotropic_error(stretch @ make_gauge("diagonal", Q, K), Q, K) > diagonal).all()
+    others = [isotropic_error(make_gauge(name, Q, K), Q, K) for name in GAUGES]
     assert (torch.stack(others) >= best * (1 - 1e-9)).all()
 
 
@@ -125,9 +125,11 @@ def test_a_random_rotation_errs_alike_in_all_directions():
         errors = []
         for seed in range(40):
             turn = haar(D, 70 + seed).expand(H, D, D)
-            code = GaugedSigns(Centering("none"), gauge_of(name, Q, K).float(), turn, "unbiased")
-            errors.append(score_error(keys, code.read_back(keys[None])[0], Q.float()))
-        expected = (torch.pi / 2 - 1) * isotropic_error(gauge_of(name, Q, K), Q, K)
+            code = GaugeQuantizer(
+                Centering("none"), make_gauge(name, Q, K).float(), turn, "unbiased"
+            )
+            errors.append(score_error(keys, code.reconstruct(keys[None])[0], Q.float()))
+        expected = (torch.pi / 2 - 1) * isotropic_error(make_gauge(name, Q, K), Q, K)
         torch.testing.assert_close(
             torch.stack(errors).mean(0).double(), expected, rtol=0.25, atol=0
         )
@@ -139,36 +141,40 @@ def test_effective_directions_are_counted():
 
 
 def code(name="balanced", rule="unbiased", **changes):
-    gauge = gauge_of(name, Q, K).float()
-    return GaugedSigns(Centering("token_mean", MEAN), gauge, ROTATION, rule, **changes)
+    gauge = make_gauge(name, Q, K).float()
+    return GaugeQuantizer(Centering("token_mean", MEAN), gauge, ROTATION, rule, **changes)
 
 
 @pytest.mark.parametrize("rule", ["mse", "norm", "unbiased"])
 @pytest.mark.parametrize("name", GAUGES)
 def test_a_gauge_is_a_lattice_that_is_orthonormal_in_its_metric(name, rule):
     """Read back by a search in the metric AᵀA along R A^{−T}: the same, but for an fp16 scale."""
-    gauge = gauge_of(name, Q, K)
+    gauge = make_gauge(name, Q, K)
     basis = ROTATION.double() @ torch.linalg.inv(gauge).mT
     metric = (gauge.mT @ gauge).float()
-    lattice = LayerCodec(basis.float(), Centering("token_mean", MEAN), rule, metric=metric)
-    ours = code(name, rule).read_back(KEYS[None])
-    torch.testing.assert_close(ours, SignCode(lattice).read_back(KEYS[None]), rtol=2e-3, atol=2e-3)
+    lattice = SignQuantizer(basis.float(), Centering("token_mean", MEAN), rule, metric=metric)
+    ours = code(name, rule).reconstruct(KEYS[None])
+    torch.testing.assert_close(
+        ours, SignReconstruction(lattice).reconstruct(KEYS[None]), rtol=2e-3, atol=2e-3
+    )
 
 
 @pytest.mark.parametrize("name", ["query_root", "balanced"])
 def test_the_scale_is_the_rules_in_the_gauges_own_metric(name):
-    gauge = gauge_of(name, Q, K)
+    gauge = make_gauge(name, Q, K)
     metric = gauge @ gauge
     for rule in ("mse", "unbiased"):
-        read = code(name, rule).read_back(KEYS[None])[0].double() - MEAN.unsqueeze(1)
+        read = code(name, rule).reconstruct(KEYS[None])[0].double() - MEAN.unsqueeze(1)
         along = ((read @ metric) * CENTRED).sum(-1)
         other = read if rule == "mse" else CENTRED
         torch.testing.assert_close(along, ((other @ metric) * other).sum(-1), rtol=1e-4, atol=1e-4)
 
 
 def test_without_a_gauge_it_is_the_sign_code():
-    plain = LevelCode(Centering("token_mean", MEAN), ROTATION, 1, "unbiased")
-    torch.testing.assert_close(code("identity").read_back(KEYS[None]), plain.read_back(KEYS[None]))
+    plain = LevelQuantizer(Centering("token_mean", MEAN), ROTATION, 1, "unbiased")
+    torch.testing.assert_close(
+        code("identity").reconstruct(KEYS[None]), plain.reconstruct(KEYS[None])
+    )
 
 
 def test_bits_and_bytes_count_a_matrix_once():
@@ -181,8 +187,8 @@ def test_bits_and_bytes_count_a_matrix_once():
 
 
 def test_in_the_root_of_the_queries_plain_distance_is_the_error_of_scores():
-    root = gauge_of("query_root", Q, K)
-    read = code("query_root", "mse").read_back(KEYS[None])[0].double() - MEAN.unsqueeze(1)
+    root = make_gauge("query_root", Q, K)
+    read = code("query_root", "mse").reconstruct(KEYS[None])[0].double() - MEAN.unsqueeze(1)
     error, energy = ((v @ root).square().sum((-2, -1)) for v in (CENTRED - read, CENTRED))
     torch.testing.assert_close(score_error(CENTRED, read, Q), error / energy)
     query = drawn(200_000, Q, 9)[:, :, :, None]
@@ -204,7 +210,7 @@ def test_the_slope_is_that_of_finite_differences(rule):
     for t in (-1e-6, 1e-6):
         turned = torch.linalg.matrix_exp(t * turn) @ rotation
         assert torch.equal(keys @ turned.mT >= 0, keys @ rotation.mT >= 0)
-        ends.append(score_error(keys, read_signs(keys, turned, rule), Q))
+        ends.append(score_error(keys, sign_reconstruct(keys, turned, rule), Q))
     torch.testing.assert_close(slope, (ends[1] - ends[0]) / 2e-6, rtol=1e-5, atol=1e-8)
 
 
@@ -215,7 +221,9 @@ def test_only_with_a_reach_is_the_slope_that_of_many_keys_whose_signs_flip():
     turn = (turn - turn.mT) / 10
     low, high = (
         score_error(
-            keys, read_signs(keys, torch.linalg.matrix_exp(t * turn) @ rotation, "mse"), metric
+            keys,
+            sign_reconstruct(keys, torch.linalg.matrix_exp(t * turn) @ rotation, "mse"),
+            metric,
         )
         for t in (-0.03, 0.03)
     )
@@ -233,7 +241,7 @@ def test_a_rotation_learned_on_the_scores_errs_less_in_them_and_on_other_keys():
     metric, starts = Q.float(), [ROTATION, srht(D, 0).expand(H, D, D)]
 
     def error(rotation, on=keys):
-        return score_error(on, read_signs(on, rotation, "unbiased"), metric)
+        return score_error(on, sign_reconstruct(on, rotation, "unbiased"), metric)
 
     found = learn_score_rotation(keys, metric, starts, DESCENT)
     assert max(orthogonality_defect(each) for each in found) < 1e-5
@@ -267,15 +275,15 @@ def test_weighted_itq_raises_its_own_objective(power):
 
 def test_faults_are_named():
     with pytest.raises(InputError, match="unknown gauge 'cholesky': choose one of identity"):
-        gauge_of("cholesky", Q, K)
+        make_gauge("cholesky", Q, K)
     with pytest.raises(InputError, match="not positive definite"):
-        gauge_of("query_root", Q - 5 * torch.eye(D), K)
+        make_gauge("query_root", Q - 5 * torch.eye(D), K)
     with pytest.raises(InputError, match="give both as"):
-        gauge_of("balanced", Q, K[:1])
+        make_gauge("balanced", Q, K[:1])
     with pytest.raises(InputError, match="without an inverse"):
-        GaugedSigns(Centering("none"), torch.zeros(H, D, D), ROTATION)
+        GaugeQuantizer(Centering("none"), torch.zeros(H, D, D), ROTATION)
     with pytest.raises(InputError, match="expected both"):
-        GaugedSigns(Centering("none"), torch.eye(D), ROTATION)
+        GaugeQuantizer(Centering("none"), torch.eye(D), ROTATION)
     with pytest.raises(InputError, match="unknown scale rule"):
         code(rule="best")
     with pytest.raises(InputError, match="one start or more"):

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import documents
 from signlattice import calibration
-from signlattice.calibration import CalibrateConfig
+from signlattice.calibration import CalibrationConfig
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import Judge, QualityConfig
@@ -17,14 +17,20 @@ from signlattice.models.loading import load_model
 from signlattice.quantizers.basis import LatticeConfig
 from signlattice_paper import records
 from signlattice_paper.experiments import ladder
-from signlattice_paper.experiments.ladder import LadderConfig, Rung, measure, rungs, with_pareto
+from signlattice_paper.experiments.ladder import (
+    LadderConfig,
+    LadderEntry,
+    ladder_entries,
+    measure,
+    with_pareto,
+)
 from signlattice_paper.figures import ladder as figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONTEXT = 104
 CONFIG = LadderConfig(
-    calibrate=CalibrateConfig(keys_per_dim=32, n_held_out=100, lattice=LatticeConfig(rounds=2)),
+    calibrate=CalibrationConfig(keys_per_dim=32, n_held_out=100, lattice=LatticeConfig(rounds=2)),
     quality=QualityConfig(n_passages=2, n_needles=1, batch_size=2),
 )
 FEW = (
@@ -50,15 +56,15 @@ def text() -> Text:
 
 
 @pytest.fixture
-def few(loaded, monkeypatch) -> list[Rung]:
-    chosen = [rung for rung in rungs(loaded, CONFIG) if rung.name in FEW]
+def few(loaded, monkeypatch) -> list[LadderEntry]:
+    chosen = [rung for rung in ladder_entries(loaded, CONFIG) if rung.name in FEW]
     assert len(chosen) == len(FEW)
-    monkeypatch.setattr(ladder, "rungs", lambda *_: chosen)
+    monkeypatch.setattr(ladder, "ladder_entries", lambda *_: chosen)
     return chosen
 
 
 def test_rungs_have_names_and_sources_of_their_own(loaded):
-    found = rungs(loaded, CONFIG)
+    found = ladder_entries(loaded, CONFIG)
     assert len({rung.name for rung in found}) == len(found) == ladder.n_parts(loaded, CONFIG)
     assert all(rung.source for rung in found) and set(FEW) < {rung.name for rung in found}
     assert {rung.how for rung in found} == {"our cache", "published rule", "transformers' cache"}
@@ -144,7 +150,7 @@ def test_a_ladder_whose_rungs_do_not_stand_is_refused(changes, said):
 
 def test_a_context_that_is_all_window_is_refused(loaded, text, few, tmp_path):
     wide = replace(CONFIG, window=200)
-    few[:] = [rung for rung in rungs(loaded, wide) if rung.name == "4 bits + Hadamard"]
+    few[:] = [rung for rung in ladder_entries(loaded, wide) if rung.name == "4 bits + Hadamard"]
     with pytest.raises(InputError, match="packed none of 104 tokens"):
         measure(loaded, text, wide, tmp_path)
 
@@ -158,7 +164,7 @@ def test_the_figure_has_every_rung_of_every_model(loaded, tmp_path):
             "gap_low": 19.5 - i,
             "gap_high": 21.0 - i,
         }
-        for i, rung in enumerate(rungs(loaded, CONFIG))
+        for i, rung in enumerate(ladder_entries(loaded, CONFIG))
     ]
     run = records.begin("ladder", "tiny", config=CONFIG, results=tmp_path)
     record = run.finish({"ladder": with_pareto(rows)})
@@ -167,6 +173,6 @@ def test_the_figure_has_every_rung_of_every_model(loaded, tmp_path):
         drawn = [len(bars.lines[0].get_xdata()) for bars in axes.containers]
         assert sum(drawn) == len(rows)
     labels = [t.get_text() for t in figure.legends[0].get_texts()]
-    assert {rung.family for rung in rungs(loaded, CONFIG)} < set(labels)
+    assert {rung.family for rung in ladder_entries(loaded, CONFIG)} < set(labels)
     assert len(set(figures._FAMILIES.values())) == len(figures._FAMILIES)
     assert len(figure._repr_png_()[0]) > 10_000

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from signlattice.beta import haar_beta
+from signlattice.alignment import haar_beta
 from signlattice.bits import sign
 from signlattice.errors import InputError
 from signlattice.quantizers.basis import LatticeConfig, learn_basis, query_metric
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.fixed import haar
 from signlattice.rotations.learned import learn_rotations
@@ -33,7 +33,7 @@ def gaussians(n_heads: int, n: int, d: int = D, spread: float = 0.1, seed: int =
 
 def lost(basis: Tensor, metric: Tensor, keys: Tensor) -> Tensor:
     """Of each head, the share of the energy in the metric that the code of least error loses."""
-    code = LayerCodec(basis, Centering("none"), "mse", metric=metric.float())
+    code = SignQuantizer(basis, Centering("none"), "mse", metric=metric.float())
     rest = keys.double() - code.decode(code.encode(keys[None]))[0].double()
     energy = ((keys.double() @ metric) * keys.double()).sum((1, 2))
     return ((rest @ metric) * rest).sum((1, 2)) / energy
@@ -69,7 +69,7 @@ def test_a_lattice_beats_a_rotation_where_directions_matter_unequally(d):
     metric = query_metric([gaussians(2, 1000, d, seed=1)], 1, CONFIG)
     basis = learn_basis(keys, metric, CONFIG)
     rotation = torch.stack([r.matrix for r in learn_rotations(keys, LearnConfig())])
-    plain = LayerCodec(rotation, Centering("none"), "mse")
+    plain = SignQuantizer(rotation, Centering("none"), "mse")
     rest = held_out - plain.decode(plain.encode(held_out[None]))[0]
     energy = ((held_out.double() @ metric) * held_out).sum()
     of_rotation = ((rest.double() @ metric) * rest).sum() / energy
@@ -100,7 +100,7 @@ def test_there_is_nothing_to_learn_from_noise(d):
     noise = torch.randn(1, 512 * d, d, generator=torch.Generator().manual_seed(0))
     keys, held_out = noise.chunk(2, dim=1)
     basis = learn_basis(keys, identity(1, d), LatticeConfig())
-    code = LayerCodec(basis, Centering("none"), metric=identity(1, d).float())
+    code = SignQuantizer(basis, Centering("none"), metric=identity(1, d).float())
     assert code.cosines(held_out).mean().item() == pytest.approx(haar_beta(d), abs=0.02)
     assert code.cosines(keys).mean() > code.cosines(held_out).mean()
 
@@ -152,7 +152,7 @@ def test_the_error_in_the_metric_is_that_of_the_scores():
     config = LatticeConfig(rounds=3, floor=1e-12)
     keys, queries = gaussians(1, 400)[0], gaussians(2, 300, seed=1)
     metric = query_metric([queries], 1, config)
-    code = LayerCodec(
+    code = SignQuantizer(
         learn_basis(keys[None], metric, config), Centering("none"), metric=metric.float()
     )
     packed = code.encode(keys[None, None])
@@ -201,7 +201,7 @@ def test_heads_that_nothing_is_known_of_do_no_harm_to_others():
     metric = query_metric([queries], 3, CONFIG)
     basis = learn_basis(keys, metric, CONFIG)
     assert basis.isfinite().all() and (basis[1] == 0).all()
-    code = LayerCodec(basis, Centering("none"), metric=metric.float()).rounded()
+    code = SignQuantizer(basis, Centering("none"), metric=metric.float()).rounded()
     assert code.decode(code.encode(keys[None]))[0].isfinite().all()
     alone = learn_basis(keys[:1], metric[:1], CONFIG)
     torch.testing.assert_close(basis[:1], alone, rtol=1e-3, atol=1e-4)

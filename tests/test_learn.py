@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from signlattice.beta import beta, haar_beta
+from signlattice.alignment import beta, haar_beta
 from signlattice.errors import InputError, IntegrityError
 from signlattice.kernels import polar
 from signlattice.quantizers.centering import Centering

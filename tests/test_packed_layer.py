@@ -12,11 +12,11 @@ from torch import Tensor
 
 from cache_cases import DEVICES, difference, held, layer_code, one_thread  # noqa: F401
 from signlattice.cache.layer import BLOCK, LayerFormat, PackedLayer
-from signlattice.cache.masks import MaskReader
-from signlattice.cache.storage import KEY_FORMATS, PAGE, VALUE_FORMATS, key_store, value_store
+from signlattice.cache.masks import MaskCache
+from signlattice.cache.storage import KEY_FORMATS, PAGE, VALUE_FORMATS, key_storage, value_storage
 from signlattice.errors import InputError
 from signlattice.models.hooks import AttentionLayer
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 
 HEADS, GROUP, D = 2, 2, 16
 
@@ -48,7 +48,7 @@ class Case:
     masks: bool = True  # a causal one is left out, as transformers does where it is all there is
 
     @property
-    def layer_code(self) -> LayerCodec | None:
+    def layer_code(self) -> SignQuantizer | None:
         if self.keys != "sign":
             return None
         return layer_code(self.code, HEADS, D, self.centering).to(torch.device(self.device))
@@ -66,7 +66,7 @@ class Case:
         fmt = LayerFormat(
             self.keys, self.values, self.window, self.sinks, self.spare, None, self.impl
         )
-        return PackedLayer(attention, fmt, self.layer_code, MaskReader())
+        return PackedLayer(attention, fmt, self.layer_code, MaskCache())
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def by_definition(case: Case, x: Tokens, oldest_whole: int = 0, since: int = 0) 
     if code is not None:
         packed_keys = code.decode(code.encode(x.keys)).double()
     else:
-        packed_keys = read_back(key_store(case.keys, case.dtype, None, "auto"), x.keys)
-    packed_values = read_back(value_store(case.values, case.dtype), x.values)
+        packed_keys = reconstruct(key_storage(case.keys, case.dtype, None, "auto"), x.keys)
+    packed_values = reconstruct(value_storage(case.values, case.dtype), x.values)
     i, j = torch.arange(case.n)[:, None], torch.arange(case.n)
     starts = torch.tensor(case.starts)[:, None, None]
     near = (j > i - case.window) & ((j >= oldest_whole) | (i < since))
@@ -136,7 +136,7 @@ def by_definition(case: Case, x: Tokens, oldest_whole: int = 0, since: int = 0) 
     return (near_values + far_values).flatten(1, 2)
 
 
-def read_back(store, vectors: Tensor) -> Tensor:
+def reconstruct(store, vectors: Tensor) -> Tensor:
     store.append(0, vectors)
     return store.read(0, vectors.shape[2], torch.float32).double()
 
@@ -440,13 +440,13 @@ def test_a_sliding_layer_forgets(size):
     most = 0
     for at in range(0, 400, size):
         run(case, x.part(0, at + size), (), layer)
-        most = max(most, layer.key_store.room, layer.value_store.room)
+        most = max(most, layer.key_storage.room, layer.value_storage.room)
         assert layer.get_seq_length() == at + size
     assert layer.recent["keys"].shape[2] == 7
     # what is kept: window and spare, a page that is not dropped yet, and room up to a whole page
     assert most <= 12 + 3 + size + 2 * PAGE
     run(case, x, (), layer)
-    assert layer.key_store.room <= 12 + 3 + 2 * PAGE
+    assert layer.key_storage.room <= 12 + 3 + 2 * PAGE
 
 
 @pytest.mark.parametrize("sizes", [(), (1,) * 399, (7, 163, 1), (399,)])

@@ -10,18 +10,18 @@ import torch
 from transformers.cache_utils import QuantizedCache
 
 from signlattice.cache.sign_key_cache import CacheConfig
-from signlattice.cache.simulated import CodedCache
-from signlattice.cache.storage import RoundedStore
+from signlattice.cache.simulated import SimulatedCache
+from signlattice.cache.storage import IntegerStorage
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import QualityConfig, cached_losses
 from signlattice.models.passages import Passage
-from signlattice.models.states import whole_layers
+from signlattice.models.states import compressible_layers
 from signlattice.rotations.fixed import haar
 from signlattice_paper.baselines import peers
 from signlattice_paper.baselines.peers import (
     QJL,
     NSNQuantLike,
-    ProductCode,
+    ProductQuantizer,
     QuantizedLayers,
     RaBitQ,
     Rounded,
@@ -41,7 +41,7 @@ def gaussian(*shape: int, seed: int = 3) -> torch.Tensor:
 
 
 def distortion(code, x: torch.Tensor) -> float:
-    return float((code.read_back(x) - x).square().sum() / x.square().sum())
+    return float((code.reconstruct(x) - x).square().sum() / x.square().sum())
 
 
 # Rounded: KIVI, and the values of QJL.
@@ -51,7 +51,7 @@ def distortion(code, x: torch.Tensor) -> float:
 @pytest.mark.parametrize("bits", [2, 4])
 def test_a_group_is_rounded_between_its_least_and_its_greatest(along, bits):
     x = 5 + gaussian(1, 2, 8, 12)
-    found = Rounded(bits, 4, along).read_back(x)
+    found = Rounded(bits, 4, along).reconstruct(x)
     for head in range(2):
         matrix, read = x[0, head], found[0, head]
         if along == "tokens":  # a group is a piece of a column
@@ -71,7 +71,7 @@ def test_a_wide_channel_harms_no_other_where_groups_run_along_tokens():
     others = [c for c in range(32) if c != 5]
     lost = {}
     for along in ("tokens", "coordinates"):
-        error = (Rounded(2, 32, along).read_back(x) - x)[..., others]
+        error = (Rounded(2, 32, along).reconstruct(x) - x)[..., others]
         lost[along] = float(error.square().mean())
     assert lost["tokens"] < 0.25 < 0.9 < lost["coordinates"]
 
@@ -79,10 +79,10 @@ def test_a_wide_channel_harms_no_other_where_groups_run_along_tokens():
 def test_a_whole_vector_is_rounded_as_our_store_rounds_it():
     x = gaussian(2, 3, 9, 32)
     for bits in (2, 4):
-        store = RoundedStore(bits)
+        store = IntegerStorage(bits)
         store.append(0, x)
         stored = store.read(0, 9, torch.float32)
-        torch.testing.assert_close(Rounded(bits, 32).read_back(x), stored)
+        torch.testing.assert_close(Rounded(bits, 32).reconstruct(x), stored)
         n_bytes = sum(part[:, :, :9].nbytes for part in store.parts.values())
         assert Rounded(bits, 32).bits == 8 * n_bytes / x.numel()
 
@@ -98,7 +98,7 @@ def test_a_rounding_that_there_is_not_is_refused(arguments, said):
 
 def test_groups_that_do_not_fill_a_vector_are_refused():
     with pytest.raises(InputError, match="size=32: it does not divide 48"):
-        Rounded(2).read_back(torch.zeros(1, 1, 1, 48))
+        Rounded(2).reconstruct(torch.zeros(1, 1, 1, 48))
 
 
 # TurboQuant.
@@ -119,7 +119,7 @@ def test_turboquant_loses_what_its_paper_says_and_keeps_no_length(bits, publishe
     x = gaussian(1, 1, 2000, 128)
     code = TurboQuant(128, bits)
     assert distortion(code, x) == pytest.approx(published, rel=0.04)
-    length = code.read_back(x).square().sum(-1) / x.square().sum(-1)
+    length = code.reconstruct(x).square().sum(-1) / x.square().sum(-1)
     assert float(length.mean()) == pytest.approx(1 - published, rel=0.01)  # not made one
     assert code.bits == bits + 0.125
 
@@ -132,7 +132,7 @@ def test_turboquant_is_the_nearest_level_of_every_turned_coordinate():
         unit = turn @ vector / vector.norm()
         nearest = [min(levels.tolist(), key=lambda c: abs(c - float(v))) for v in unit]
         expected.append(vector.norm().half().float() * (turn.T @ torch.tensor(nearest)))
-    found = TurboQuant(16, 3, seed=4).read_back(x)[0, 0]
+    found = TurboQuant(16, 3, seed=4).reconstruct(x)[0, 0]
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
@@ -143,7 +143,7 @@ def test_rabitq_is_unbiased_and_takes_its_mean_off():
     x = gaussian(1, 1, 1, 32)
     query = (0.2 * gaussian(32, seed=4) + x[0, 0, 0]) / 2
     mean = 3 + gaussian(1, 32, seed=5)
-    reads = [RaBitQ(mean, seed).read_back(x + mean[0])[0, 0, 0] - mean[0] for seed in range(400)]
+    reads = [RaBitQ(mean, seed).reconstruct(x + mean[0])[0, 0, 0] - mean[0] for seed in range(400)]
     products = torch.stack(reads) @ query
     exact = float(x[0, 0, 0] @ query)
     assert float(products.mean()) == pytest.approx(exact, abs=4 * float(products.std()) / 20)
@@ -156,7 +156,7 @@ def test_rabitq_is_unbiased_and_takes_its_mean_off():
 def test_qjl_has_unbiased_products_of_twice_as_many_signs():
     x, query = gaussian(1, 1, 1, 32), gaussian(32, seed=4)
     query = query + x[0, 0, 0]
-    products = torch.stack([QJL(32, s).read_back(x)[0, 0, 0] @ query for s in range(400)])
+    products = torch.stack([QJL(32, s).reconstruct(x)[0, 0, 0] @ query for s in range(400)])
     exact = float(x[0, 0, 0] @ query)
     error = 4 * float(products.std()) / 20
     assert error < 0.05 * exact
@@ -174,7 +174,7 @@ def test_what_nsn_takes_apart_it_puts_together(bits, monkeypatch):
     x = gaussian(2, 2, 70, 16) * 3 + 5
     signed = peers._quantised
     monkeypatch.setattr(peers, "_quantised", lambda points, words: points)
-    found = NSNQuantLike(16, bits, size=32).read_back(x)
+    found = NSNQuantLike(16, bits, size=32).reconstruct(x)
     torch.testing.assert_close(found, x, atol=1e-4, rtol=1e-3)
     monkeypatch.setattr(peers, "_quantised", signed)
     assert distortion(NSNQuantLike(16, bits, size=32), x) > 1e-3
@@ -184,10 +184,10 @@ def test_nsn_takes_off_what_the_tokens_of_a_block_share():
     noise = gaussian(1, 1, 128, 64)
     shared = 4 * gaussian(64, seed=8)
     code = NSNQuantLike(64, 2)
-    lost = (code.read_back(noise + shared) - noise - shared).square().sum()
+    lost = (code.reconstruct(noise + shared) - noise - shared).square().sum()
     assert float(lost / noise.square().sum()) < 0.12
-    doubled = code.read_back(2 * (noise + shared))  # a power of two goes through fp16 unchanged
-    torch.testing.assert_close(doubled, 2 * code.read_back(noise + shared))
+    doubled = code.reconstruct(2 * (noise + shared))  # a power of two goes through fp16 unchanged
+    torch.testing.assert_close(doubled, 2 * code.reconstruct(noise + shared))
     assert code.bits == 2 + 0.5 + 0.25 and NSNQuantLike(64, 1).bits == 1.75
     with pytest.raises(InputError, match="bits_per_level=3: use 1 to 2"):
         NSNQuantLike(64, 3)
@@ -206,12 +206,12 @@ def test_one_codebook_for_all_beats_levels_of_the_same_bits():
 def test_a_product_code_is_exact_on_as_many_vectors_as_it_has_words():
     words = gaussian(2, 256, 16).half().float()
     order = torch.randperm(1024, generator=torch.Generator().manual_seed(0)) % 256
-    code = ProductCode.fit(words[:, order], rounds=3)
-    torch.testing.assert_close(code.read_back(words[None]), words[None])
+    code = ProductQuantizer.fit(words[:, order], rounds=3)
+    torch.testing.assert_close(code.reconstruct(words[None]), words[None])
     assert distortion(code, words.flip(0)[None]) > 0.1  # another head's words
     assert code.bits == 1 and code.static_bytes == 2 * 2 * 2 * 256 * 8
     with pytest.raises(InputError, match="vectors of 12 coordinates"):
-        ProductCode.fit(gaussian(1, 300, 12))
+        ProductQuantizer.fit(gaussian(1, 300, 12))
 
 
 def test_k_means_finds_the_nearest_and_their_means():
@@ -237,14 +237,14 @@ def logits(loaded, cache, step=140):
 
 @pytest.mark.parametrize("code", [Rounded(2, 32, "tokens"), NSNQuantLike(16, 2, 32)])
 def test_codes_of_blocks_do_not_see_how_a_text_was_cut(llama, code):
-    codes = dict.fromkeys(whole_layers(llama), code)
+    codes = dict.fromkeys(compressible_layers(llama), code)
     config = CacheConfig(window=31, sinks=0, dtype=torch.float32)
-    once = logits(llama, CodedCache(llama, codes, codes, config))
-    many = logits(llama, CodedCache(llama, codes, codes, config), 11)
+    once = logits(llama, SimulatedCache(llama, codes, codes, config))
+    many = logits(llama, SimulatedCache(llama, codes, codes, config), 11)
     torch.testing.assert_close(once, many, atol=2e-3, rtol=1e-2)
     assert (once - logits(llama, None)).abs().max() > 0.1
     with pytest.raises(InputError, match="window=30: .* takes 32 tokens together"):
-        CodedCache(llama, codes, codes, replace(config, window=30))
+        SimulatedCache(llama, codes, codes, replace(config, window=30))
 
 
 # Caches of transformers.

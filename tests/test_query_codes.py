@@ -10,7 +10,7 @@ import torch
 
 from conftest import documents
 from signlattice.bits import sign
-from signlattice.cache.simulated import seen_through
+from signlattice.cache.simulated import quantized_attention
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.io import Scratch
@@ -98,7 +98,7 @@ def test_scores_of_two_frames_go_through_the_matrix_between_them(frames):
     case = Case("rotation", "own")
     query = frames.queries(case)[reader](queries[None])[0, 0]
     centering = frames.comparison.key_centerings[index]
-    key = frames.keys(case)[index].read_back(states.keys[None])[0, 0] - centering.mean[0]
+    key = frames.keys(case)[index].reconstruct(states.keys[None])[0, 0] - centering.mean[0]
     between = frames.rotations("own")[reader][0] @ frames.rotations("keys")[index][0].T
     turned = queries[0] @ frames.rotations("own")[reader][0].T
     centred = (states.keys[0] - centering.mean[0]) @ frames.rotations("keys")[index][0].T
@@ -121,9 +121,9 @@ def test_a_mean_of_queries_that_is_left_out_is_missed_and_one_that_is_kept_is_no
     }
     with torch.no_grad():
         exact = model(ids, use_cache=False).logits
-        with seen_through(comparison.loaded, queries=shifted):
+        with quantized_attention(comparison.loaded, queries=shifted):
             kept = model(ids, use_cache=False).logits
-        with seen_through(comparison.loaded, queries=dropped):
+        with quantized_attention(comparison.loaded, queries=dropped):
             lost = model(ids, use_cache=False).logits
     torch.testing.assert_close(kept, exact, atol=1e-3, rtol=0)
     assert (lost - exact).abs().max() > 0.1
@@ -195,9 +195,7 @@ def test_the_lab_measures_every_case_and_goes_on_where_it_was(gemma, tmp_path, m
     monkeypatch.setattr(
         "signlattice_paper.experiments.comparison.token_losses", lambda *args, **kw: 1 / 0
     )
-    monkeypatch.setattr(
-        "signlattice_paper.experiments.queries.learned_matrices", lambda *args: 1 / 0
-    )
+    monkeypatch.setattr("signlattice_paper.experiments.queries.learn_matrices", lambda *args: 1 / 0)
     monkeypatch.setattr(Comparison, "exact_row", lambda self: {"perplexity": 1.0})
     again = query_codes.measure(gemma, TEXT, CONFIG, tmp_path)
     assert again["rows"] == tables["rows"] and again["heads"] == tables["heads"]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from signlattice.beta import beta, elliptical_ceiling, haar_beta
+from signlattice.alignment import beta, elliptical_ceiling, haar_beta
 from signlattice.errors import InputError
 from signlattice.hadamard import (
     MAX_HEAD_DIM,

@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 
-from signlattice.beta import cosine
+from signlattice.alignment import cosine
 from signlattice.errors import InputError
 from signlattice.models.hooks import score_scaling
 from signlattice.models.loading import load_model
 from signlattice.models.passages import Passage
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.levels import LevelCode
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.levels import LevelQuantizer
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.fixed import haar, srht
 from signlattice_paper.experiments import scores
 from signlattice_paper.experiments.scores import (
@@ -71,7 +71,7 @@ def test_states_are_those_that_attention_computes_with(loaded):
 
 
 def test_states_through_a_codec_hold_the_decoded_keys(olmoe):
-    layer = LayerCodec(torch.stack([srht(16, i) for i in range(4)]), Centering("none"))
+    layer = SignQuantizer(torch.stack([srht(16, i) for i in range(4)]), Centering("none"))
     codec = KeyCodec({1: layer}, olmoe.weights_hash)
     exact, coded = attention_states(olmoe, IDS), attention_states(olmoe, IDS, codec)
     torch.testing.assert_close(coded[0].key, exact[0].key)
@@ -187,7 +187,7 @@ def test_a_rotation_of_values_absorbs_into_the_weights(loaded):
 
 def output_row(values, weights, rule="unbiased", bits=1):
     """The row of one head with mean zero, turned by an SRHT."""
-    code = LevelCode(Centering("none"), srht(values.shape[-1], 0)[None], bits, rule)
+    code = LevelQuantizer(Centering("none"), srht(values.shape[-1], 0)[None], bits, rule)
     energies = scores._output_energies(values[None], code, weights[None, None])
     return scores._output_row(0, 0, bits, rule, energies[:, 0].tolist())
 
@@ -219,7 +219,7 @@ def test_errors_of_like_values_do_not_average():
 
 def test_rows_cover_every_head_rotation_and_side(olmoe):
     pieces = [Passage(f"{i}.py", IDS + i, 100) for i in range(2)]
-    layer = LayerCodec(torch.stack([srht(16, i) for i in range(4)]), Centering("none"))
+    layer = SignQuantizer(torch.stack([srht(16, i) for i in range(4)]), Centering("none"))
     codec = KeyCodec({0: layer, 1: layer}, olmoe.weights_hash)
     with pytest.warns(UserWarning, match="per dimension"):  # few keys: nothing is learned from here
         calibrated = scores.calibrate(olmoe, pieces, codec, CONFIG)

@@ -13,10 +13,10 @@ from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.quantizers.basis import LatticeConfig, learn_basis, query_metric
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.residual import LatticeCode, ResidualSigns, least_squares
+from signlattice.quantizers.residual import BasisQuantizer, ResidualQuantizer, least_squares
 from signlattice.quantizers.scales import token_scale
-from signlattice.quantizers.sign import LayerCodec
-from signlattice.quantizers.sign_code import SignCode
+from signlattice.quantizers.sign import SignQuantizer
+from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.fixed import haar
 from signlattice_paper.experiments import comparison
 from signlattice_paper.experiments import second as second_code
@@ -55,16 +55,16 @@ FIRST, SECOND = turns(1), turns(50)
 
 
 def energy_left(code, vectors=VECTORS):
-    rest = code.read_back(vectors) - vectors
+    rest = code.reconstruct(vectors) - vectors
     return (rest.square().sum(-1) / vectors.square().sum(-1)).mean().item()
 
 
 def test_the_same_rotation_twice_is_the_second_code_of_the_planted_keys():
     """With scales of least error it leaves what `convergence.code_errors` says."""
-    code = ResidualSigns(Centering("none"), FIRST, FIRST, "mse")
+    code = ResidualQuantizer(Centering("none"), FIRST, FIRST, "mse")
     for head in range(2):
         _, two = code_errors(VECTORS[0, head] @ FIRST[head].mT)
-        alone = ResidualSigns(Centering("none"), FIRST[head][None], FIRST[head][None], "mse")
+        alone = ResidualQuantizer(Centering("none"), FIRST[head][None], FIRST[head][None], "mse")
         # one gain for both scales can only take more off than none
         assert two - 0.01 < energy_left(alone, VECTORS[:, head, None]) < two + 1e-3
     assert energy_left(code) < 0.5 * (1 - 2 / torch.pi)
@@ -76,7 +76,9 @@ def test_each_rule_keeps_what_it_says(second, two_scales):
     mean = gaussian(2, D, seed=3)
     centering, keys = Centering("token_mean", mean), VECTORS + mean[:, None]
     read = {
-        rule: ResidualSigns(centering, FIRST, second, rule, two_scales=two_scales).read_back(keys)
+        rule: ResidualQuantizer(centering, FIRST, second, rule, two_scales=two_scales).reconstruct(
+            keys
+        )
         - mean[:, None]
         for rule in ("mse", "norm", "unbiased")
     }
@@ -99,9 +101,11 @@ def test_two_scales_together_leave_the_least():
     for mine, theirs in zip(least_squares(VECTORS, p1, p2), found.unbind(-1)):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
     expected = (basis.double() @ found[..., None])[..., 0]
-    code = ResidualSigns(Centering("none"), FIRST, SECOND, "mse", two_scales=True)
-    torch.testing.assert_close(code.read_back(VECTORS).double(), expected, rtol=5e-3, atol=5e-3)
-    assert energy_left(code) < energy_left(ResidualSigns(Centering("none"), FIRST, SECOND, "mse"))
+    code = ResidualQuantizer(Centering("none"), FIRST, SECOND, "mse", two_scales=True)
+    torch.testing.assert_close(code.reconstruct(VECTORS).double(), expected, rtol=5e-3, atol=5e-3)
+    assert energy_left(code) < energy_left(
+        ResidualQuantizer(Centering("none"), FIRST, SECOND, "mse")
+    )
     one = least_squares(VECTORS, p1, -2 * p1)  # a second direction that is none
     torch.testing.assert_close(one[0], token_scale(y1, "mse"))
     assert (one[1] == 0).all()
@@ -111,7 +115,7 @@ def test_the_second_code_is_of_what_the_first_leaves():
     """Learned on a residual that is one lattice exactly, it leaves nothing."""
     points = 2 * sign(gaussian(1, 2, 100, D)) @ FIRST
     small = 0.3 * sign(gaussian(1, 2, 100, D, seed=1)) @ SECOND
-    first = ResidualSigns(Centering("none"), FIRST, SECOND, "mse", two_scales=True)
+    first = ResidualQuantizer(Centering("none"), FIRST, SECOND, "mse", two_scales=True)
     keep = (sign((points + small) @ FIRST.mT) == sign(points @ FIRST.mT)).all(-1)
     assert energy_left(first, points) < 1e-5
     left = first.residual(points + small)
@@ -119,17 +123,17 @@ def test_the_second_code_is_of_what_the_first_leaves():
     torch.testing.assert_close(
         left, points + small - y.abs().mean(-1, keepdim=True) * sign(y) @ FIRST
     )
-    rest = (first.read_back(points + small) - points - small).square().sum(-1)
+    rest = (first.reconstruct(points + small) - points - small).square().sum(-1)
     assert (rest[keep] < 0.5 * small.square().sum(-1)[keep]).float().mean() > 0.9
 
 
 def test_bits_and_bytes_of_two_bit_codes():
     static = Centering("token_mean", torch.zeros(2, D))
-    code = ResidualSigns(static, FIRST, SECOND, n_learned=2)
+    code = ResidualQuantizer(static, FIRST, SECOND, n_learned=2)
     assert code.bits == 2 + 32 / D
     assert code.static_bytes == 2 * 2 * D * D + 4 * 2 * D
-    assert ResidualSigns(Centering("dc"), FIRST, SECOND).bits == 2 + 48 / D
-    lattice = LatticeCode(static, torch.zeros(2, 2 * D, D), torch.eye(D).repeat(2, 1, 1))
+    assert ResidualQuantizer(Centering("dc"), FIRST, SECOND).bits == 2 + 48 / D
+    lattice = BasisQuantizer(static, torch.zeros(2, 2 * D, D), torch.eye(D).repeat(2, 1, 1))
     assert lattice.bits == 2 + 16 / D
     assert lattice.static_bytes == 2 * 3 * D * D + 4 * 2 * D
 
@@ -139,9 +143,9 @@ def test_a_lattice_of_d_vectors_is_the_layer_codec(rule):
     metric = query_metric([gaussian(2, 300, D, seed=2)], 2, LatticeConfig()).float()
     basis = learn_basis(VECTORS[0], metric, LatticeConfig(rounds=3))
     centering = Centering("token_mean", gaussian(2, D, seed=3))
-    ours = LatticeCode(centering, basis, metric, rule)
-    other = SignCode(LayerCodec(basis, centering, rule, metric=metric))
-    torch.testing.assert_close(ours.read_back(VECTORS), other.read_back(VECTORS))
+    ours = BasisQuantizer(centering, basis, metric, rule)
+    other = SignReconstruction(SignQuantizer(basis, centering, rule, metric=metric))
+    torch.testing.assert_close(ours.reconstruct(VECTORS), other.reconstruct(VECTORS))
     assert (ours.bits, ours.static_bytes) == (other.bits, other.static_bytes)
 
 
@@ -155,8 +159,10 @@ def test_twice_as_many_vectors_leave_less_where_directions_are_unequal(spread, m
     for n in (1, 2):
         basis = learn_basis(keys, eye, LatticeConfig(), vectors_per_dim=n)
         assert basis.shape == (2, n * D, D)
-        lost.append(energy_left(LatticeCode(Centering("none"), basis, eye, "mse"), held_out[None]))
-    two = ResidualSigns(Centering("none"), FIRST, SECOND, "mse", two_scales=True)
+        lost.append(
+            energy_left(BasisQuantizer(Centering("none"), basis, eye, "mse"), held_out[None])
+        )
+    two = ResidualQuantizer(Centering("none"), FIRST, SECOND, "mse", two_scales=True)
     assert lost[1] < 0.6 * lost[0]
     assert lost[1] < most * energy_left(two, held_out[None])
 
@@ -174,11 +180,11 @@ def test_one_vector_to_a_dimension_is_the_lattice_as_it_was():
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="give two alike"):
-        ResidualSigns(Centering("none"), FIRST, turns(0, 1))
+        ResidualQuantizer(Centering("none"), FIRST, turns(0, 1))
     with pytest.raises(InputError, match="unknown scale rule 'best'"):
-        ResidualSigns(Centering("none"), FIRST, SECOND, first_rule="best")
+        ResidualQuantizer(Centering("none"), FIRST, SECOND, first_rule="best")
     with pytest.raises(InputError, match="metric of shape"):
-        LatticeCode(Centering("none"), FIRST, torch.eye(D))
+        BasisQuantizer(Centering("none"), FIRST, torch.eye(D))
     for change in ({"gradient": 0}, {"more_keys": 1}, {"annealed": (4,)}, {"rounds": (6,)}):
         (name,) = change
         with pytest.raises(InputError, match=f"{name}="):
@@ -215,9 +221,7 @@ def test_the_lab_measures_every_case_once_and_goes_on_where_it_was(gemma, tmp_pa
     monkeypatch.setattr(
         "signlattice_paper.experiments.comparison.token_losses", lambda *args, **kw: 1 / 0
     )
-    monkeypatch.setattr(
-        "signlattice_paper.experiments.second.learned_matrices", lambda *args: 1 / 0
-    )
+    monkeypatch.setattr("signlattice_paper.experiments.second.learn_matrices", lambda *args: 1 / 0)
     monkeypatch.setattr(comparison.Comparison, "exact_row", lambda self: {"perplexity": 1.0})
     again = second_code.measure(loaded, TEXT, CONFIG, tmp_path)
     assert again["rows"] == tables["rows"] and again["windowed"] == tables["windowed"]

@@ -10,7 +10,7 @@ import torch
 
 from conftest import TEXTS
 from signlattice import calibration
-from signlattice.calibration import CalibrateConfig
+from signlattice.calibration import CalibrationConfig
 from signlattice.data.corpus import Document
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
@@ -43,7 +43,7 @@ CONFIG = SensitivityConfig(
     contexts=(64, 72),
     window=7,
     sinks=1,
-    calibrate=CalibrateConfig(
+    calibrate=CalibrationConfig(
         keys_per_dim=6,
         n_held_out=100,
         lattice=LatticeConfig(rounds=2),
@@ -96,14 +96,14 @@ class Ran:
 @pytest.fixture(scope="module")
 def ran(loaded, text, tmp_path_factory, one_thread) -> Ran:
     run = Ran(tmp_path_factory.mktemp("scratch"))
-    bank_of, row, learn = sensitivity.bank_of, Judge.row, sensitivity.learn_layers
+    capture_passages, row, learn = sensitivity.capture_passages, Judge.row, sensitivity.learn_layers
 
     def words(pieces) -> set[str]:
         return {loaded.tokenizer.decode(piece.ids.tolist()) for piece in pieces}
 
     def captured(model, pieces, *, queries=True, **more):
         run.read["learned" if queries else "judged"] |= words(pieces)
-        return bank_of(model, pieces, queries=queries, **more)
+        return capture_passages(model, pieces, queries=queries, **more)
 
     def judged(self, *arguments, **more):
         run.read["judged"] |= words(self.pieces)
@@ -121,7 +121,7 @@ def ran(loaded, text, tmp_path_factory, one_thread) -> Ran:
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (sensitivity, calibration):
-            patch.setattr(module, "bank_of", captured)
+            patch.setattr(module, "capture_passages", captured)
         patch.setattr(sensitivity, "learn_layers", learned)
         patch.setattr(Judge, "row", judged)
         with pytest.raises(KeyboardInterrupt):
@@ -287,7 +287,7 @@ def test_an_interrupted_run_goes_on(ran, text, loaded, monkeypatch):
     def never(*arguments, **more):
         raise AssertionError("it was kept")
 
-    for name in ("learn_layers", "learn_codec", "bank_of", "null_betas", "Judge"):
+    for name in ("learn_layers", "learn_codec", "capture_passages", "null_betas", "Judge"):
         monkeypatch.setattr(sensitivity, name, never)
     assert measure(loaded, text, CONFIG, ran.folder) == ran.tables
 

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from signlattice.beta import beta
+from signlattice.alignment import beta
 from signlattice.errors import InputError
 from signlattice.rotations import synthetic
 from signlattice.rotations.config import SOLVERS

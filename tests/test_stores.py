@@ -11,12 +11,12 @@ from signlattice.cache.storage import (
     KEY_FORMATS,
     PAGE,
     VALUE_FORMATS,
-    RoundedStore,
-    SignStore,
+    FullPrecisionStorage,
+    IntegerStorage,
+    SignStorage,
     Store,
-    WholeStore,
-    key_store,
-    value_store,
+    key_storage,
+    value_storage,
 )
 from signlattice.errors import InputError
 from signlattice.kernels.layout import PackedValues
@@ -37,9 +37,9 @@ def vectors(n: int, batch: int = 3, seed: int = 0, device: str = "cpu") -> Tenso
 
 def new(kind: str, fmt: str, code: tuple[str, str] | None, dtype=torch.float32) -> Store:
     if kind == "values":
-        return value_store(fmt, dtype)
+        return value_storage(fmt, dtype)
     codec = None if code is None else layer_code(code[0], HEADS, D, code[1])
-    return key_store(fmt, dtype, codec, "auto")
+    return key_storage(fmt, dtype, codec, "auto")
 
 
 def filled(case: tuple, given: Tensor, sizes: tuple[int, ...] | None = None) -> Store:
@@ -95,7 +95,7 @@ def test_fp8_is_that_of_torch_and_never_infinite():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_whole_vectors_are_as_they_came(dtype):
     given = vectors(20).to(dtype)
-    store = value_store("whole", dtype)
+    store = value_storage("whole", dtype)
     store.append(0, given)
     assert torch.equal(store.read(0, 20, dtype), given)
     assert store.parts["vectors"].dtype == dtype
@@ -161,7 +161,7 @@ def test_what_the_kernels_read_are_the_parts_themselves():
     """No copy: attention reads the store as it lies."""
     keys = filled(("keys", "sign", ("rotation", "dc")), vectors(20))
     values = filled(("values", "int4", None), vectors(20))
-    assert isinstance(keys, SignStore) and isinstance(values, RoundedStore)
+    assert isinstance(keys, SignStorage) and isinstance(values, IntegerStorage)
     for store, names in ((keys, ("words", "scale", "dc")), (values, ("words", "scale", "zero"))):
         assert set(store.parts) == set(names)
         for name in names:
@@ -171,9 +171,9 @@ def test_what_the_kernels_read_are_the_parts_themselves():
 
 def test_what_is_unknown_is_refused():
     with pytest.raises(InputError, match="value_format='int3': choose one of whole, fp8, int8"):
-        value_store("int3", torch.float32)
+        value_storage("int3", torch.float32)
     with pytest.raises(InputError, match="key_format='bit': choose one of sign, whole, fp8"):
-        key_store("bit", torch.float32, None, "auto")
+        key_storage("bit", torch.float32, None, "auto")
     with pytest.raises(InputError, match="keys as signs need the code"):
-        key_store("sign", torch.float32, None, "auto")
-    assert isinstance(key_store("fp8", torch.float32, None, "auto"), WholeStore)
+        key_storage("sign", torch.float32, None, "auto")
+    assert isinstance(key_storage("fp8", torch.float32, None, "auto"), FullPrecisionStorage)

@@ -28,7 +28,7 @@ def prose(n_bytes: int, seed: int = 0) -> str:
     return "".join(found)
 
 
-def joined(documents) -> str:
+def join_banks(documents) -> str:
     return "".join(document.text for document in documents)
 
 
@@ -40,8 +40,8 @@ def test_a_file_is_cut_without_loss_and_its_last_fifth_held_out(tmp_path, seed):
     whole = prose(400_000, seed)
     (tmp_path / "own.txt").write_text(whole)
     text = read_text(tmp_path / "own.txt")
-    assert joined(text.calibration) + joined(text.evaluation) == whole
-    assert len(joined(text.evaluation)) / len(whole) == pytest.approx(0.2, abs=0.03)
+    assert join_banks(text.calibration) + join_banks(text.evaluation) == whole
+    assert len(join_banks(text.evaluation)) / len(whole) == pytest.approx(0.2, abs=0.03)
     pieces = [*text.calibration, *text.evaluation]
     assert all(piece.text.endswith("\n\n") for piece in pieces)
     assert all(PIECE <= piece.n_bytes < 3 * PIECE for piece in pieces[:-1])
@@ -51,7 +51,7 @@ def test_a_file_is_cut_without_loss_and_its_last_fifth_held_out(tmp_path, seed):
 def test_a_text_without_blank_lines_is_cut_all_the_same(tmp_path, stretch):
     (tmp_path / "own.txt").write_text(stretch)
     text = read_text(tmp_path / "own.txt")
-    assert joined(text.calibration) + joined(text.evaluation) == stretch
+    assert join_banks(text.calibration) + join_banks(text.evaluation) == stretch
     assert max(document.n_bytes for document in text.calibration) < 4 * PIECE
     assert text.evaluation
 
@@ -67,7 +67,7 @@ def test_pieces_of_a_folder_are_of_one_file_each(tmp_path):
         (tmp_path / f"{name}.txt").write_text(name * 30_000)
     (tmp_path / "other.md").write_text("c" * 30_000)
     text = read_text(tmp_path)
-    assert joined(text.calibration) + joined(text.evaluation) == "a" * 30_000 + "b" * 30_000
+    assert join_banks(text.calibration) + join_banks(text.evaluation) == "a" * 30_000 + "b" * 30_000
     assert all(len(set(d.text)) == 1 for d in (*text.calibration, *text.evaluation))
 
 
@@ -83,7 +83,7 @@ def test_the_fingerprint_follows_the_text(tmp_path):
 def test_reading_ends_in_the_document_that_reaches_the_limit(tmp_path):
     (tmp_path / "own.txt").write_text(prose(400_000))
     text = read_text(tmp_path / "own.txt", calibration_bytes=50_000, evaluation_bytes=1)
-    assert 50_000 <= len(joined(text.calibration)) < 50_000 + 3 * PIECE
+    assert 50_000 <= len(join_banks(text.calibration)) < 50_000 + 3 * PIECE
     assert len(text.evaluation) == 1
 
 

@@ -11,18 +11,18 @@ import torch
 
 from conftest import documents
 from signlattice import calibration
-from signlattice.beta import beta
-from signlattice.cache.simulated import seen_through
+from signlattice.alignment import beta
+from signlattice.cache.simulated import quantized_attention
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.io import Scratch
 from signlattice.models.loading import load_model
 from signlattice.models.passages import spread
-from signlattice.models.states import read_states, whole_layers
+from signlattice.models.states import compressible_layers, read_states
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.levels import LevelCode
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.levels import LevelQuantizer
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.factory import rotate_heads
 from signlattice.rotations.fixed import haar
 from signlattice_paper.experiments import values
@@ -63,11 +63,11 @@ def picked(rows, **wanted):
 def sign_codec(loaded, seed=0):
     """One-bit keys that need not be learned."""
     layers = {
-        index: LayerCodec(
+        index: SignQuantizer(
             torch.stack([haar(layer.head_dim, seed + head) for head in range(layer.n_heads)]),
             Centering("none"),
         )
-        for index, layer in whole_layers(loaded).items()
+        for index, layer in compressible_layers(loaded).items()
     }
     return KeyCodec(layers, loaded.weights_hash)
 
@@ -140,7 +140,7 @@ def test_one_layer_alone_is_the_code_of_that_layer(lab, tmp_path):
     layer = max(comparison.layers)
     states = comparison.fit[layer].values
     turn = rotate_heads(states, "srht", 0)
-    code = LevelCode(Centering.fit(states, "token_mean"), turn, 1, "unbiased")
+    code = LevelQuantizer(Centering.fit(states, "token_mean"), turn, 1, "unbiased")
     expected = comparison.row("own", values={layer: code})
     row = picked(lab.tables["layers"], layer=layer, bits=1, rule="unbiased")[0]
     assert row["gap"] == pytest.approx(expected["gap"], rel=1e-4)
@@ -151,7 +151,7 @@ def test_outputs_are_the_errors_of_one_side(lab, tmp_path):
     codes = {}
     for layer, states in comparison.fit.items():
         turn = rotate_heads(states.keys, "srht", 0)
-        codes[layer] = LevelCode(Centering.fit(states.keys, "token_mean"), turn, 4, "mse")
+        codes[layer] = LevelQuantizer(Centering.fit(states.keys, "token_mean"), turn, 4, "mse")
     heads = comparison.heads(codes)
     for row in picked(lab.tables["outputs"], code="levels", bits=4, rule="mse"):
         errors = [head["output_error"] for head in heads if head["layer"] == row["layer"]]
@@ -192,17 +192,17 @@ def test_absorbed_into_the_weights_it_is_the_rotation_where_values_are_read(llam
     turns = {
         layer: learned_rotations(mean[layer].split(s.values)[0], 0) for layer, s in states.items()
     }
-    online = {i: LevelCode(mean[i], turns[i], bits, rule, True) for i in turns}
+    online = {i: LevelQuantizer(mean[i], turns[i], bits, rule, True) for i in turns}
     eye = torch.eye(16).expand(2, 16, 16)
     turned_mean = {i: torch.einsum("hed,hd->he", turns[i], mean[i].mean) for i in turns}
     absorbed = {
-        i: LevelCode(Centering("token_mean", turned_mean[i]), eye, bits, rule) for i in turns
+        i: LevelQuantizer(Centering("token_mean", turned_mean[i]), eye, bits, rule) for i in turns
     }
     turned = replace(llama, model=with_absorbed_rotations(llama.model, turns))
     ids = torch.arange(1, 61)[None] * 7 % 290
     found = []
     for loaded, codes in ((llama, online), (turned, absorbed), (llama, absorbed)):
-        with torch.no_grad(), seen_through(loaded, values=codes):
+        with torch.no_grad(), quantized_attention(loaded, values=codes):
             found.append(loaded.model(ids).logits)
     torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-3)
     assert (found[2] - found[0]).abs().max() > 0.1

@@ -8,9 +8,9 @@ import torch
 from signlattice.bits import sign
 from signlattice.errors import InputError
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.levels import LevelCode, gaussian_levels
-from signlattice.quantizers.sign import LayerCodec
-from signlattice.quantizers.sign_code import SignCode
+from signlattice.quantizers.levels import LevelQuantizer, gaussian_levels
+from signlattice.quantizers.sign import SignQuantizer
+from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.fixed import haar
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +41,7 @@ def test_two_bit_levels_are_those_in_the_tables():
 def level_code(bits=1, rule="mse", method="token_mean", d=16, heads=2):
     mean = gaussian(heads, d, seed=2) if method == "token_mean" else None
     rotation = torch.stack([haar(d, i) for i in range(heads)])
-    return LevelCode(Centering(method, mean), rotation, bits, rule)
+    return LevelQuantizer(Centering(method, mean), rotation, bits, rule)
 
 
 @pytest.mark.parametrize("rule", ["mse", "norm", "unbiased"])
@@ -49,11 +49,13 @@ def level_code(bits=1, rule="mse", method="token_mean", d=16, heads=2):
 def test_a_level_code_of_one_bit_is_the_sign_code(rule, method):
     vectors = gaussian(3, 2, 30, 16, seed=1)
     code = level_code(rule=rule, method=method)
-    keys = SignCode(LayerCodec(code.rotation, code.centering, rule))
-    torch.testing.assert_close(code.read_back(vectors), keys.read_back(vectors), atol=6e-3, rtol=0)
+    keys = SignReconstruction(SignQuantizer(code.rotation, code.centering, rule))
+    torch.testing.assert_close(
+        code.reconstruct(vectors), keys.reconstruct(vectors), atol=6e-3, rtol=0
+    )
     assert code.bits == keys.bits == 1 + (2 if method == "dc" else 1) * 16 / 16
     y = code.centering.split(vectors)[0] @ code.rotation.mT
-    seen = code.centering.split(code.read_back(vectors))[0] @ code.rotation.mT
+    seen = code.centering.split(code.reconstruct(vectors))[0] @ code.rotation.mT
     if method != "dc":  # what is read back has a mean of its own
         torch.testing.assert_close(sign(seen), sign(y))
 
@@ -62,7 +64,7 @@ def test_a_level_code_of_one_bit_is_the_sign_code(rule, method):
 def test_each_scale_rule_keeps_what_it_says(bits):
     x = gaussian(1, 1, 50, 32, seed=1)
     mse, norm, unbiased = (
-        level_code(bits, rule, "none", d=32, heads=1).read_back(x)
+        level_code(bits, rule, "none", d=32, heads=1).reconstruct(x)
         for rule in ("mse", "norm", "unbiased")
     )
     zero = torch.zeros(1, 1, 50)
@@ -74,7 +76,7 @@ def test_each_scale_rule_keeps_what_it_says(bits):
 def test_more_bits_lose_less_and_eight_nearly_nothing():
     x = gaussian(1, 2, 200, 64, seed=1)
     lost = [
-        (level_code(bits, "mse", "none", d=64).read_back(x) - x).square().mean().item()
+        (level_code(bits, "mse", "none", d=64).reconstruct(x) - x).square().mean().item()
         for bits in (1, 2, 3, 4, 8)
     ]
     assert lost == sorted(lost, reverse=True) and lost[-1] < 1e-4
@@ -83,10 +85,10 @@ def test_more_bits_lose_less_and_eight_nearly_nothing():
 def test_what_is_learned_weighs_and_what_comes_of_a_seed_does_not():
     code = level_code()
     assert code.static_bytes == 2 * 16 * 4  # the mean
-    learned = LevelCode(code.centering, code.rotation, learned=True)
+    learned = LevelQuantizer(code.centering, code.rotation, learned=True)
     assert learned.static_bytes == 2 * 16 * 16 + 2 * 16 * 4
     metric = torch.eye(16).expand(2, 16, 16)
-    lattice = SignCode(LayerCodec(code.rotation, code.centering, metric=metric))
+    lattice = SignReconstruction(SignQuantizer(code.rotation, code.centering, metric=metric))
     assert lattice.static_bytes == 2 * 2 * 16 * 16 + 2 * 16 * 4
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from signlattice.errors import InputError
 
-WORD_BITS = 8
+BITS_PER_BYTE = 8
 
 
 def sign(y: Tensor) -> Tensor:
@@ -20,18 +20,20 @@ def sign(y: Tensor) -> Tensor:
     return torch.where(y >= 0, 1.0, -1.0).to(y.dtype)
 
 
-def n_words(d: int) -> int:
+def n_packed_bytes(d: int) -> int:
     """Bytes of one packed key of ``d`` coordinates. Raises ``InputError`` unless 8 divides d."""
-    if d < WORD_BITS or d % WORD_BITS:
-        raise InputError(f"head_dim {d} does not fill whole bytes: use a multiple of {WORD_BITS}")
-    return d // WORD_BITS
+    if d < BITS_PER_BYTE or d % BITS_PER_BYTE:
+        raise InputError(
+            f"head_dim {d} does not fill whole bytes: use a multiple of {BITS_PER_BYTE}"
+        )
+    return d // BITS_PER_BYTE
 
 
 def pack_signs(y: Tensor) -> Tensor:
     """Signs of ``y`` [..., d] as uint8 words [..., d/8]. Raises ``InputError`` on an odd size."""
-    words = n_words(y.shape[-1])
-    planes = (y >= 0).unflatten(-1, (WORD_BITS, words)).to(torch.uint8)
-    place = torch.arange(WORD_BITS, dtype=torch.uint8, device=y.device).unsqueeze(-1)
+    words = n_packed_bytes(y.shape[-1])
+    planes = (y >= 0).unflatten(-1, (BITS_PER_BYTE, words)).to(torch.uint8)
+    place = torch.arange(BITS_PER_BYTE, dtype=torch.uint8, device=y.device).unsqueeze(-1)
     return (planes << place).sum(-2, dtype=torch.uint8)
 
 
@@ -39,6 +41,6 @@ def unpack_signs(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The signs, +1 or -1 [..., d], of uint8 words [..., d/8]. Inverse of `pack_signs`."""
     if words.dtype != torch.uint8:
         raise InputError(f"packed keys are uint8 words, got {words.dtype}")
-    place = torch.arange(WORD_BITS, dtype=torch.uint8, device=words.device).unsqueeze(-1)
+    place = torch.arange(BITS_PER_BYTE, dtype=torch.uint8, device=words.device).unsqueeze(-1)
     bits = (words.unsqueeze(-2) >> place) & 1
     return (2 * bits.to(dtype) - 1).flatten(-2)

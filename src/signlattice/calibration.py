@@ -16,20 +16,19 @@ from signlattice import __version__
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.evaluation.heads import HeadQuality, fit_temperature, head_quality
-from signlattice.io import remembered
+from signlattice.io import load_or_compute
 from signlattice.kernels import HEAD_DIMS
-from signlattice.models.bank import bank_of
-from signlattice.models.capture import KeyBank, open_bank
+from signlattice.models.capture import KeyBank, capture_passages, open_bank
 from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import LoadedModel
-from signlattice.models.passages import Passage, passages, up_to
+from signlattice.models.passages import Passage, passages, take_tokens
 from signlattice.quantizers.basis import LatticeConfig, learn_basis, query_metric
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import Calibration, KeyCodec
 from signlattice.quantizers.scales import SCALE_RULES, ScaleRule
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.config import LearnConfig
-from signlattice.rotations.learned import learned_matrices
+from signlattice.rotations.learned import learn_matrices
 from signlattice.rotations.null import noise_null
 
 Code = Literal["lattice", "rotation"]
@@ -44,7 +43,7 @@ Progress = Callable[[str], object]
 
 
 @dataclass(frozen=True)
-class CalibrateConfig:
+class CalibrationConfig:
     """How a codec is learned.
 
     Attributes:
@@ -86,7 +85,7 @@ class CalibrateConfig:
                 raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
 
 
-def coded_layers(loaded: LoadedModel, config: CalibrateConfig) -> dict[int, AttentionLayer]:
+def coded_layers(loaded: LoadedModel, config: CalibrationConfig) -> dict[int, AttentionLayer]:
     """The layers that a codec is learned for: those with keys of their own, of a size that fits.
 
     Raises ``InputError`` if there is none.
@@ -110,7 +109,7 @@ def coded_layers(loaded: LoadedModel, config: CalibrateConfig) -> dict[int, Atte
 def learn_codec(
     loaded: LoadedModel,
     text: Text,
-    config: CalibrateConfig = CalibrateConfig(),
+    config: CalibrationConfig = CalibrationConfig(),
     scratch: Path | None = None,
     progress: Progress | None = None,
 ) -> KeyCodec:
@@ -128,7 +127,7 @@ def learn_codec(
     fit, judged = _passages(loaded, text, layers, config)
     bank = _captured(loaded, fit, config, scratch, tell)
     codes = learn_layers(loaded, bank, config, scratch, tell)
-    held_out = bank_of(loaded, judged, queries=False, batch_size=config.batch_size)
+    held_out = capture_passages(loaded, judged, queries=False, batch_size=config.batch_size)
     beta = {
         index: tuple(code.cosines(held_out.keys(index)).double().mean(-1).tolist())
         for index, code in codes.items()
@@ -153,10 +152,10 @@ def learn_codec(
 def learn_layers(
     loaded: LoadedModel,
     bank: KeyBank,
-    config: CalibrateConfig = CalibrateConfig(),
+    config: CalibrationConfig = CalibrationConfig(),
     scratch: Path | None = None,
     progress: Progress | None = None,
-) -> dict[int, LayerCodec]:
+) -> dict[int, SignQuantizer]:
     """The codes that `learn_codec` learns, of keys and queries that are captured already.
 
     Keys are a sample by the seed, ``keys_per_dim`` of them if the bank has more; the metric is of
@@ -172,7 +171,7 @@ def learn_layers(
     return codes
 
 
-def n_parts(loaded: LoadedModel, config: CalibrateConfig) -> int:
+def n_parts(loaded: LoadedModel, config: CalibrationConfig) -> int:
     """How often `learn_codec` tells of its progress."""
     return len(coded_layers(loaded, config)) + 2
 
@@ -182,29 +181,29 @@ def measure_codec(
 ) -> dict[int, HeadQuality]:
     """β, distortion and KL of the attention weights, of each layer and head on some passages."""
     codec.check_model(loaded.weights_hash)
-    bank = bank_of(loaded, pieces, batch_size=batch_size)
+    bank = capture_passages(loaded, pieces, batch_size=batch_size)
     layers = attention_layers(loaded.model)
     return {index: head_quality(code, bank, layers[index]) for index, code in codec.layers.items()}
 
 
-def null_betas(n_keys: int, d: int, config: CalibrateConfig) -> tuple[float, float]:
+def null_betas(n_keys: int, d: int, config: CalibrationConfig) -> tuple[float, float]:
     """β (in sample, held out) of the same learning on ``n_keys`` of Gaussian noise in d dimensions."""
     if config.code == "rotation":
         return noise_null(n_keys, d, config.rotation, config.seed)
     noise = torch.randn(1, 2 * n_keys, d, generator=torch.Generator().manual_seed(config.seed))
     eye = torch.eye(d)[None]
     basis = learn_basis(noise[:, :n_keys], eye.double(), config.lattice)
-    code = LayerCodec(basis, Centering("none"), metric=eye)
+    code = SignQuantizer(basis, Centering("none"), metric=eye)
     inside, outside = code.cosines(noise)[0].double().split(n_keys)
     return float(inside.mean()), float(outside.mean())
 
 
 def _passages(
-    loaded: LoadedModel, text: Text, layers: dict[int, AttentionLayer], config: CalibrateConfig
+    loaded: LoadedModel, text: Text, layers: dict[int, AttentionLayer], config: CalibrationConfig
 ) -> tuple[list[Passage], list[Passage]]:
     """Of both sides as many as are needed, from all over the text."""
     widest = max(layer.head_dim for layer in layers.values())
-    fit = up_to(passages(loaded, text.calibration, 4), config.keys_per_dim * widest)
+    fit = take_tokens(passages(loaded, text.calibration, 4), config.keys_per_dim * widest)
     n_tokens = sum(len(piece.ids) for piece in fit)
     least = LEAST_KEYS_PER_DIM[config.code]
     if config.keys_per_dim < least:
@@ -216,13 +215,13 @@ def _passages(
             f"the calibration side of {text.name} has {n_tokens} tokens: "
             f"give at least {least * widest}, {least} for each coordinate of a head"
         )
-    return fit, up_to(passages(loaded, text.evaluation, 4), config.n_held_out)
+    return fit, take_tokens(passages(loaded, text.evaluation, 4), config.n_held_out)
 
 
 def _captured(
     loaded: LoadedModel,
     fit: Sequence[Passage],
-    config: CalibrateConfig,
+    config: CalibrationConfig,
     scratch: Path | None,
     tell: Progress,
 ) -> KeyBank:
@@ -230,7 +229,7 @@ def _captured(
     if folder is not None and (folder / "index.json").is_file():
         bank = open_bank(folder)
     else:
-        bank = bank_of(loaded, fit, folder=folder, batch_size=config.batch_size)
+        bank = capture_passages(loaded, fit, folder=folder, batch_size=config.batch_size)
     tell("captured")
     return bank
 
@@ -247,9 +246,9 @@ def _learned(
     bank: KeyBank,
     layer: AttentionLayer,
     readers: list[int],
-    config: CalibrateConfig,
+    config: CalibrationConfig,
     file: Path | None,
-) -> LayerCodec:
+) -> SignQuantizer:
     """The code of one layer, rounded; its matrices are kept in ``file``, or read from it."""
     generator = torch.Generator().manual_seed(config.seed)
     n_keys = min(bank.n_tokens, config.keys_per_dim * layer.head_dim)
@@ -261,12 +260,12 @@ def _learned(
     def learn() -> dict[int, Tensor]:
         if config.code == "rotation":
             learning = replace(config.rotation, seed=config.seed)
-            return {0: learned_matrices(centred, learning)}
+            return {0: learn_matrices(centred, learning)}
         metric = query_metric([bank.queries(i) for i in readers], layer.n_heads, config.lattice)
         return {0: learn_basis(centred, metric, config.lattice), 1: metric.float()}
 
-    found = learn() if file is None else remembered(file, learn)
-    code = LayerCodec(found[0], centering, config.scale_rule, metric=found.get(1)).rounded()
+    found = learn() if file is None else load_or_compute(file, learn)
+    code = SignQuantizer(found[0], centering, config.scale_rule, metric=found.get(1)).rounded()
     if config.temperature and layer.softcap is None:
         code = replace(code, temperature=fit_temperature(code, _few(bank, layer.index), layer))
     return code
@@ -288,7 +287,7 @@ def _hash(pieces: Sequence[Passage]) -> str:
     return digest.hexdigest()
 
 
-def _identity(loaded: LoadedModel, text: Text, config: CalibrateConfig) -> str:
+def _identity(loaded: LoadedModel, text: Text, config: CalibrationConfig) -> str:
     """What kept results depend on: the model, the text, the library and the configuration."""
     sides = [
         hashlib.sha256("".join(d.text for d in side).encode()).hexdigest()

@@ -20,7 +20,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 """Root of the source tree: it holds ``models/``, ``results/``, ``book/`` and ``claims.yml``."""
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """A path as messages show it: relative to the source tree where it lies inside."""
     full = Path(path).absolute()
     return full.relative_to(PROJECT).as_posix() if full.is_relative_to(PROJECT) else str(path)
@@ -60,12 +60,12 @@ def write_tensors(
         os.chmod(building, 0o644)  # safetensors gives 0600, which a checkout would not
         os.replace(building, path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {shown(path)}: {error}") from None
+        raise InputError(f"cannot write {display_path(path)}: {error}") from None
     finally:
         building.unlink(missing_ok=True)
 
 
-def remembered(file: Path, make: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:
+def load_or_compute(file: Path, make: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:
     """Tensors by number, read from ``file`` if an earlier run got that far, else made and kept.
 
     Raises ``IntegrityError`` if the file is damaged.
@@ -76,7 +76,7 @@ def remembered(file: Path, make: Callable[[], Mapping[int, Tensor]]) -> dict[int
         found = {int(number): tensor for number, tensor in load_file(file).items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise IntegrityError(
-            f"{shown(file)} is damaged ({error}): delete it and run again"
+            f"{display_path(file)} is damaged ({error}): delete it and run again"
         ) from None
     return dict(sorted(found.items()))
 
@@ -102,12 +102,12 @@ class Scratch:
             return json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise IntegrityError(
-                f"{shown(file)} is damaged ({error}): delete it and run again"
+                f"{display_path(file)} is damaged ({error}): delete it and run again"
             ) from None
 
     def tensors(self, name: str, make: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:
-        """As `remembered`."""
-        return remembered(self.file(name, ".safetensors"), make)
+        """As `load_or_compute`."""
+        return load_or_compute(self.file(name, ".safetensors"), make)
 
     def file(self, name: str, suffix: str) -> Path:
         """Where what has that name is kept."""
@@ -125,6 +125,6 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(
-            f"cannot write to {shown(folder)} ({error.strerror}): "
+            f"cannot write to {display_path(folder)} ({error.strerror}): "
             "make it a folder that you may write to"
         ) from None

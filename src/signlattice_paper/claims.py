@@ -15,7 +15,7 @@ import yaml
 from IPython.display import Markdown
 
 from signlattice.errors import InputError, IntegrityError
-from signlattice.io import PROJECT, shown
+from signlattice.io import PROJECT, display_path
 from signlattice_paper.records import Metric, RunRecord
 from signlattice_paper.tables import anchor, provenance
 
@@ -94,7 +94,7 @@ def load_claims(path: Path = CLAIMS) -> dict[str, Claim]:
                 raise InputError(f"its number {claim.number} is taken by an earlier claim")
         except InputError as error:
             name = entry.get("id") if isinstance(entry, dict) else None
-            raise IntegrityError(f"{shown(path)}, claim {name or place}: {error}") from None
+            raise IntegrityError(f"{display_path(path)}, claim {name or place}: {error}") from None
         claims[claim.id] = claim
     return claims
 
@@ -107,12 +107,14 @@ def read_entries(path: Path, name: str) -> list[Any]:
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read the {name} {shown(path)} ({error.strerror})") from None
+        raise InputError(
+            f"cannot read the {name} {display_path(path)} ({error.strerror})"
+        ) from None
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", -1) + 1
-        raise IntegrityError(f"{shown(path)} is not YAML: look at line {line}") from None
+        raise IntegrityError(f"{display_path(path)} is not YAML: look at line {line}") from None
     if not isinstance(entries, list) or not entries:
-        raise IntegrityError(f"{shown(path)} must be a list of {name}")
+        raise IntegrityError(f"{display_path(path)} must be a list of {name}")
     return entries
 
 

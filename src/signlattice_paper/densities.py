@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import betaincinv, betaln, gammaincinv, gammaln, xlog1py
 
-from signlattice.beta import GAUSSIAN_BETA, rank_ceiling
+from signlattice.alignment import GAUSSIAN_BETA, rank_ceiling
 from signlattice.errors import InputError
 
 __all__ = ["LOWEST_BETA", "REGIMES", "Density", "density", "effective_rank"]

@@ -32,7 +32,7 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from signlattice.errors import InputError, IntegrityError
-from signlattice.io import PROJECT, check_writable, shown, write_text
+from signlattice.io import PROJECT, check_writable, display_path, write_text
 from signlattice_paper import records
 from signlattice_paper.records import Metric
 
@@ -72,11 +72,15 @@ def read(path: Path) -> NotebookNode:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"cannot read the notebook {shown(path)} ({error.strerror})") from None
+        raise InputError(
+            f"cannot read the notebook {display_path(path)} ({error.strerror})"
+        ) from None
     try:
         return nbformat.reads(text, as_version=4)
     except Exception:  # nbformat raises whatever its parser or its schema raises
-        raise IntegrityError(f"{shown(path)} is not a notebook (.ipynb, version 4)") from None
+        raise IntegrityError(
+            f"{display_path(path)} is not a notebook (.ipynb, version 4)"
+        ) from None
 
 
 def parameters(nb: NotebookNode) -> dict[str, Any]:
@@ -126,7 +130,9 @@ def run(
     except PapermillExecutionError as error:
         raise NotebookError(_failure(path, error)) from None
     except (CellTimeoutError, DeadKernelError) as error:
-        raise NotebookError(f"{shown(path)}: the kernel stopped: {_one_line(str(error))}") from None
+        raise NotebookError(
+            f"{display_path(path)}: the kernel stopped: {_one_line(str(error))}"
+        ) from None
     write_text(target, to_text(normalise(executed)))
 
 
@@ -190,7 +196,7 @@ def problems(path: Path) -> tuple[str, ...]:
                 found.append(f"cell {index} wrote to stderr: {_one_line(output.text)}")
     if to_text(normalise(nb)) != Path(path).read_text(encoding="utf-8"):
         found.append("not normalised: write it with `normalise`")
-    return tuple(f"{shown(path)}: {line}" for line in found)
+    return tuple(f"{display_path(path)}: {line}" for line in found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -229,7 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run_all(options.notebooks, values, options.times, options.out)
         if options.command == "normalise":
             for path in options.notebooks:
-                print(f"{shown(path)}: {'normalised' if normalise_file(path) else 'unchanged'}")
+                print(
+                    f"{display_path(path)}: {'normalised' if normalise_file(path) else 'unchanged'}"
+                )
             return 0
         found = [line for path in options.notebooks for line in problems(path)]
         print("\n".join(found) or f"{len(options.notebooks)} notebooks ready")
@@ -251,8 +259,8 @@ def _run_all(
     rows = []
     for number, path in enumerate(paths, start=1):
         started = time.perf_counter()
-        run(path, values, progress=f"[{number}/{len(paths)}] {shown(path)}", out=out)
-        rows.append({"notebook": shown(path), "seconds": time.perf_counter() - started})
+        run(path, values, progress=f"[{number}/{len(paths)}] {display_path(path)}", out=out)
+        rows.append({"notebook": display_path(path), "seconds": time.perf_counter() - started})
     if timing is not None:
         size = Metric(environment_bytes() / 1e9)
         print(timing.finish({"notebooks": rows, "environment_gigabytes": size}).save())
@@ -279,18 +287,20 @@ def _changed_parameters(nb: NotebookNode, values: Mapping[str, Any], path: Path)
     try:
         defaults = parameters(nb)
     except (SyntaxError, ValueError):
-        raise InputError(f"{shown(path)}: its parameters cell must hold plain values") from None
+        raise InputError(
+            f"{display_path(path)}: its parameters cell must hold plain values"
+        ) from None
     for name, value in values.items():
         if name not in defaults:
             valid = ", ".join(defaults) or "none: no cell is tagged 'parameters'"
-            raise InputError(f"{shown(path)} has no parameter {name!r}; it has {valid}")
+            raise InputError(f"{display_path(path)} has no parameter {name!r}; it has {valid}")
         default = defaults[name]
         kinds = (int, float) if isinstance(default, float) else type(default)
         if default is not None and (
             not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)
         ):
             raise InputError(
-                f"{shown(path)}: parameter {name}={value!r} must be "
+                f"{display_path(path)}: parameter {name}={value!r} must be "
                 f"of type {type(default).__name__}, as its default {default!r}"
             )
     return {name: value for name, value in values.items() if value != defaults[name]}
@@ -329,7 +339,7 @@ def _own_kernel() -> Iterator[None]:
 def _failure(path: Path, error: PapermillExecutionError) -> str:
     first = next((line for line in error.source.splitlines() if line.strip()), "").strip()
     where = f"cell {error.cell_index}" + (f" ({first[:40]!r})" if first else "")
-    return f"{shown(path)}: {where}: {error.ename}: {_one_line(error.evalue)}"
+    return f"{display_path(path)}: {where}: {error.ename}: {_one_line(error.evalue)}"
 
 
 def _one_line(text: str) -> str:
@@ -431,7 +441,7 @@ def _places(nb: NotebookNode, state: Mapping[str, Any]) -> dict[str, int]:
     return place
 
 
-def located(name: str) -> str:
+def resolve_from_root(name: str) -> str:
     """A path of a lab's parameters, which begins at the project's root; what is no path, as it is.
 
     Labs are executed in their own folder, and whoever names a file to them stands in the root.

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from signlattice.errors import InputError, IntegrityError
-from signlattice.io import PROJECT, check_writable, shown, write_text
+from signlattice.io import PROJECT, check_writable, display_path, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -217,12 +217,12 @@ def read(lab: str, model: str, results: Path = RESULTS) -> RunRecord:
     path = records_path(lab, model, results)
     if not path.exists():
         raise InputError(
-            f"no record {shown(path)}: make it with `make lab LAB={lab} MODEL={model}`"
+            f"no record {display_path(path)}: make it with `make lab LAB={lab} MODEL={model}`"
         )
     record = load(path)
     if (record.lab, record.model) != (lab, model):
         raise IntegrityError(
-            f"{shown(path)} is the record of {record.lab}/{record.model}: "
+            f"{display_path(path)} is the record of {record.lab}/{record.model}: "
             f"make its own with `make lab LAB={lab} MODEL={model}`"
         )
     return record
@@ -251,13 +251,17 @@ def load(path: Path) -> RunRecord:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read the record {shown(path)} ({error.strerror})") from None
+        raise InputError(
+            f"cannot read the record {display_path(path)} ({error.strerror})"
+        ) from None
     except ValueError:
-        raise IntegrityError(f"{shown(path)} is not JSON: restore it or rerun its lab") from None
+        raise IntegrityError(
+            f"{display_path(path)} is not JSON: restore it or rerun its lab"
+        ) from None
     try:
         return _record(content)
     except InputError as error:
-        raise IntegrityError(f"{shown(path)} is no record: {error}") from None
+        raise IntegrityError(f"{display_path(path)} is no record: {error}") from None
 
 
 def source_state(project: Path = PROJECT) -> tuple[str | None, bool | None]:
@@ -341,7 +345,7 @@ def _plain(value: Any, name: str) -> Any:
     if value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, Path):
-        return shown(value)
+        return display_path(value)
     raise InputError(f"{name} is a {type(value).__name__}: a record holds plain values only")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from IPython.display import Markdown
 
 from signlattice.errors import InputError
-from signlattice.io import PROJECT, shown
+from signlattice.io import PROJECT, display_path
 from signlattice_paper.records import Row, RunRecord, read, records_path
 
 
@@ -52,7 +52,7 @@ def recorded(
     if not path.exists():
         command = _command(lab, model)
         return Markdown(
-            f"**Not run.** There is no record `{shown(path)}` yet; `{command}` makes it, and the "
+            f"**Not run.** There is no record `{display_path(path)}` yet; `{command}` makes it, and the "
             "next run of this page shows its table here."
         )
     record = read(lab, model)

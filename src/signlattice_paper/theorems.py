@@ -14,7 +14,7 @@ from typing import Any
 from IPython.display import Markdown
 
 from signlattice.errors import InputError, IntegrityError
-from signlattice.io import PROJECT, shown
+from signlattice.io import PROJECT, display_path
 from signlattice_paper.claims import CHAPTERS, Claim, read_entries
 
 THEOREMS = PROJECT / "theorems.yml"
@@ -71,7 +71,9 @@ def load_theorems(claims: Mapping[str, Claim], path: Path = THEOREMS) -> dict[st
                 raise InputError("its id is taken by an earlier theorem")
         except InputError as error:
             name = entry.get("id") if isinstance(entry, dict) else None
-            raise IntegrityError(f"{shown(path)}, theorem {name or place}: {error}") from None
+            raise IntegrityError(
+                f"{display_path(path)}, theorem {name or place}: {error}"
+            ) from None
         theorems[theorem.id] = theorem
     return theorems
 

@@ -42,14 +42,14 @@ def write(calculator: Locator, **numbers: object) -> None:
         calculator.locator(f"input[type=text][data-name={name}]").fill(told)
 
 
-def shown(calculator: Locator) -> int:
+def display_path(calculator: Locator) -> int:
     return int(calculator.locator(".kv-told").get_attribute("data-bytes"))
 
 
 @pytest.mark.parametrize("fmt", [FP16, FP8, PAPER], ids=lambda fmt: fmt.name)
 def test_named_formats_weigh_what_memory_says(calculator: Locator, fmt: CacheFormat) -> None:
     calculator.locator("select").nth(1).select_option(fmt.name)
-    assert shown(calculator) == kv_bytes(SHAPES[MODEL][0], fmt, 8192)
+    assert display_path(calculator) == kv_bytes(SHAPES[MODEL][0], fmt, 8192)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_any_numbers_weigh_what_memory_says(
     calculator: Locator, shape: KVShape, fmt: CacheFormat, length: int, batch: int
 ) -> None:
     write(calculator, **vars(shape), **format_settings(fmt), seq_len=length, batch=batch)
-    assert shown(calculator) == kv_bytes(shape, fmt, length, batch=batch)
+    assert display_path(calculator) == kv_bytes(shape, fmt, length, batch=batch)
 
 
 def test_bad_input_is_told_and_mended(calculator: Locator) -> None:

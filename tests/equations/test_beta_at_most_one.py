@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from signlattice.beta import beta, cosine, moment_ratio
+from signlattice.alignment import beta, cosine, moment_ratio
 
 MAGNITUDES = arrays(np.float64, st.integers(2, 40), elements=st.floats(0.01, 10))
 

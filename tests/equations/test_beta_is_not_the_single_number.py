@@ -13,7 +13,7 @@ import math
 import pytest
 import torch
 
-from signlattice.beta import beta, folded_normal_beta, haar_beta, relative_distortion
+from signlattice.alignment import beta, folded_normal_beta, haar_beta, relative_distortion
 from signlattice.hadamard import hadamard
 from signlattice.quantizers.centering import Centering
 from signlattice.rotations.fixed import srht

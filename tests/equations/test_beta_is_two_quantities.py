@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 
-from signlattice.beta import (
+from signlattice.alignment import (
     GAUSSIAN_BETA,
     GAUSSIAN_MOMENT_RATIO,
     beta,

@@ -13,7 +13,7 @@ import math
 import pytest
 import torch
 
-from signlattice.beta import beta
+from signlattice.alignment import beta
 from signlattice.rotations.fixed import haar
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from signlattice.beta import cosine
+from signlattice.alignment import cosine
 
 
 def cosine_between(a, b):

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from signlattice.beta import (
+from signlattice.alignment import (
     beta,
     elliptical_ceiling,
     folded_normal_beta,
@@ -25,7 +25,7 @@ from signlattice.beta import (
     relative_distortion,
 )
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations import synthetic
 from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.fixed import haar, identity, pca_hadamard
@@ -100,7 +100,7 @@ def test_keys_with_corners_of_their_own_gain_by_centering():
     for method in ("none", "token_mean"):
         centering = Centering.fit((planted.keys + shift)[None], method)
         learned = learn_rotation(centering.split((planted.keys + shift)[None])[0][0])
-        codec = LayerCodec(learned.matrix[None], centering, "mse")
+        codec = SignQuantizer(learned.matrix[None], centering, "mse")
         held_out = planted.held_out + shift
         decoded = codec.decode(codec.encode(held_out[None, None]))[0, 0]
         found[method] = beta(codec.rotated(held_out[None])), relative_distortion(held_out, decoded)
@@ -112,7 +112,9 @@ def test_keys_with_corners_of_their_own_gain_by_centering():
 def test_the_higher_beta_belongs_to_the_worse_code(noise, eta):
     keys, error = noise + math.sqrt(eta), {}
     for method in ("none", "dc"):
-        codec = LayerCodec(identity(D, dtype=torch.float64)[None].float(), Centering(method), "mse")
+        codec = SignQuantizer(
+            identity(D, dtype=torch.float64)[None].float(), Centering(method), "mse"
+        )
         decoded = codec.decode(codec.encode(keys.float()[None, None]))[0, 0]
         error[method] = relative_distortion(keys, decoded)
     closed = (1 + eta) * (1 - folded_normal_beta(eta) ** 2)

@@ -13,7 +13,7 @@ import pytest
 from scipy import integrate
 from scipy.special import digamma, gammaln, polygamma
 
-from signlattice.beta import GAUSSIAN_BETA, rank_ceiling
+from signlattice.alignment import GAUSSIAN_BETA, rank_ceiling
 from signlattice_paper.densities import density
 
 X = np.geomspace(0.01, 300, 4000)

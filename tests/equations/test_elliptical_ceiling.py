@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from signlattice.beta import beta, elliptical_ceiling, haar_beta, rank_ceiling
+from signlattice.alignment import beta, elliptical_ceiling, haar_beta, rank_ceiling
 from signlattice.rotations.fixed import haar, pca_hadamard, srht
 
 D, N = 64, 60_000

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize
 
-from signlattice.beta import elliptical_ceiling, haar_beta, rank_ceiling
+from signlattice.alignment import elliptical_ceiling, haar_beta, rank_ceiling
 from signlattice.hadamard import hadamard
 from signlattice.rotations.fixed import haar
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from signlattice.beta import GAUSSIAN_BETA, beta, haar_beta
+from signlattice.alignment import GAUSSIAN_BETA, beta, haar_beta
 from signlattice.rotations.fixed import haar
 
 

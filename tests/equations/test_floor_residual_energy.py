@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from signlattice.beta import GAUSSIAN_BETA, cosine, residual_energy
+from signlattice.alignment import GAUSSIAN_BETA, cosine, residual_energy
 from signlattice.rotations.fixed import haar
 
 

@@ -12,7 +12,7 @@ import math
 import pytest
 from scipy import integrate, stats
 
-from signlattice.beta import GAUSSIAN_BETA, GAUSSIAN_MOMENT_RATIO, haar_beta
+from signlattice.alignment import GAUSSIAN_BETA, GAUSSIAN_MOMENT_RATIO, haar_beta
 from signlattice_paper.densities import REGIMES, density
 
 

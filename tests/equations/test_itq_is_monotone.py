@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from signlattice.beta import beta
+from signlattice.alignment import beta
 from signlattice.kernels import polar
 from signlattice.rotations.fixed import haar
 

@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 
-from signlattice.beta import folded_normal_beta, haar_beta
+from signlattice.alignment import folded_normal_beta, haar_beta
 from signlattice.quantizers.centering import Centering
 from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.learned import learn_rotation

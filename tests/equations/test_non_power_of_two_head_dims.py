@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from signlattice.beta import beta, haar_beta
+from signlattice.alignment import beta, haar_beta
 from signlattice.hadamard import hadamard
 from signlattice.rotations.fixed import orthogonality_defect, srht
 

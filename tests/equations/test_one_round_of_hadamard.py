@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from signlattice.beta import GAUSSIAN_BETA, cosine
+from signlattice.alignment import GAUSSIAN_BETA, cosine
 from signlattice.hadamard import hadamard
 
 D = 12

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from signlattice.beta import GAUSSIAN_BETA, residual_energy
+from signlattice.alignment import GAUSSIAN_BETA, residual_energy
 
 
 @pytest.mark.parametrize(("learned", "ratio"), [(0.919, 2.3), (0.965, 5.3)])

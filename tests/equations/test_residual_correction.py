@@ -11,7 +11,7 @@ import math
 
 import pytest
 
-from signlattice.beta import beta
+from signlattice.alignment import beta
 from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.fixed import haar
 from signlattice.rotations.learned import learn_rotation

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from signlattice.beta import cosine
+from signlattice.alignment import cosine
 from signlattice.quantizers.scales import SCALE_RULES, token_scale
 
 LOSS = {"mse": lambda c: 1 - c**2, "norm": lambda c: 2 * (1 - c), "unbiased": lambda c: c**-2 - 1}

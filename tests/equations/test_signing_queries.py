@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from signlattice.beta import GAUSSIAN_BETA, beta
+from signlattice.alignment import GAUSSIAN_BETA, beta
 from signlattice.rotations.fixed import haar
 from signlattice_paper.densities import density
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 from scipy import integrate
 
-from signlattice.beta import rank_ceiling
+from signlattice.alignment import rank_ceiling
 from signlattice_paper.densities import REGIMES, density, effective_rank
 
 MEASURED = (0.919, 0.965)

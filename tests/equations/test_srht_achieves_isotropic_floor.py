@@ -13,7 +13,7 @@ import statistics
 import pytest
 import torch
 
-from signlattice.beta import beta, haar_beta
+from signlattice.alignment import beta, haar_beta
 from signlattice.rotations.fixed import haar, identity, srht
 
 SEEDS = range(60)

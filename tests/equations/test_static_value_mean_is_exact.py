@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from signlattice.models.hooks import attention_layers, states_seen_by
+from signlattice.models.hooks import attention_hook, attention_layers
 from signlattice.models.loading import load_model
 
 IDS = torch.arange(1, 61)[None] * 7 % 290
@@ -54,7 +54,7 @@ def test_in_a_model_it_may_become_a_bias_of_the_output_projection(folder, reques
         exact = model(IDS).logits
         found = []
         for each in (with_means_in_the_bias(model, means), model):
-            with states_seen_by(each, without_means):
+            with attention_hook(each, without_means):
                 found.append(each(IDS).logits)
     torch.testing.assert_close(found[0], exact, atol=1e-4, rtol=1e-4)
     assert (found[1] - exact).abs().max() > 100 * (found[0] - exact).abs().max()

@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 
-from signlattice.beta import beta, cosine, folded_normal_beta, rank_ceiling
+from signlattice.alignment import beta, cosine, folded_normal_beta, rank_ceiling
 from signlattice.hadamard import hadamard
 from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.fixed import haar, identity, orthogonality_defect

@@ -56,7 +56,7 @@ def _attention(
     shape, tokens, dv = (1, 2), 512, dv or d
     packed = kernels.PackedKeys.empty(*shape, tokens, d, dc=every)
     values = torch.zeros(*shape, tokens, dv, dtype=dtype)
-    sinks = kernels.WholeTokens(
+    sinks = kernels.FullPrecisionTokens(
         torch.zeros(*shape, 32, d, dtype=dtype),
         torch.zeros(*shape, 32, dv, dtype=dtype),
         torch.zeros(1, dtype=torch.int32),

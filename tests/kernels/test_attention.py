@@ -16,7 +16,7 @@ from signlattice import kernels
 from signlattice.errors import InputError
 from signlattice.kernels.attention import reference
 from signlattice.kernels.attention import triton as triton_attention
-from signlattice.kernels.layout import PackedKeys, PackedValues, WholeTokens
+from signlattice.kernels.layout import FullPrecisionTokens, PackedKeys, PackedValues
 from signlattice.kernels.unpack import reference as unpack
 
 ATOL = {torch.float16: 1e-5, torch.bfloat16: 1e-4, torch.float32: 1e-6}
@@ -65,7 +65,7 @@ class Inputs:
     length: Tensor
     scaling: float
     softcap: float | None
-    whole: WholeTokens | None
+    whole: FullPrecisionTokens | None
 
     def astuple(self) -> tuple:
         return tuple(vars(self).values())
@@ -108,7 +108,7 @@ def _inputs(case: Case, seed: int = 0) -> Inputs:
     return Inputs(query, keys, rotation, values, start, length, d**-0.5, case.softcap, whole)
 
 
-def _whole(case: Case, shape: tuple[int, int], dv: int) -> WholeTokens:
+def _whole(case: Case, shape: tuple[int, int], dv: int) -> FullPrecisionTokens:
     """From all of the whole tokens to none, in steps over the batch; the rest is NaN."""
     keys = torch.randn(*shape, case.n_whole, case.d).to(case.dtype)
     values = torch.randn(*shape, case.n_whole, dv).to(case.dtype)
@@ -116,7 +116,7 @@ def _whole(case: Case, shape: tuple[int, int], dv: int) -> WholeTokens:
     unused = torch.arange(case.n_whole) >= length[:, None]
     for tensor in (keys, values):
         tensor.movedim(2, 1)[unused] = torch.nan
-    return WholeTokens(keys, values, length)
+    return FullPrecisionTokens(keys, values, length)
 
 
 def _triton(x: Inputs) -> Tensor:
@@ -179,7 +179,7 @@ def test_values_of_another_size_than_keys(d: int, dv: int, bits: int) -> None:
 
 def test_whole_tokens_and_values_of_other_dtypes_than_the_query() -> None:
     x = _inputs(Case(dtype=torch.float32, n_whole=9))
-    whole = WholeTokens(x.whole.keys.half(), x.whole.values.half(), x.whole.length)
+    whole = FullPrecisionTokens(x.whole.keys.half(), x.whole.values.half(), x.whole.length)
     x = replace(x, values=x.values.half(), whole=whole)
     _judge(_triton(x), x)
 
@@ -290,7 +290,7 @@ def test_a_sequence_is_the_same_in_a_batch_and_alone(monkeypatch: pytest.MonkeyP
         rows = slice(b, b + 1)
         keys = PackedKeys(x.keys.words[rows], x.keys.scale[rows], x.keys.dc[rows])
         v = x.values
-        whole = WholeTokens(x.whole.keys[rows], x.whole.values[rows], x.whole.length[rows])
+        whole = FullPrecisionTokens(x.whole.keys[rows], x.whole.values[rows], x.whole.length[rows])
         return replace(
             x,
             query=x.query[rows],
@@ -340,7 +340,7 @@ def test_a_static_mean_cancels() -> None:
     keys = PackedKeys.empty(1, 1, room, d, device=DEVICE)
     kernels.pack_into(keys, k, rotation, _int32(0), mean=mean, impl="torch")
     sinks = torch.randn(1, 1, 4, d) + mean[:, None]
-    whole = WholeTokens(sinks - mean[:, None], torch.randn(1, 1, 4, d), _int32(4))
+    whole = FullPrecisionTokens(sinks - mean[:, None], torch.randn(1, 1, 4, d), _int32(4))
     got = kernels.decode_attention(
         query, keys, rotation, values, scaling=d**-0.5, whole=whole, impl="triton"
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from signlattice import kernels
 from signlattice.kernels.attention import bf16_loop, cpu, cpu_loop, reference, vectors
-from signlattice.kernels.layout import PackedKeys, PackedValues, WholeTokens
+from signlattice.kernels.layout import FullPrecisionTokens, PackedKeys, PackedValues
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -87,7 +87,7 @@ def _arguments(
         count = torch.randint(0, n_whole + 1, (batch,), dtype=torch.int32)
         for x in kept:
             x[(torch.arange(n_whole) >= count[:, None])[:, None].expand(x.shape[:3])] = torch.nan
-        whole = WholeTokens(*kept, count)
+        whole = FullPrecisionTokens(*kept, count)
     query = (2 * torch.randn(batch, n_heads * group, d)).to(dtype)
     rotation = torch.linalg.qr(torch.randn(n_heads, d, d))[0]
     return query, keys, rotation, values, begin, end, d**-0.5, softcap, whole
@@ -108,7 +108,7 @@ def _clean(arguments: tuple) -> tuple:
         values = PackedValues(values.words, scale, zero, values.bits)
     if whole is not None:
         kept = whole.keys.nan_to_num(0.0), whole.values.nan_to_num(0.0)
-        whole = WholeTokens(*kept, whole.length)
+        whole = FullPrecisionTokens(*kept, whole.length)
     return query, keys, rotation, values, *rest, whole
 
 

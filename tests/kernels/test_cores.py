@@ -25,7 +25,7 @@ def test_work_is_done_by_so_many_threads_at_once(n: int, either_pool: None) -> N
         meeting.wait()  # passes only if all are there together
         seen.append(threading.get_ident())
 
-    cores.by_all(work, n)
+    cores.run_on_all_threads(work, n)
     assert len(set(seen)) == n and threading.get_ident() in seen
 
 
@@ -39,21 +39,21 @@ def test_an_exception_of_any_thread_is_raised_and_the_next_call_works(either_poo
             raise ValueError("from another thread")
 
     with pytest.raises(ValueError, match="from another thread"):
-        cores.by_all(work, 2)
+        cores.run_on_all_threads(work, 2)
     done = []
-    cores.by_all(lambda: done.append(1), 2)
+    cores.run_on_all_threads(lambda: done.append(1), 2)
     assert len(done) == 2
 
 
 def test_torch_computes_as_before_after_its_threads_were_borrowed(either_pool: None) -> None:
     a = torch.randn(600, 600, generator=torch.Generator().manual_seed(0))
     before = a @ a
-    cores.by_all(lambda: None, torch.get_num_threads())
+    cores.run_on_all_threads(lambda: None, torch.get_num_threads())
     assert torch.equal(a @ a, before)
 
 
 def test_threads_to_come_compute_with_as_many_threads_as_before() -> None:
     n = torch.get_num_threads()
-    cores.shared_out(torch.linalg.inv, torch.eye(3).expand(4, 3, 3))
+    cores.map_matrices(torch.linalg.inv, torch.eye(3).expand(4, 3, 3))
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(torch.get_num_threads).result() == n

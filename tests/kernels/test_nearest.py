@@ -173,11 +173,11 @@ def test_threads_share_the_vectors(threads, monkeypatch):
     correlations, gram = problem(2, 3, 41, 32)
     used = []
 
-    def counted(work, n, by_all=cores.by_all):
+    def counted(work, n, run_on_all_threads=cores.run_on_all_threads):
         used.append(n)
-        by_all(work, n)
+        run_on_all_threads(work, n)
 
-    monkeypatch.setattr(cpu, "by_all", counted)
+    monkeypatch.setattr(cpu, "run_on_all_threads", counted)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert_found(cpu.nearest_signs(correlations, gram, 2), correlations, gram, 2)
     cpu.nearest_signs(correlations[:, :, :1], gram, 2)

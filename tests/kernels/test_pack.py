@@ -14,7 +14,7 @@ from signlattice.kernels.layout import PackedKeys
 from signlattice.kernels.pack import reference, triton
 from signlattice.kernels.pack.reference import RULES
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 
 ROUNDING = 2.0**-10
 """By how much of a key's length 11 bits of it and of the rotation move a rotated coordinate."""
@@ -192,7 +192,7 @@ def test_a_cache_holds_what_the_codec_encodes(rule, method, impl):
     keys, rotation = random_keys(2, 3, 11, 64), random_rotation(3, 64)
     centering = Centering.fit(keys.transpose(0, 1).flatten(1, 2), method)
     temperature = torch.rand(3, device=DEVICE) + 0.5
-    codec = LayerCodec(rotation, centering, rule, temperature)
+    codec = SignQuantizer(rotation, centering, rule, temperature)
     packed = poisoned(2, 3, 11, 64, dc=method == "dc")
     kernels.pack_into(
         packed,

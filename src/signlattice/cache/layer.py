@@ -17,26 +17,26 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import CacheLayerMixin
 
 from signlattice import kernels
-from signlattice.cache.masks import MaskReader, Seen
+from signlattice.cache.masks import MaskCache, Seen
 from signlattice.cache.storage import (
     PAGE,
+    FullPrecisionStorage,
+    IntegerStorage,
     KeyFormat,
-    RoundedStore,
-    SignStore,
+    SignStorage,
     Store,
     ValueFormat,
-    WholeStore,
-    key_store,
-    value_store,
+    key_storage,
+    value_storage,
 )
 from signlattice.errors import InputError
 from signlattice.kernels import Impl
-from signlattice.kernels.layout import WholeTokens
+from signlattice.kernels.layout import FullPrecisionTokens
 from signlattice.memory import KVShape
 from signlattice.models.hooks import AttentionLayer
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 
-NewStores = Callable[[torch.dtype], tuple[Store, Store]]
+NewStorages = Callable[[torch.dtype], tuple[Store, Store]]
 """Makes empty stores of keys and of values; the dtype is that of what is whole."""
 
 BLOCK = 256
@@ -66,7 +66,7 @@ class LayerFormat:
 
 
 @dataclass(frozen=True)
-class LayerWeight:
+class LayerFootprint:
     """What a layer holds.
 
     Attributes:
@@ -100,27 +100,27 @@ class LayerWeight:
 
 
 class PackedLayer(CacheLayerMixin):
-    """A cache layer, of all tokens or of a sliding window, that returns `LayerTokens`."""
+    """A cache layer, of all tokens or of a sliding window, that returns `PackedKV`."""
 
     is_croppable = True
 
     def __init__(
-        self, layer: AttentionLayer, fmt: LayerFormat, code: LayerCodec | None, reader: MaskReader
+        self, layer: AttentionLayer, fmt: LayerFormat, code: SignQuantizer | None, reader: MaskCache
     ) -> None:
         super().__init__()
         self.layer = layer
         self.format = fmt
         self.code = code
         self.reader = reader
-        self.new_stores: NewStores = self._stores_by_format
+        self.new_storages: NewStorages = self._storages_by_format
         self.is_sliding = layer.window is not None
         self._clear()
 
     def _clear(self) -> None:
         self.n_tokens = 0
         self.first = 0  # token of slot 0
-        self.key_store: Store | None = None
-        self.value_store: Store | None = None
+        self.key_storage: Store | None = None
+        self.value_storage: Store | None = None
         self.recent: dict[str, Tensor] = {}  # keys and values [B, H, R, D] of the last tokens
         self.sinks: dict[str, Tensor] = {}  # keys and values [B, H, S, D]
         self.is_initialized = False
@@ -145,20 +145,20 @@ class PackedLayer(CacheLayerMixin):
         if self.code is not None:
             self.code = self.code.to(self.device)
             self.mean = self.code.centering.mean
-        self.key_store, self.value_store = self.new_stores(self.dtype)
+        self.key_storage, self.value_storage = self.new_storages(self.dtype)
         for kept, n in ((self.recent, 0), (self.sinks, self.format.sinks)):
             kept["keys"] = key_states.new_zeros((batch, n_heads, n, d), dtype=self.dtype)
             shape = (batch, n_heads, n, value_states.shape[-1])
             kept["values"] = value_states.new_zeros(shape, dtype=self.dtype)
         self.is_initialized = True
 
-    def _stores_by_format(self, dtype: torch.dtype) -> tuple[Store, Store]:
+    def _storages_by_format(self, dtype: torch.dtype) -> tuple[Store, Store]:
         fmt = self.format
-        return key_store(fmt.keys, dtype, self.code, fmt.impl), value_store(fmt.values, dtype)
+        return key_storage(fmt.keys, dtype, self.code, fmt.impl), value_storage(fmt.values, dtype)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
-    ) -> tuple[LayerTokens, LayerTokens]:
+    ) -> tuple[PackedKV, PackedKV]:
         """Take in T new tokens; what comes back attends to them and to all before."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -168,8 +168,8 @@ class PackedLayer(CacheLayerMixin):
                 f"{key_states.shape[0]} sequences for a cache that holds {batch}: use another cache"
             )
         at = self.n_tokens - self.first
-        self.key_store.append(at, key_states)
-        self.value_store.append(at, value_states)
+        self.key_storage.append(at, key_states)
+        self.value_storage.append(at, value_states)
         self.n_tokens += key_states.shape[2]
         centred = key_states
         if self.mean is not None:
@@ -178,12 +178,12 @@ class PackedLayer(CacheLayerMixin):
             "keys": torch.cat((self.recent["keys"], centred.to(self.dtype)), 2),
             "values": torch.cat((self.recent["values"], value_states.to(self.dtype)), 2),
         }
-        tokens = LayerTokens(
+        tokens = PackedKV(
             self,
             self.n_tokens,
             self.first,
-            self.key_store,
-            self.value_store,
+            self.key_storage,
+            self.value_storage,
             whole["keys"],
             whole["values"],
         )
@@ -201,11 +201,11 @@ class PackedLayer(CacheLayerMixin):
         first = self.n_tokens - self.layer.window - self.format.spare
         if first - self.first >= PAGE:
             cut = first - self.first, self.n_tokens - self.first
-            self.key_store = self.key_store.without(*cut)
-            self.value_store = self.value_store.without(*cut)
+            self.key_storage = self.key_storage.without(*cut)
+            self.value_storage = self.value_storage.without(*cut)
             self.first = first
 
-    def keep_sinks(self, tokens: LayerTokens, seen: Seen) -> None:
+    def keep_sinks(self, tokens: PackedKV, seen: Seen) -> None:
         """Keep the first tokens of every sequence, as far as they are among those just seen."""
         n_sinks, n_whole = self.format.sinks, tokens.keys.shape[2]
         first_whole = tokens.n_tokens - n_whole
@@ -219,25 +219,25 @@ class PackedLayer(CacheLayerMixin):
             new = whole.gather(2, place.expand(*old.shape))
             self.sinks[name] = torch.where(there, new, old)
 
-    def weight(self) -> LayerWeight:
+    def weight(self) -> LayerFootprint:
         """What the layer holds, in bytes. It must have taken in a token."""
-        recent, keys = self.recent["keys"], self.key_store
+        recent, keys = self.recent["keys"], self.key_storage
         batch, n_heads, n_recent, d = recent.shape
         n_slots = self.n_tokens - self.first
         shape = KVShape(1, n_heads, d, self.recent["values"].shape[-1])
         n_seen = n_slots if self.layer.window is None else min(n_slots, self.layer.window)
         n_whole = min(n_seen, min(n_recent, self.format.window) + self.format.sinks)
         bits = {}
-        for name, store in (("keys", keys), ("values", self.value_store)):
+        for name, store in (("keys", keys), ("values", self.value_storage)):
             bits[name] = 8 * store.n_bytes // (batch * n_heads * store.room)
-        return LayerWeight(
+        return LayerFootprint(
             shape,
             batch,
             n_slots,
             n_seen,
             batch * n_heads * (n_seen - n_whole),
             bits,
-            {"keys": keys.n_bytes, "values": self.value_store.n_bytes},
+            {"keys": keys.n_bytes, "values": self.value_storage.n_bytes},
             {name: tensor.untyped_storage().nbytes() for name, tensor in self.recent.items()},
             {name: tensor.untyped_storage().nbytes() for name, tensor in self.sinks.items()},
         )
@@ -309,7 +309,7 @@ class PackedLayer(CacheLayerMixin):
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
             return
-        for store in (self.key_store, self.value_store):
+        for store in (self.key_storage, self.value_storage):
             store.each(change)
         for kept in (self.recent, self.sinks):
             for name, tensor in kept.items():
@@ -317,7 +317,7 @@ class PackedLayer(CacheLayerMixin):
 
 
 @dataclass(frozen=True)
-class LayerTokens:
+class PackedKV:
     """The tokens of a layer as one call sees them; stands in the place of keys and of values.
 
     ``keys`` [B, H, R, D] and ``values`` [B, H, R, Dv]: the last R of ``n_tokens``, whole, keys
@@ -328,12 +328,12 @@ class LayerTokens:
     layer: PackedLayer
     n_tokens: int
     first: int
-    key_store: Store
-    value_store: Store
+    key_storage: Store
+    value_storage: Store
     keys: Tensor
     values: Tensor
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> LayerTokens:
+    def to(self, device: torch.device, non_blocking: bool = False) -> PackedKV:
         """Themselves. Raises ``InputError`` where a reader of their keys is on another device."""
         if torch.device(device) != self.keys.device:
             raise InputError(
@@ -343,7 +343,7 @@ class LayerTokens:
         return self
 
     def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None) -> Tensor:
-        """See `attention.CachedTokens`. A single new token is attended from by the kernels."""
+        """See `attention.AttendableKV`. A single new token is attended from by the kernels."""
         layer = self.layer
         seen = layer.reader.read(mask, len(query), self.n_tokens, query.device)
         layer.keep_sinks(self, seen)
@@ -357,12 +357,12 @@ class LayerTokens:
         return torch.cat(blocks, 2)
 
     def _in_kernels(self) -> bool:
-        values = self.value_store
-        whole = isinstance(values, WholeStore) and values.dtype != torch.float8_e4m3fn
-        rounded = isinstance(values, RoundedStore)
+        values = self.value_storage
+        whole = isinstance(values, FullPrecisionStorage) and values.dtype != torch.float8_e4m3fn
+        rounded = isinstance(values, IntegerStorage)
         group = self.layer.layer.n_query_heads // self.layer.layer.n_heads
         return (
-            isinstance(self.key_store, SignStore)
+            isinstance(self.key_storage, SignStorage)
             and (whole or rounded)
             and group <= kernels.MAX_GROUP
             and self.values.shape[-1] in kernels.HEAD_DIMS
@@ -379,17 +379,17 @@ class LayerTokens:
         first_packed = (start + n_sinks).clamp(max=end) - self.first
         recent = slice(self.keys.shape[2] - n_recent, None)
         # newest first: what is there of a sequence that is shorter than the window is a prefix
-        whole = WholeTokens(
+        whole = FullPrecisionTokens(
             torch.cat((self.keys[:, :, recent].flip(2), layer.sinks["keys"]), 2),
             torch.cat((self.values[:, :, recent].flip(2), layer.sinks["values"]), 2),
             (n - start).clamp(max=n_recent) + (end - start).clamp(0, n_sinks),
         )
-        values = self.value_store
+        values = self.value_storage
         return kernels.decode_attention(
             query[:, :, 0],
-            self.key_store.packed,
+            self.key_storage.packed,
             layer.code.basis,
-            values.packed if isinstance(values, RoundedStore) else values.vectors,
+            values.packed if isinstance(values, IntegerStorage) else values.vectors,
             scaling=info.scaling,
             start=first_packed.clamp_min(0).int(),
             length=torch.full_like(start, end - self.first),
@@ -439,9 +439,9 @@ class LayerTokens:
         dtype = query.dtype
         slots = first_packed - self.first, end_packed - self.first
         here = slice(first_whole - oldest_whole, highest + 1 - oldest_whole)
-        keys = (self.key_store.read(*slots, dtype), self.keys[:, :, here], layer.sinks["keys"])
+        keys = (self.key_storage.read(*slots, dtype), self.keys[:, :, here], layer.sinks["keys"])
         values = (
-            self.value_store.read(*slots, dtype),
+            self.value_storage.read(*slots, dtype),
             self.values[:, :, here],
             layer.sinks["values"],
         )

@@ -34,7 +34,7 @@ class Seen:
         return cls(start.int(), int(start.max()), plain)
 
 
-class MaskReader:
+class MaskCache:
     """Reads each mask once: all layers of a kind are given the same one.
 
     It does not keep the mask, which for a long prompt outweighs the cache.

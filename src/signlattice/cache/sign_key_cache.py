@@ -14,15 +14,15 @@ from transformers.cache_utils import (
 )
 
 from signlattice.cache.layer import LayerFormat, PackedLayer
-from signlattice.cache.masks import MaskReader
+from signlattice.cache.masks import MaskCache
 from signlattice.cache.storage import KEY_FORMATS, PAGE, VALUE_FORMATS, KeyFormat, ValueFormat
 from signlattice.errors import InputError
 from signlattice.kernels import HEAD_DIMS, Impl
 from signlattice.memory import CacheFormat, EffectiveBits, packed_cache_bytes
-from signlattice.models.hooks import AttentionLayer, attention_layers, open_attention
+from signlattice.models.hooks import AttentionLayer, attach_attention, attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 
 SlidingLayers = Literal["whole", "packed"]
 
@@ -119,7 +119,7 @@ class SignKeyCache(Cache):
         cache = SignKeyCache(model, codec)
         model.generate(**inputs, past_key_values=cache)
 
-    The model attends through `attention.open_attention` from then on, which changes nothing for
+    The model attends through `attention.attach_attention` from then on, which changes nothing for
     other caches. Give a `LoadedModel` to have its weights compared with those that the codec was
     learned on; of a model of transformers itself only the shapes can be.
 
@@ -146,7 +146,7 @@ class SignKeyCache(Cache):
         found = attention_layers(model)
         packed = _packed_layers(found, codec, config)
         text = model.config.get_text_config(decoder=True)
-        readers = {True: MaskReader(), False: MaskReader()}  # sliding layers have their own masks
+        readers = {True: MaskCache(), False: MaskCache()}  # sliding layers have their own masks
         layers = []
         for index, (kind, arguments) in enumerate(zip(*get_layer_types_and_kwargs(text))):
             layer = found.get(index)
@@ -161,7 +161,7 @@ class SignKeyCache(Cache):
             layers.append(PackedLayer(layer, fmt, packed.get(index), reader))
         super().__init__(layers=layers)
         self.packed_layers: list[PackedLayer] = [layers[index] for index in sorted(packed)]
-        open_attention(model)
+        attach_attention(model)
 
     def stats(self) -> CacheStats:
         """What is in the cache now."""
@@ -265,7 +265,7 @@ def _bits(bits: dict[str, int], n: dict[str, int]) -> EffectiveBits:
 
 def _packed_layers(
     layers: dict[int, AttentionLayer], codec: KeyCodec | None, config: CacheConfig
-) -> dict[int, LayerCodec | None]:
+) -> dict[int, SignQuantizer | None]:
     """The layers that are to be packed, each with its code if there is one."""
     owners = {index: layer for index, layer in layers.items() if layer.owns_keys}
     n_layers = max(layers) + 1
@@ -277,7 +277,7 @@ def _packed_layers(
         raise InputError(
             f"the codec has layers {missing}: the model has keys in layers {sorted(owners)}"
         )
-    chosen: dict[int, LayerCodec | None] = {}
+    chosen: dict[int, SignQuantizer | None] = {}
     for index, layer in owners.items():
         if index in exempt or (layer.window is not None and config.sliding == "whole"):
             continue
@@ -295,7 +295,7 @@ def _packed_layers(
     return chosen
 
 
-def _checked(code: LayerCodec, layer: AttentionLayer) -> LayerCodec:
+def _checked(code: SignQuantizer, layer: AttentionLayer) -> SignQuantizer:
     if (code.n_heads, code.head_dim) != (layer.n_heads, layer.head_dim):
         raise InputError(
             f"the codec of layer {layer.index} is for {code.n_heads} heads of {code.head_dim}: "

@@ -1,6 +1,6 @@
 """A model whose keys, values or queries are read through any code: all at once, or from a cache.
 
-`seen_through` codes everything that a layer's attention looks at. `CodedCache` does so in the cache
+`quantized_attention` codes everything that a layer's attention looks at. `SimulatedCache` does so in the cache
 that `generate()` uses, with a window and sinks that stay whole. Both are for measuring: vectors are
 kept as they are and coded when they are read.
 """
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from signlattice.cache.sign_key_cache import CacheConfig, CacheStats, SignKeyCache
-from signlattice.cache.storage import CodeStore, Store, WholeStore
+from signlattice.cache.storage import FullPrecisionStorage, SimulatedStorage, Store
 from signlattice.errors import InputError
-from signlattice.models.hooks import attention_layers, states_seen_by
+from signlattice.models.hooks import attention_hook, attention_layers
 from signlattice.models.loading import LoadedModel
-from signlattice.quantizers.base import VectorCode
+from signlattice.quantizers.base import Quantizer
 
-Codes = Mapping[int, VectorCode]
+Codes = Mapping[int, Quantizer]
 """The code of each layer that is coded, by its index."""
 
 QueryCode = Callable[[Tensor], Tensor]
@@ -29,7 +29,7 @@ QueryCode = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def seen_through(
+def quantized_attention(
     loaded: LoadedModel,
     keys: Codes | None = None,
     values: Codes | None = None,
@@ -52,18 +52,18 @@ def seen_through(
     ) -> tuple[Tensor, Tensor, Tensor]:
         source = layers[layer].source
         if source in keys:
-            key = keys[source].read_back(key).to(key.dtype)
+            key = keys[source].reconstruct(key).to(key.dtype)
         if source in values:
-            value = values[source].read_back(value).to(value.dtype)
+            value = values[source].reconstruct(value).to(value.dtype)
         if layer in queries:
             query = queries[layer](query).to(query.dtype)
         return query, key, value
 
-    with states_seen_by(loaded.model, through):
+    with attention_hook(loaded.model, through):
         yield
 
 
-class CodedCache(SignKeyCache):
+class SimulatedCache(SignKeyCache):
     """A `SignKeyCache` whose packed tokens are read through codes; a layer without one is whole.
 
     Window, sinks, exempt and sliding layers are those of ``config``; its formats are not used. What
@@ -94,7 +94,7 @@ class CodedCache(SignKeyCache):
                 )
         for index, packed in layers.items():
             codes = keys.get(index), values.get(index)
-            packed.new_stores = lambda dtype, codes=codes: tuple(
+            packed.new_storages = lambda dtype, codes=codes: tuple(
                 _store(code, dtype) for code in codes
             )
 
@@ -105,5 +105,5 @@ class CodedCache(SignKeyCache):
         return replace(found, expected=sum(packed.values()))
 
 
-def _store(code: VectorCode | None, dtype: torch.dtype) -> Store:
-    return WholeStore(dtype) if code is None else CodeStore(code)
+def _store(code: Quantizer | None, dtype: torch.dtype) -> Store:
+    return FullPrecisionStorage(dtype) if code is None else SimulatedStorage(code)

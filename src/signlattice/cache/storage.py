@@ -19,8 +19,8 @@ from signlattice import kernels
 from signlattice.errors import InputError
 from signlattice.kernels import Impl
 from signlattice.kernels.layout import PackedKeys, PackedValues
-from signlattice.quantizers.base import VectorCode
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.base import Quantizer
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.fixed import srht
 
 ValueFormat = Literal["whole", "fp8", "int8", "int4", "int2"]
@@ -93,10 +93,10 @@ class Store(ABC):
         return store
 
 
-class SignStore(Store):
+class SignStorage(Store):
     """Keys as signs and scales of a codec: attention reads them as they lie."""
 
-    def __init__(self, code: LayerCodec, impl: Impl = "auto") -> None:
+    def __init__(self, code: SignQuantizer, impl: Impl = "auto") -> None:
         super().__init__()
         self.code = code
         self.impl = impl
@@ -144,7 +144,7 @@ class SignStore(Store):
         return kernels.dequantise(packed, self.code.basis, dtype=dtype, impl=impl)
 
 
-class WholeStore(Store):
+class FullPrecisionStorage(Store):
     """Vectors as they are, or in the dtype of a cache."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -174,7 +174,7 @@ class WholeStore(Store):
         return self.parts["vectors"][:, :, first:last].to(dtype)
 
 
-class RoundedStore(Store):
+class IntegerStorage(Store):
     """Vectors at 8, 4 or 2 bits, each between its least and greatest coordinate.
 
     ``turned`` rotates them before by a randomised Hadamard matrix, as QuaRot does to keys: no
@@ -215,13 +215,13 @@ class RoundedStore(Store):
         return srht(like.shape[-1], 0).to(like.device)
 
 
-class CodeStore(Store):
+class SimulatedStorage(Store):
     """Vectors as they are, read through a code: to measure what a code loses.
 
     Its bytes are those that the code would take.
     """
 
-    def __init__(self, code: VectorCode) -> None:
+    def __init__(self, code: Quantizer) -> None:
         super().__init__()
         self.code = code
         self.n_written = 0
@@ -250,30 +250,34 @@ class CodeStore(Store):
         vectors = self.parts["vectors"][:, :, start:end]
         if not vectors.numel():
             return vectors.to(dtype)
-        return self.code.read_back(vectors)[:, :, first - start : last - start].to(dtype)
+        return self.code.reconstruct(vectors)[:, :, first - start : last - start].to(dtype)
 
 
-def value_store(fmt: ValueFormat, dtype: torch.dtype) -> Store:
+def value_storage(fmt: ValueFormat, dtype: torch.dtype) -> Store:
     """An empty store of values. Raises ``InputError`` on an unknown format."""
     if fmt == "whole":
-        return WholeStore(dtype)
+        return FullPrecisionStorage(dtype)
     if fmt == "fp8":
-        return WholeStore(torch.float8_e4m3fn)
+        return FullPrecisionStorage(torch.float8_e4m3fn)
     if fmt in VALUE_FORMATS:
-        return RoundedStore(int(fmt.removeprefix("int")))
+        return IntegerStorage(int(fmt.removeprefix("int")))
     raise InputError(f"value_format={fmt!r}: choose one of {', '.join(VALUE_FORMATS)}")
 
 
-def key_store(fmt: KeyFormat, dtype: torch.dtype, code: LayerCodec | None, impl: Impl) -> Store:
+def key_storage(
+    fmt: KeyFormat, dtype: torch.dtype, code: SignQuantizer | None, impl: Impl
+) -> Store:
     """An empty store of keys. Raises ``InputError`` on an unknown format, or signs without a code."""
     if fmt not in KEY_FORMATS:
         raise InputError(f"key_format={fmt!r}: choose one of {', '.join(KEY_FORMATS)}")
     if fmt != "sign":
-        store = value_store(fmt, dtype)
-        return RoundedStore(store.bits, turned=True) if isinstance(store, RoundedStore) else store
+        store = value_storage(fmt, dtype)
+        return (
+            IntegerStorage(store.bits, turned=True) if isinstance(store, IntegerStorage) else store
+        )
     if code is None:
         raise InputError("keys as signs need the code of their layer")
-    return SignStore(code, impl)
+    return SignStorage(code, impl)
 
 
 def _impl(kernel: str, impl: Impl) -> Impl:

@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from signlattice import kernels
 from signlattice.cache.sign_key_cache import CacheConfig, CacheStats, SignKeyCache
-from signlattice.calibration import CalibrateConfig, learn_codec, measure_codec, n_parts
+from signlattice.calibration import CalibrationConfig, learn_codec, measure_codec, n_parts
 from signlattice.cli.contents import layer_row
 from signlattice.cli.show import facts, plain, size, span, table
 from signlattice.data.texts import Text, read_text
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import Judge, QualityConfig
 from signlattice.evaluation.timing import device_name
-from signlattice.io import check_writable, shown
+from signlattice.io import check_writable, display_path
 from signlattice.models import full_size
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel, load_model
@@ -46,12 +46,12 @@ def learn(options: argparse.Namespace) -> Result:
     """``signlattice learn``: a model in, a codec file out."""
     output = options.output
     if output.is_dir():
-        raise InputError(f"-o {shown(output)} is a folder: name a file in it")
+        raise InputError(f"-o {display_path(output)} is a folder: name a file in it")
     parts = (options.scratch or output.parent) / f"{output.name}.parts"
     for folder in {output.parent, parts.parent}:
         check_writable(folder)
     name = options.text or ("corpus" if options.model in MINIS else "wikitext")
-    config = CalibrateConfig(
+    config = CalibrationConfig(
         code=options.code,
         scale_rule=options.scale,
         keys_per_dim=options.keys_per_dim,
@@ -73,7 +73,7 @@ def learn(options: argparse.Namespace) -> Result:
             codec = learn_codec(loaded, text, config, parts, tell)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"what is done is kept in {shown(parts)}; the same command goes on from there"
+            f"what is done is kept in {display_path(parts)}; the same command goes on from there"
         ) from None
     codec.save(output, bits=8)
     shutil.rmtree(parts, ignore_errors=True)
@@ -102,7 +102,10 @@ def _learned(loaded: LoadedModel, codec: KeyCodec, output: Path, seconds: float)
     inside, outside = known.noise_null
     share = n_bytes / weights
     pairs = [
-        ("codec", f"{shown(output)}, {size(n_bytes)}: {share:.2%} of the weights in 16 bits"),
+        (
+            "codec",
+            f"{display_path(output)}, {size(n_bytes)}: {share:.2%} of the weights in 16 bits",
+        ),
         ("model", loaded.name),
         ("code", f"{codec.provenance['code']}, scale {rows[0]['scale']}"),
         ("layers", f"{len(rows)} of {owners} that have keys of their own"),

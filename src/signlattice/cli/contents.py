@@ -9,9 +9,9 @@ from typing import Any
 from safetensors import safe_open
 
 from signlattice.cli.show import facts, plain, size, span, table
-from signlattice.io import shown
+from signlattice.io import display_path
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 
 
 def inspect(options: argparse.Namespace) -> tuple[dict, list[str]]:
@@ -42,7 +42,7 @@ def inspect(options: argparse.Namespace) -> tuple[dict, list[str]]:
         "layers": rows,
     }
     pairs = [
-        ("file", f"{shown(options.codec)}, {size(n_bytes)}"),
+        ("file", f"{display_path(options.codec)}, {size(n_bytes)}"),
         ("schema", f"{document['schema']}, {document['bits']} bits to a number"),
         ("model hash", codec.model_hash),
     ]
@@ -75,7 +75,7 @@ def inspect(options: argparse.Namespace) -> tuple[dict, list[str]]:
     return plain(document), [*facts(pairs), "", *table(shown_rows, columns)]
 
 
-def layer_row(index: int, code: LayerCodec, beta: tuple[float, ...]) -> dict[str, Any]:
+def layer_row(index: int, code: SignQuantizer, beta: tuple[float, ...]) -> dict[str, Any]:
     """What a codec does to one layer."""
     return {
         "layer": index,

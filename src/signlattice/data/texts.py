@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from signlattice.data import corpus
 from signlattice.data.corpus import Document, Split
 from signlattice.errors import InputError, IntegrityError
-from signlattice.io import shown, write_text
+from signlattice.io import display_path, write_text
 from signlattice.models import hub
 
 PIECE = 8000
@@ -154,7 +154,9 @@ def _read_kept(file: Path) -> Text:
     except (ValueError, KeyError, TypeError):
         text = None
     if text is None or text.fingerprint != expected:
-        raise IntegrityError(f"{shown(file)} is damaged: delete it, and it will be read again")
+        raise IntegrityError(
+            f"{display_path(file)} is damaged: delete it, and it will be read again"
+        )
     return text
 
 
@@ -192,7 +194,7 @@ def _own(path: Path) -> dict[Split, list[Document]]:
     if path.is_dir():
         files = sorted(path.rglob("*.txt"))
         if not files:
-            raise InputError(f"no .txt file in {shown(path)}: give UTF-8 text files")
+            raise InputError(f"no .txt file in {display_path(path)}: give UTF-8 text files")
     elif path.is_file():
         files = [path]
     else:
@@ -203,10 +205,12 @@ def _own(path: Path) -> dict[Split, list[Document]]:
     pieces = [(file, n, piece) for file in files for n, piece in enumerate(_pieces(_decoded(file)))]
     total = sum(len(piece.encode()) for *_, piece in pieces)
     if not total:
-        raise InputError(f"{shown(path)} is empty: give at least {LEAST_BYTES} bytes of text")
+        raise InputError(
+            f"{display_path(path)} is empty: give at least {LEAST_BYTES} bytes of text"
+        )
     if total < LEAST_BYTES:
         raise InputError(
-            f"{shown(path)} holds {total} bytes of text, about {total // 4} tokens: give at least "
+            f"{display_path(path)} holds {total} bytes of text, about {total // 4} tokens: give at least "
             f"{LEAST_BYTES}, about {LEAST_BYTES // 4} tokens; 128 tokens per coordinate of a head "
             "are enough"
         )
@@ -229,12 +233,12 @@ def _decoded(file: Path) -> str:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{shown(file)} is not UTF-8 text (byte {error.start}): convert it first"
+            f"{display_path(file)} is not UTF-8 text (byte {error.start}): convert it first"
         ) from None
     except OSError as error:
-        raise InputError(f"cannot read {shown(file)}: {error.strerror}") from None
+        raise InputError(f"cannot read {display_path(file)}: {error.strerror}") from None
     if "\0" in text:
-        raise InputError(f"{shown(file)} is binary, it holds zero bytes: give UTF-8 text")
+        raise InputError(f"{display_path(file)} is binary, it holds zero bytes: give UTF-8 text")
     return text
 
 

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from signlattice.errors import InputError, IntegrityError
-from signlattice.io import check_writable, shown, write_tensors, write_text
+from signlattice.io import check_writable, display_path, write_tensors, write_text
 from signlattice.quantizers.centering import Centering
 from signlattice.rotations.sources import unit_keys
 
@@ -99,13 +99,15 @@ class Shards:
                     memory_format=torch.contiguous_format
                 )
         except (SafetensorError, OSError, ValueError, IndexError) as error:
-            raise IntegrityError(f"{shown(path)} cannot be read ({error}): {_REMEDY}") from None
+            raise IntegrityError(
+                f"{display_path(path)} cannot be read ({error}): {_REMEDY}"
+            ) from None
         expected = (self.heads, last - first, self.dim), _DTYPES[self.dtype]
         if (tuple(keys.shape), keys.dtype) != expected or (
             check and _digest(keys) != self.digests[chunk]
         ):
             raise IntegrityError(
-                f"{shown(path)} is damaged: keys {first} to {last} are not those that were "
+                f"{display_path(path)} is damaged: keys {first} to {last} are not those that were "
                 f"written: {_REMEDY}"
             )
         return keys
@@ -165,14 +167,14 @@ def open_shards(folder: Path) -> Shards:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise IntegrityError(
-            f"{shown(folder)} holds no whole keys ({_INDEX}: {reason}): {_REMEDY}"
+            f"{display_path(folder)} holds no whole keys ({_INDEX}: {reason}): {_REMEDY}"
         ) from None
     for number, size in enumerate(shards.sizes):
         path = shards.shard(number)
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes, not {size}"
-            raise IntegrityError(f"{shown(path)} {state}: {_REMEDY}")
+            raise IntegrityError(f"{display_path(path)} {state}: {_REMEDY}")
     return shards
 
 
@@ -226,7 +228,9 @@ def write_shards(
         if value is not None and (not isinstance(value, int) or value < 1):
             raise InputError(f"{name}={value!r}: expected an integer of at least 1")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{shown(folder)} is there already: give a new folder, or an empty one")
+        raise InputError(
+            f"{display_path(folder)} is there already: give a new folder, or an empty one"
+        )
     check_writable(folder.parent)
     building = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(building, ignore_errors=True)  # of a run that was killed
@@ -236,7 +240,7 @@ def write_shards(
         shards = _laid_down(building, scattered, seed, dtype, chunk_keys, shard_bytes)
         os.replace(building, folder)
     except OSError as error:
-        raise InputError(f"cannot write {shown(folder)}: {error}") from None
+        raise InputError(f"cannot write {display_path(folder)}: {error}") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return replace(shards, folder=folder)

@@ -37,7 +37,7 @@ from torch import Tensor
 from signlattice import kernels
 from signlattice.distributed.shards import ChunkReader, open_shards
 from signlattice.errors import InputError, IntegrityError
-from signlattice.io import check_writable, shown, write_tensors
+from signlattice.io import check_writable, display_path, write_tensors
 from signlattice.kernels import Impl
 from signlattice.rotations.config import INITIALS, SOLVERS, LearnConfig, LearnedRotation
 from signlattice.rotations.learned import learn_rotations
@@ -260,7 +260,9 @@ def open_keys(
     processes.agree(
         None
         if shards.fingerprint == first
-        else IntegrityError(f"{shown(folder)} is not the same for all processes: use one folder")
+        else IntegrityError(
+            f"{display_path(folder)} is not the same for all processes: use one folder"
+        )
     )
     reader = ChunkReader(shards, torch.device(device), cache_bytes)
     return SpreadKeys(
@@ -336,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     if leads:
         train, held_out = _mean_betas(learned)
         judged = "" if held_out is None else f", {held_out:.4f} on held-out keys"
-        print(f"{shown(given.out)}: {len(learned)} rotations, beta {train:.4f}{judged}")
+        print(f"{display_path(given.out)}: {len(learned)} rotations, beta {train:.4f}{judged}")
     return 0
 
 

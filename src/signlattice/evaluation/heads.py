@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from signlattice.beta import beta, relative_distortion
+from signlattice.alignment import beta, relative_distortion
 from signlattice.errors import InputError
 from signlattice.models.capture import KeyBank
 from signlattice.models.hooks import AttentionLayer
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class HeadQuality:
 
 
 @torch.no_grad()
-def head_quality(codec: LayerCodec, bank: KeyBank, layer: AttentionLayer) -> HeadQuality:
+def head_quality(codec: SignQuantizer, bank: KeyBank, layer: AttentionLayer) -> HeadQuality:
     """Measure a layer's code on the held-out keys and queries of ``bank``.
 
     Its attention is that of ``layer``: window, scaling and soft-cap included, and of a layer whose
@@ -61,7 +61,7 @@ def head_quality(codec: LayerCodec, bank: KeyBank, layer: AttentionLayer) -> Hea
     )
 
 
-def _betas(codec: LayerCodec, keys: Tensor) -> np.ndarray:
+def _betas(codec: SignQuantizer, keys: Tensor) -> np.ndarray:
     if codec.metric is not None:
         return codec.cosines(keys).double().mean(-1).numpy()
     return np.array([beta(head) for head in codec.rotated(keys)])
@@ -69,7 +69,7 @@ def _betas(codec: LayerCodec, keys: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def fit_temperature(
-    codec: LayerCodec, bank: KeyBank, layer: AttentionLayer, newton_steps: int = 12
+    codec: SignQuantizer, bank: KeyBank, layer: AttentionLayer, newton_steps: int = 12
 ) -> Tensor:
     """The temperature per KV head [H] that brings coded attention closest to exact attention.
 
@@ -107,7 +107,7 @@ def fit_temperature(
     return tau
 
 
-def _fixed_scores(codec: LayerCodec, query: Tensor, key: Tensor, packed) -> Tensor:
+def _fixed_scores(codec: SignQuantizer, query: Tensor, key: Tensor, packed) -> Tensor:
     """The part of the coded scores that no scale multiplies: what the centering gives back."""
     zero = type(packed)(packed.words, torch.zeros_like(packed.scale), packed.dc)
     return codec.scores(query[None], zero)[0]

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from signlattice.data.corpus import Document
 from signlattice.errors import InputError
 from signlattice.evaluation.bootstrap import Interval, bootstrap
-from signlattice.models.hooks import attention_layers, keys_seen_by
+from signlattice.models.hooks import attention_layers, key_hook
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import BATCH, Passage, batches
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 
 
 @dataclass
@@ -30,7 +30,7 @@ class KeyCount:
 
 
 @contextmanager
-def one_bit_keys(model: PreTrainedModel, codec: KeyCodec) -> Iterator[KeyCount]:
+def quantized_keys(model: PreTrainedModel, codec: KeyCodec) -> Iterator[KeyCount]:
     """While open, attention sees every key of the codec's layers only through its sign code.
 
     A layer that reads the keys of another sees them through that layer's code. The count says how
@@ -38,7 +38,7 @@ def one_bit_keys(model: PreTrainedModel, codec: KeyCodec) -> Iterator[KeyCount]:
     """
     count = KeyCount()
     readers = readers_of(model, codec)
-    codes: dict[int, LayerCodec] = {}
+    codes: dict[int, SignQuantizer] = {}
 
     def through_the_code(layer: int, query: Tensor, key: Tensor) -> Tensor:
         if layer not in readers:
@@ -50,7 +50,7 @@ def one_bit_keys(model: PreTrainedModel, codec: KeyCodec) -> Iterator[KeyCount]:
         count.compressed += packed.n_keys
         return code.decode(packed).to(key.dtype)
 
-    with keys_seen_by(model, through_the_code):
+    with key_hook(model, through_the_code):
         yield count
 
 
@@ -94,7 +94,7 @@ def token_losses(
 ) -> TokenLosses:
     """Teacher-forced losses of each passage, with exact keys or through ``codec``.
 
-    ``exact_logits`` (from `logits_of`, per passage) adds KL and agreement. ``batch_size`` passages
+    ``exact_logits`` (from `next_token_logits`, per passage) adds KL and agreement. ``batch_size`` passages
     are read at once; their logits are what takes memory. Raises
     ``IntegrityError`` if the codec is of another model, ``RuntimeError`` if it left a key
     uncompressed: an evaluation that compressed nothing would look perfect.
@@ -123,7 +123,7 @@ def token_losses(
 
 
 @torch.no_grad()
-def logits_of(loaded: LoadedModel, pieces: Sequence[Passage]) -> list[Tensor]:
+def next_token_logits(loaded: LoadedModel, pieces: Sequence[Passage]) -> list[Tensor]:
     """Next-token logits [T - 1, vocabulary] of each passage with exact keys, in memory."""
     found: dict[int, Tensor] = {}
     for chosen, ids, mask in batches(pieces):
@@ -139,7 +139,7 @@ def _attention(loaded: LoadedModel, codec: KeyCodec | None) -> Iterator[KeyCount
         yield KeyCount()
         return
     codec.check_model(loaded.weights_hash)
-    with one_bit_keys(loaded.model, codec) as count:
+    with quantized_keys(loaded.model, codec) as count:
         yield count
 
 

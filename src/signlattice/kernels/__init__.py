@@ -16,7 +16,7 @@ from torch import Tensor
 
 from signlattice.errors import InputError
 from signlattice.hadamard import hadamard_core
-from signlattice.kernels.layout import VALUE_BITS, PackedKeys, PackedValues, WholeTokens
+from signlattice.kernels.layout import VALUE_BITS, FullPrecisionTokens, PackedKeys, PackedValues
 from signlattice.kernels.pack.reference import RULES
 
 Impl = Literal["auto", "torch", "triton", "cpu"]
@@ -194,7 +194,7 @@ def decode_attention(
     length: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    whole: WholeTokens | None = None,
+    whole: FullPrecisionTokens | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Attention of one new token per sequence, ``query`` [B, Hq, D]: see `attention.reference`.
@@ -233,7 +233,7 @@ def _check_attention(
     values: Tensor | PackedValues,
     start: Tensor,
     length: Tensor,
-    whole: WholeTokens | None,
+    whole: FullPrecisionTokens | None,
 ) -> None:
     batch, n_queries, d = query.shape
     n_heads, room = keys.words.shape[1:3]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-def shared_out(work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def map_matrices(work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """``work`` on the matrices of equal place in each of ``tensors`` [..., rows, columns], stacked.
 
     As many run at a time as torch may use threads. The results are those of a single thread.
@@ -37,7 +37,7 @@ def _workers(n: int) -> ThreadPoolExecutor:
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def by_all(work: Callable[[], None], n: int) -> None:
+def run_on_all_threads(work: Callable[[], None], n: int) -> None:
     """Call ``work`` on ``n`` threads at once, this one among them, and wait for all.
 
     They are torch's own threads where those can be had: for some milliseconds after each of torch's

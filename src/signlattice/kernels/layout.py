@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from signlattice.bits import n_words
+from signlattice.bits import n_packed_bytes
 from signlattice.errors import InputError
 
 VALUE_BITS = (2, 4, 8)
@@ -38,7 +38,7 @@ class PackedKeys:
     ) -> PackedKeys:
         """Room for ``capacity`` tokens, nothing in it yet. Raises ``InputError`` on a head size."""
         shape = (batch, n_heads, capacity)
-        words = torch.zeros(*shape, n_words(head_dim), dtype=torch.uint8, device=device)
+        words = torch.zeros(*shape, n_packed_bytes(head_dim), dtype=torch.uint8, device=device)
         scale = torch.zeros(shape, dtype=torch.float16, device=device)
         return cls(words, scale, torch.zeros_like(scale) if dc else None)
 
@@ -129,7 +129,7 @@ class PackedValues:
 
 
 @dataclass(frozen=True)
-class WholeTokens:
+class FullPrecisionTokens:
     """Tokens whose keys and values are kept as they are: sinks, and a recent window.
 
     ``keys`` [B, H, E, D], not rotated, less the static mean if one is taken off the packed keys;

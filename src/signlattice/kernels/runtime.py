@@ -43,7 +43,7 @@ class Launch:
         self.kernel[grid](*arguments, **self.constants, **options)
 
 
-def as_seen(tensor: Tensor) -> Tensor:
+def interpreter_view(tensor: Tensor) -> Tensor:
     """The tensor as a kernel is shown it: bfloat16 as float32 in the interpreter."""
     return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
 

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 
 from signlattice.errors import InputError, IntegrityError
 from signlattice.io import write_tensors, write_text
-from signlattice.models.hooks import attention_layers, keys_seen_by
+from signlattice.models.hooks import attention_layers, key_hook
+from signlattice.models.loading import LoadedModel
+from signlattice.models.passages import BATCH, Passage, batches
 
 Stage = Literal["post_rope", "pre_rope"]
 Scope = Literal["head", "layer"]
@@ -125,7 +127,7 @@ def open_bank(folder: Path) -> KeyBank:
     return bank
 
 
-def joined(banks: Sequence[KeyBank]) -> KeyBank:
+def join_banks(banks: Sequence[KeyBank]) -> KeyBank:
     """Banks in folders beside each other, one behind the other as a single bank.
 
     Raises ``InputError`` if they are not of one stage, or not all in folders of one folder.
@@ -183,7 +185,7 @@ def capture_keys(
                     batch.record("queries", layer, query)
                 return key
 
-            with keys_seen_by(model, record), torch.no_grad():
+            with key_hook(model, record), torch.no_grad():
                 yield bank
         else:
             with _projection_hooks(model, batch, queries), torch.no_grad():
@@ -242,3 +244,41 @@ def _projection_hooks(model: PreTrainedModel, batch: _Batch, queries: bool) -> I
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def calibration_keys(bank: KeyBank, n_keys: int, seed: int) -> dict[int, Tensor]:
+    """A random ``n_keys`` of the bank's tokens, the same in each layer: [H, n_keys, D] per layer.
+
+    Raises ``InputError`` if the bank holds fewer.
+    """
+    if bank.n_tokens < n_keys:
+        raise InputError(f"n_keys={n_keys}, but the calibration text has {bank.n_tokens} tokens")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(bank.n_tokens, generator=generator)[:n_keys].sort().values
+    return {layer: bank.keys(layer)[:, chosen].contiguous() for layer in bank.layers}
+
+
+def capture_passages(
+    loaded: LoadedModel,
+    pieces: Sequence[Passage],
+    *,
+    queries: bool = True,
+    folder: Path | None = None,
+    batch_size: int = BATCH,
+) -> KeyBank:
+    """The keys, after RoPE, that ``loaded`` makes of some passages, in memory or in a ``folder``.
+
+    In a folder they are in the precision of the model. Without ``queries`` less is computed: layers
+    that read the keys of others may skip all tokens but the last.
+    """
+    device = loaded.model.device
+    dtype = torch.float32 if folder is None else loaded.model.dtype
+    with capture_keys(loaded.model, queries=queries, folder=folder, dtype=dtype) as bank:
+        for _, ids, mask in batches(pieces, batch_size):
+            loaded.model(
+                ids.to(device),
+                attention_mask=mask.to(device),
+                use_cache=False,
+                logits_to_keep=0 if queries else 1,
+            )
+    return bank

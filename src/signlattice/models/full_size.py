@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from signlattice.errors import InputError, IntegrityError
-from signlattice.io import shown
+from signlattice.io import display_path
 from signlattice.models import cost, hub
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel, no_progress_bar, weights_hash
@@ -173,7 +173,9 @@ def preflight(
     source = Path(name) if Path(name).is_dir() else FULL.get(name, name)
     if isinstance(source, Path):
         if revision is not None:
-            raise InputError(f"revision={revision!r} of the folder {shown(source)}: leave it out")
+            raise InputError(
+                f"revision={revision!r} of the folder {display_path(source)}: leave it out"
+            )
         where, files, to_fetch = source, check_checkpoint(source), 0
         repository = commit = None
     else:
@@ -248,7 +250,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"the tokenizer in {shown(folder)} cannot be read: fetch it again "
+            f"the tokenizer in {display_path(folder)} cannot be read: fetch it again "
             f"({(str(error).strip() or type(error).__name__).splitlines()[0][:100]})"
         ) from None
 
@@ -320,13 +322,13 @@ def check_checkpoint(folder: Path) -> tuple[str, ...]:
     file that is damaged, cut short, or named by the index and not there.
     """
     files = sorted(file.name for file in folder.iterdir() if file.is_file())
-    _check_formats(shown(folder), files)
+    _check_formats(display_path(folder), files)
     shards = set(_shards(files))
     if INDEX in files:
         for shard in sorted(_indexed(folder / INDEX)):
             if shard not in shards:
                 raise IntegrityError(
-                    f"{shown(folder / shard)} is missing, which {INDEX} names: fetch it again"
+                    f"{display_path(folder / shard)} is missing, which {INDEX} names: fetch it again"
                 )
     for shard in sorted(shards):
         try:
@@ -334,8 +336,8 @@ def check_checkpoint(folder: Path) -> tuple[str, ...]:
                 pass
         except (SafetensorError, OSError) as error:
             raise IntegrityError(
-                f"{shown(folder / shard)} is damaged or cut short ({error}): "
-                f"delete {shown((folder / shard).resolve())} and fetch it again"
+                f"{display_path(folder / shard)} is damaged or cut short ({error}): "
+                f"delete {display_path((folder / shard).resolve())} and fetch it again"
             ) from None
     return tuple(files)
 
@@ -344,7 +346,7 @@ def _indexed(index: Path) -> set[str]:
     try:
         return set(json.loads(index.read_text())["weight_map"].values())
     except (ValueError, KeyError, AttributeError):
-        raise IntegrityError(f"{shown(index)} cannot be read: fetch it again") from None
+        raise IntegrityError(f"{display_path(index)} cannot be read: fetch it again") from None
 
 
 # What the model is.
@@ -451,7 +453,7 @@ def _check_disk(name: str, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise InputError(
-            f"{name} is {needed / _GB:.3g} GB to fetch, {shown(cache)} has {free / _GB:.3g} GB "
+            f"{name} is {needed / _GB:.3g} GB to fetch, {display_path(cache)} has {free / _GB:.3g} GB "
             "free: make room, or set HF_HUB_CACHE to a larger disk"
         )
 

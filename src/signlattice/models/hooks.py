@@ -3,7 +3,7 @@
 Every decoder in transformers sends its queries, keys and values, after RoPE and before grouped
 heads are repeated, through a registered attention function. Ours hands them to a callback, and
 runs the library's own attention on the keys that the callback returns; or, where a cache gave
-`CachedTokens` in the place of keys, lets these attend. No model file is forked.
+`AttendableKV` in the place of keys, lets these attend. No model file is forked.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from signlattice.errors import InputError
 
-SeenKeys = Callable[[int, Tensor, Tensor], Tensor]
+KeyHook = Callable[[int, Tensor, Tensor], Tensor]
 """``(layer, query [B, Hq, Tq, D], key [B, H, T, D]) -> key``: the keys attention shall use."""
-SeenStates = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+StateHook = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """The same with the values [B, H, T, Dv]: all three that attention shall use."""
 
 _SDPA, _EAGER = "signlattice", "signlattice_eager"
-_seen: ContextVar[SeenStates | None] = ContextVar("signlattice_seen_states", default=None)
+_hook: ContextVar[StateHook | None] = ContextVar("signlattice_seen_states", default=None)
 
 
-class CachedTokens(Protocol):
+class AttendableKV(Protocol):
     """What a cache of ours returns in the place of keys and of values."""
 
     def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None) -> Tensor:
@@ -153,37 +153,37 @@ def _window(module: nn.Module, config) -> int | None:
 def _forward_sdpa(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | CachedTokens,
-    value: Tensor | CachedTokens,
+    key: Tensor | AttendableKV,
+    value: Tensor | AttendableKV,
     attention_mask: Tensor | None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     if not isinstance(key, Tensor):
         return _attended(key.attend(module, query, attention_mask)), None
-    query, key, value = _as_seen(module, query, key, value)
+    query, key, value = _hooked(module, query, key, value)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def _forward_eager(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | CachedTokens,
-    value: Tensor | CachedTokens,
+    key: Tensor | AttendableKV,
+    value: Tensor | AttendableKV,
     attention_mask: Tensor | None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     if not isinstance(key, Tensor):
         visible = None if attention_mask is None else attention_mask == 0
         return _attended(key.attend(module, query, visible)), None
-    query, key, value = _as_seen(module, query, key, value)
+    query, key, value = _hooked(module, query, key, value)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     return eager(module, query, key, value, attention_mask, **kwargs)
 
 
-def _as_seen(
+def _hooked(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    callback = _seen.get()
+    callback = _hook.get()
     if callback is None:
         return query, key, value
     return callback(module.layer_idx, query, key, value)
@@ -202,10 +202,10 @@ AttentionMaskInterface.register(_EAGER, eager_mask)
 
 
 @contextmanager
-def keys_seen_by(model: PreTrainedModel, callback: SeenKeys) -> Iterator[None]:
+def key_hook(model: PreTrainedModel, callback: KeyHook) -> Iterator[None]:
     """While the context is open, ``model``'s attention uses the keys that ``callback`` returns.
 
-    As `states_seen_by`, whose queries and values stay as they are.
+    As `attention_hook`, whose queries and values stay as they are.
     """
 
     def keys_alone(
@@ -213,12 +213,12 @@ def keys_seen_by(model: PreTrainedModel, callback: SeenKeys) -> Iterator[None]:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return query, callback(layer, query, key), value
 
-    with states_seen_by(model, keys_alone):
+    with attention_hook(model, keys_alone):
         yield
 
 
 @contextmanager
-def states_seen_by(model: PreTrainedModel, callback: SeenStates) -> Iterator[None]:
+def attention_hook(model: PreTrainedModel, callback: StateHook) -> Iterator[None]:
     """While the context is open, ``model``'s attention uses what ``callback`` returns.
 
     Inside another such context the callback is given what the outer one returns.
@@ -229,23 +229,23 @@ def states_seen_by(model: PreTrainedModel, callback: SeenStates) -> Iterator[Non
     """
     config = model.config.get_text_config(decoder=True)
     former = config._attn_implementation
-    open_attention(model)
-    outer = _seen.get()
+    attach_attention(model)
+    outer = _hook.get()
 
     def both(
         layer: int, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         return callback(layer, *outer(layer, query, key, value))
 
-    token = _seen.set(callback if outer is None else both)
+    token = _hook.set(callback if outer is None else both)
     try:
         yield
     finally:
         model.set_attn_implementation(former)
-        _seen.reset(token)
+        _hook.reset(token)
 
 
-def open_attention(model: PreTrainedModel) -> None:
+def attach_attention(model: PreTrainedModel) -> None:
     """Let ``model`` attend through our function from now on: with plain keys nothing changes.
 
     Raises ``InputError`` if the model has no decoder attention to open.

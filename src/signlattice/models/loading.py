@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from signlattice.errors import InputError, IntegrityError
-from signlattice.io import PROJECT, shown
+from signlattice.io import PROJECT, display_path
 from signlattice.models.minis import MINIS, _group_experts
 
 MODELS = PROJECT / "models"
@@ -79,8 +79,8 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     if not folder.is_dir() or not (folder / "config.json").is_file():
         if named:
             raise IntegrityError(
-                f"no checkpoint of {name} in {shown(folder)}: "
-                f"restore it with `git checkout {shown(folder)}` "
+                f"no checkpoint of {name} in {display_path(folder)}: "
+                f"restore it with `git checkout {display_path(folder)}` "
                 f"or train it with `make lab MODEL={name}`"
             )
         raise InputError(
@@ -91,7 +91,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     if named and found != (expected := expected_hash(folder)):
         raise IntegrityError(
             f"the checkpoint of {name} hashes to {found[:12]}…, its record says {expected[:12]}…: "
-            f"restore it with `git checkout {shown(folder)}`"
+            f"restore it with `git checkout {display_path(folder)}`"
         )
     with no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(
@@ -110,8 +110,8 @@ def expected_hash(folder: Path) -> str:
         return json.loads(file.read_text())["weights_hash"]
     except (OSError, ValueError, KeyError):
         raise IntegrityError(
-            f"{shown(file)} does not name the checkpoint's hash: "
-            f"restore it with `git checkout {shown(folder)}`"
+            f"{display_path(file)} does not name the checkpoint's hash: "
+            f"restore it with `git checkout {display_path(folder)}`"
         ) from None
 
 

@@ -52,7 +52,7 @@ def spread(pieces: Sequence[Passage], most: int) -> list[Passage]:
     return [pieces[i * len(pieces) // most] for i in range(most)]
 
 
-def up_to(pieces: Sequence[Passage], n_tokens: int) -> list[Passage]:
+def take_tokens(pieces: Sequence[Passage], n_tokens: int) -> list[Passage]:
     """Passages from all over the text, of ``n_tokens`` or a little more in all."""
     total = sum(len(piece.ids) for piece in pieces)
     return spread(pieces, math.ceil(len(pieces) * n_tokens / total))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from signlattice.errors import InputError
-from signlattice.models.hooks import AttentionLayer, attention_layers, states_seen_by
+from signlattice.models.hooks import AttentionLayer, attention_hook, attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage, batches
 
@@ -27,7 +27,7 @@ class LayerStates:
     queries: dict[int, Tensor]
 
 
-def whole_layers(loaded: LoadedModel) -> dict[int, AttentionLayer]:
+def compressible_layers(loaded: LoadedModel) -> dict[int, AttentionLayer]:
     """The layers whose keys a cache codes: those that own them and see all tokens before a query.
 
     Raises ``InputError`` if there is none.
@@ -46,7 +46,7 @@ def whole_layers(loaded: LoadedModel) -> dict[int, AttentionLayer]:
 def read_states(
     loaded: LoadedModel, pieces: Sequence[Passage], n_tokens: int | None = None
 ) -> dict[int, LayerStates]:
-    """States of `whole_layers` on passages of one length, one behind the other; the first
+    """States of `compressible_layers` on passages of one length, one behind the other; the first
     ``n_tokens`` of them, or all.
 
     Raises ``InputError`` if the passages differ in length or hold fewer tokens.
@@ -56,7 +56,7 @@ def read_states(
         raise InputError(f"passages of {sorted(lengths)} tokens: give some of one length")
     if n_tokens is not None and n_tokens > len(pieces) * next(iter(lengths)):
         raise InputError(f"n_tokens={n_tokens}: the passages hold {len(pieces) * lengths.pop()}")
-    owners = whole_layers(loaded)
+    owners = compressible_layers(loaded)
     sources = {i: layer.source for i, layer in attention_layers(loaded.model).items()}
     seen: dict[tuple[str, int], list[Tensor]] = {}
 
@@ -72,7 +72,7 @@ def read_states(
                 seen.setdefault((kind, layer), []).append(rows)
         return query, key, value
 
-    with states_seen_by(loaded.model, record):
+    with attention_hook(loaded.model, record):
         for _, ids, _ in batches(pieces):
             loaded.model(ids.to(loaded.model.device), use_cache=False)
     found = {name: torch.cat(rows, 1)[:, :n_tokens] for name, rows in seen.items()}

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 
-class VectorCode(ABC):
+class Quantizer(ABC):
     """A code of the keys, or of the values, of one layer."""
 
     @property
@@ -29,5 +29,5 @@ class VectorCode(ABC):
         return 1
 
     @abstractmethod
-    def read_back(self, vectors: Tensor) -> Tensor:
+    def reconstruct(self, vectors: Tensor) -> Tensor:
         """What vectors [B, H, T, D] are read as, fp32. Whole groups, but for the last."""

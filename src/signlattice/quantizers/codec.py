@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from signlattice.errors import InputError, IntegrityError
-from signlattice.io import shown, write_tensors
-from signlattice.quantizers.sign import LayerCodec, _restored, _stored
+from signlattice.io import display_path, write_tensors
+from signlattice.quantizers.sign import SignQuantizer, _restored, _stored
 
 SCHEMA = 2
 """Of the files that are written; those of schema 1 are read as well."""
@@ -53,7 +53,7 @@ class KeyCodec:
     ``provenance`` holds strings, for readers: solver, text, library version …
     """
 
-    layers: dict[int, LayerCodec]
+    layers: dict[int, SignQuantizer]
     model_hash: str
     provenance: dict[str, str] = field(default_factory=dict)
     calibration: Calibration | None = None
@@ -70,7 +70,7 @@ class KeyCodec:
         """Write one safetensors file; the old one stays until the new one is whole.
 
         With ``bits`` 8 every basis and metric takes a byte to a number: a code that was
-        `LayerCodec.rounded` is read back as it is, any other one nearly so.
+        `SignQuantizer.rounded` is read back as it is, any other one nearly so.
         """
         if bits not in (8, 32):
             raise InputError(f"bits={bits}: a codec file has 8 or 32 bits to a number")
@@ -118,7 +118,7 @@ class KeyCodec:
             RuntimeError,
             ArithmeticError,
         ) as error:
-            raise IntegrityError(f"{shown(path)} is not a whole codec: {error}") from None
+            raise IntegrityError(f"{display_path(path)} is not a whole codec: {error}") from None
         if model_hash is not None:
             codec.check_model(model_hash)
         return codec
@@ -131,23 +131,29 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             header = json.loads((file.metadata() or {}).get("signlattice", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
-        raise IntegrityError(f"no codec file at {shown(path)}") from None
+        raise IntegrityError(f"no codec file at {display_path(path)}") from None
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise IntegrityError(f"{shown(path)} is not a whole safetensors file: {error}") from None
+        raise IntegrityError(
+            f"{display_path(path)} is not a whole safetensors file: {error}"
+        ) from None
     if not isinstance(header, dict) or type(header.get("schema")) is not int:
-        raise IntegrityError(f"{shown(path)} is a safetensors file, but not a codec of signlattice")
+        raise IntegrityError(
+            f"{display_path(path)} is a safetensors file, but not a codec of signlattice"
+        )
     if not 1 <= header["schema"] <= SCHEMA:
         raise IntegrityError(
-            f"{shown(path)} has schema {header['schema']}, this library reads up to {SCHEMA}: "
+            f"{display_path(path)} has schema {header['schema']}, this library reads up to {SCHEMA}: "
             "update signlattice"
         )
     found = header.pop("digest", None)
     try:
         expected = _digest(header, tensors) if header["schema"] > 1 else None
     except (RuntimeError, TypeError) as error:  # nested too deeply, or numbers that torch lacks
-        raise IntegrityError(f"{shown(path)} is not a whole codec: {error}") from None
+        raise IntegrityError(f"{display_path(path)} is not a whole codec: {error}") from None
     if found != expected:
-        raise IntegrityError(f"{shown(path)} was changed after it was written: learn it again")
+        raise IntegrityError(
+            f"{display_path(path)} was changed after it was written: learn it again"
+        )
     return header, tensors
 
 
@@ -167,7 +173,7 @@ def _index(text: str) -> int:
     return int(text)
 
 
-def _layer(header: dict, tensors: Mapping[str, Tensor], index: str) -> LayerCodec:
+def _layer(header: dict, tensors: Mapping[str, Tensor], index: str) -> SignQuantizer:
     own = {
         name.removeprefix(f"{index}."): tensor
         for name, tensor in tensors.items()
@@ -178,7 +184,7 @@ def _layer(header: dict, tensors: Mapping[str, Tensor], index: str) -> LayerCode
     return _restored(own, header["scale_rules"][index], header["centerings"][index])
 
 
-def _calibration(found: dict | None, layers: dict[int, LayerCodec]) -> Calibration | None:
+def _calibration(found: dict | None, layers: dict[int, SignQuantizer]) -> Calibration | None:
     if found is None:
         return None
     beta = {_index(index): tuple(map(_number, heads)) for index, heads in found["beta"].items()}

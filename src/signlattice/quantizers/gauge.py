@@ -24,16 +24,16 @@ from torch import Tensor
 
 from signlattice.errors import InputError
 from signlattice.kernels import polar
-from signlattice.quantizers.base import VectorCode
+from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.scales import ScaleRule, scale_of
 from signlattice.rotations.objective import smoothed_gradient
 
 GAUGES = ("identity", "diagonal", "diagonal_root", "query_quarter", "query_root", "balanced")
-"""What `gauge_of` makes, the paper's first."""
+"""What `make_gauge` makes, the paper's first."""
 
 
-def gauge_of(name: str, queries: Tensor, keys: Tensor) -> Tensor:
+def make_gauge(name: str, queries: Tensor, keys: Tensor) -> Tensor:
     """The gauge A [H, D, D] of that name, fp64, symmetric and positive definite.
 
     ``queries`` Σ_q and ``keys`` Σ_k [H, D, D]: second moments of the queries that read each KV
@@ -108,7 +108,7 @@ def _power(matrix: Tensor, power: float) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class GaugedSigns(VectorCode):
+class GaugeQuantizer(Quantizer):
     """One sign per coordinate after a centering, a ``gauge`` A and a ``rotation`` R, [H, D, D].
 
     The scale of a token is that of `codec.scale_of` for R A k: ``mse`` makes the error least in the
@@ -160,14 +160,14 @@ class GaugedSigns(VectorCode):
     def _inverse(self) -> Tensor:
         return torch.linalg.inv(self.gauge.double()).float()
 
-    def read_back(self, vectors: Tensor) -> Tensor:
-        """As `VectorCode.read_back`."""
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """As `Quantizer.reconstruct`."""
         centred, offset = self.centering.split(vectors.float())
-        read = read_signs(centred @ self.gauge.float().mT, self.rotation, self.rule)
+        read = sign_reconstruct(centred @ self.gauge.float().mT, self.rotation, self.rule)
         return self.centering.join(read @ self._inverse.mT, offset)
 
 
-def read_signs(x: Tensor, rotation: Tensor, rule: ScaleRule, reach: float = 0.0) -> Tensor:
+def sign_reconstruct(x: Tensor, rotation: Tensor, rule: ScaleRule, reach: float = 0.0) -> Tensor:
     """What x [..., N, D] is read as by its signs after a rotation: α Rᵀ sign(R x).
 
     Where a gradient flows to ``rotation``, signs count as constants; with a ``reach`` those of the
@@ -207,7 +207,7 @@ class DescentConfig:
         batch: keys of a head in a step.
         angle: by which a step turns, rms over planes, from and to, in radians.
         momentum: share of a step's direction that comes from the steps before.
-        reach: of `read_signs`.
+        reach: of `sign_reconstruct`.
         rule: of the scale, whose dependence on the rotation is part of the gradient.
         seed: of the order of the keys.
 
@@ -256,7 +256,7 @@ def learn_score_rotation(
     keys, metric = keys.float(), metric.float()
     found = [start.float() for start in starts]
     found += [_descended(keys, metric, start, config) for start in tuple(found)]
-    errors = [score_error(keys, read_signs(keys, r, config.rule), metric) for r in found]
+    errors = [score_error(keys, sign_reconstruct(keys, r, config.rule), metric) for r in found]
     best = torch.stack(errors).argmin(0)
     return torch.stack(found)[best, torch.arange(len(best))]
 
@@ -264,10 +264,10 @@ def learn_score_rotation(
 def score_slope(
     keys: Tensor, metric: Tensor, rotation: Tensor, rule: ScaleRule, reach: float = 0.0
 ) -> Tensor:
-    """Skew W [H, D, D] with d/dt score_error(exp(tΩ) R) = ⟨W, Ω⟩ for skew Ω: see `read_signs`."""
+    """Skew W [H, D, D] with d/dt score_error(exp(tΩ) R) = ⟨W, Ω⟩ for skew Ω: see `sign_reconstruct`."""
     free = rotation.detach().clone().requires_grad_()
     with torch.enable_grad():
-        error = score_error(keys, read_signs(keys, free, rule, reach), metric).sum()
+        error = score_error(keys, sign_reconstruct(keys, free, rule, reach), metric).sum()
         (gradient,) = torch.autograd.grad(error, free)
     slope = gradient @ rotation.mT
     return (slope - slope.mT) / 2

@@ -15,13 +15,13 @@ from scipy.stats import norm
 from torch import Tensor
 
 from signlattice.errors import InputError
-from signlattice.quantizers.base import VectorCode
+from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.scales import ScaleRule, scale_of
 
 
 @dataclass(frozen=True, eq=False)
-class LevelCode(VectorCode):
+class LevelQuantizer(Quantizer):
     """Gaussian levels of ``bits_per_level`` bits, after a centering and a rotation [H, D, D].
 
     The levels are those of least error for a Gaussian (`gaussian_levels`); each token of each head
@@ -55,8 +55,8 @@ class LevelCode(VectorCode):
         rotation = self.rotation.numel() if self.learned else 0
         return rotation + (0 if mean is None else 4 * mean.numel())
 
-    def read_back(self, vectors: Tensor) -> Tensor:
-        """As `VectorCode.read_back`."""
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """As `Quantizer.reconstruct`."""
         centred, offset = self.centering.split(vectors.float())
         y = centred @ self.rotation.mT
         levels = gaussian_levels(self.bits_per_level).to(y.device)

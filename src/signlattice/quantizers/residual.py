@@ -12,13 +12,13 @@ from torch import Tensor
 from signlattice.bits import sign, unpack_signs
 from signlattice.errors import InputError
 from signlattice.kernels import nearest_signs
-from signlattice.quantizers.base import VectorCode
+from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.scales import ScaleRule, scale_of, token_scale
 
 
 @dataclass(frozen=True, eq=False)
-class ResidualSigns(VectorCode):
+class ResidualQuantizer(Quantizer):
     """Signs of a rotated vector x, and signs of what they leave: x̂ = α₁ R₁ᵀs₁ + α₂ R₂ᵀs₂.
 
     s₁ = sign(R₁ x), and s₂ = sign(R₂ r) of r = x − a R₁ᵀs₁ with the scale a of ``first_rule``:
@@ -69,8 +69,8 @@ class ResidualSigns(VectorCode):
         first = token_scale(y, self.first_rule).unsqueeze(-1) * sign(y)
         return centred - first @ self.first
 
-    def read_back(self, vectors: Tensor) -> Tensor:
-        """As `VectorCode.read_back`."""
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """As `Quantizer.reconstruct`."""
         x, offset = self.centering.split(vectors.float())
         y, rest = x @ self.first.mT, self.residual(x)
         z = rest @ self.second.mT
@@ -85,10 +85,10 @@ class ResidualSigns(VectorCode):
 
 
 @dataclass(frozen=True, eq=False)
-class LatticeCode(VectorCode):
+class BasisQuantizer(Quantizer):
     """Points of a lattice of n vectors to a head, found by search in a metric, with one scale.
 
-    As `codec.LayerCodec`, of any number of vectors that `kernels.nearest_signs` takes: with n = D
+    As `codec.SignQuantizer`, of any number of vectors that `kernels.nearest_signs` takes: with n = D
     it is the same code.
 
     Attributes:
@@ -128,8 +128,8 @@ class LatticeCode(VectorCode):
         matrices = self.basis.numel() + self.metric.numel()
         return matrices + (0 if mean is None else 4 * mean.numel())
 
-    def read_back(self, vectors: Tensor) -> Tensor:
-        """As `VectorCode.read_back`. Raises ``InputError`` on an n that the search does not take."""
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """As `Quantizer.reconstruct`. Raises ``InputError`` on an n that the search does not take."""
         x, offset = self.centering.split(vectors.float())
         weighted = x @ self.metric
         words, along, length = nearest_signs((weighted @ self.basis.mT).contiguous(), self._gram)

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from signlattice.bits import n_words, pack_signs, unpack_signs
+from signlattice.bits import n_packed_bytes, pack_signs, unpack_signs
 from signlattice.errors import InputError
 from signlattice.kernels import nearest_signs
 from signlattice.quantizers.centering import Centering
@@ -45,7 +45,7 @@ class SignKeys:
 
 
 @dataclass(frozen=True)
-class LayerCodec:
+class SignQuantizer:
     """The code of one layer's keys: per head a centering, a basis and a temperature.
 
     A key is read back as k̂ = α Bᵀs, and what the centering took off. ``basis`` B [H, D, D]: a
@@ -66,7 +66,7 @@ class LayerCodec:
             raise InputError(f"basis of shape {list(self.basis.shape)}: expected [H, D, D]")
         if not self.n_heads:
             raise InputError("a basis of no head: expected [H, D, D], H 1 or more")
-        n_words(self.head_dim)
+        n_packed_bytes(self.head_dim)
         if self.scale_rule not in SCALE_RULES:
             raise InputError(
                 f"unknown scale rule {self.scale_rule!r}: choose one of {', '.join(SCALE_RULES)}"
@@ -99,7 +99,7 @@ class LayerCodec:
         """Coordinates of a key."""
         return self.basis.shape[-1]
 
-    def to(self, device: torch.device) -> LayerCodec:
+    def to(self, device: torch.device) -> SignQuantizer:
         """The same code on another device."""
         if self.basis.device == device:
             return self
@@ -183,7 +183,7 @@ class LayerCodec:
             scores = scores + query @ mean  # the same for every key
         return scores.flatten(1, 2)
 
-    def rounded(self) -> LayerCodec:
+    def rounded(self) -> SignQuantizer:
         """The code that a file of eight bits to a number gives back (`KeyCodec.save`)."""
         return _restored(_stored(self, bits=8), self.scale_rule, self.centering.method)
 
@@ -214,7 +214,7 @@ class LayerCodec:
 # factor, row by row, so that whatever is read is one.
 
 
-def _stored(layer: LayerCodec, bits: int) -> dict[str, Tensor]:
+def _stored(layer: SignQuantizer, bits: int) -> dict[str, Tensor]:
     mean, temperature = layer.centering.mean, layer.temperature
     tensors = {"basis": layer.basis}
     if layer.metric is not None:
@@ -245,7 +245,7 @@ def _bytes_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (matrix / each).round().clamp(-127, 127).to(torch.int8), step
 
 
-def _restored(tensors: Mapping[str, Tensor], rule: str, method: str) -> LayerCodec:
+def _restored(tensors: Mapping[str, Tensor], rule: str, method: str) -> SignQuantizer:
     """The code that tensors of either width stand for. Raises what is wrong with them."""
     basis = _wide(tensors, "basis", tensors["basis"])
     if basis.ndim != 3 or not len(basis):
@@ -273,7 +273,7 @@ def _restored(tensors: Mapping[str, Tensor], rule: str, method: str) -> LayerCod
     ):
         if tensor is not None and not (tensor.abs() <= LARGEST).all():
             raise InputError(f"{name} holds NaN, infinite or far too large values")
-    code = LayerCodec(basis, Centering(method, mean), rule, temperature, metric)
+    code = SignQuantizer(basis, Centering(method, mean), rule, temperature, metric)
     eye = torch.eye(code.head_dim, device=basis.device)
     if metric is None and (basis @ basis.mT - eye).abs().max() > 0.1:
         raise InputError("a basis that is no rotation, and no metric")

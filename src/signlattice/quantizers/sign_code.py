@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from signlattice.quantizers.base import VectorCode
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.base import Quantizer
+from signlattice.quantizers.sign import SignQuantizer
 
 
 @dataclass(frozen=True, eq=False)
-class SignCode(VectorCode):
+class SignReconstruction(Quantizer):
     """Signs and scales of a layer's codec, rotation or lattice; ``learned``, or from a seed."""
 
-    code: LayerCodec
+    code: SignQuantizer
     learned: bool = True
 
     @property
@@ -31,6 +31,6 @@ class SignCode(VectorCode):
         mean = self.code.centering.mean
         return matrices + (0 if mean is None else 4 * mean.numel())
 
-    def read_back(self, vectors: Tensor) -> Tensor:
-        """As `VectorCode.read_back`."""
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """As `Quantizer.reconstruct`."""
         return self.code.decode(self.code.coded(vectors))

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from signlattice.errors import IntegrityError
-from signlattice.io import shown, write_tensors
+from signlattice.io import display_path, write_tensors
 
 _SCHEMA = 2
 _HEADER = "signlattice.rotations.solvers"
@@ -53,16 +53,16 @@ def load(
         theirs, keys, state = header["config"], header["keys"], header["state"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(
-            f"{shown(path)} is no checkpoint of learn_rotation ({error}): {remedy}"
+            f"{display_path(path)} is no checkpoint of learn_rotation ({error}): {remedy}"
         ) from None
     ours = json.loads(json.dumps(config))
     if different := sorted(name for name in ours if theirs.get(name) != ours[name]):
         name = different[0]
         raise IntegrityError(
-            f"{shown(path)} was made with {name}={theirs.get(name)!r}, not {ours[name]!r}: {remedy}"
+            f"{display_path(path)} was made with {name}={theirs.get(name)!r}, not {ours[name]!r}: {remedy}"
         )
     if keys != fingerprint:
-        raise IntegrityError(f"{shown(path)} was made from other keys: {remedy}")
+        raise IntegrityError(f"{display_path(path)} was made from other keys: {remedy}")
     return tensors, state
 
 

@@ -112,7 +112,7 @@ def learn_rotations(
     return _learned(task, progress, checkpoint)
 
 
-def learned_matrices(keys: Tensor, config: LearnConfig) -> Tensor:
+def learn_matrices(keys: Tensor, config: LearnConfig) -> Tensor:
     """The rotations alone of `learn_rotations`, [H, d, d] of keys [H, N, d].
 
     Few keys are not warned of: for those who judge what they learned on keys held out.

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from signlattice.beta import beta
+from signlattice.alignment import beta
 from signlattice.rotations.config import CalibrationWarning, LearnConfig
 from signlattice.rotations.learned import learn_rotation
 

@@ -54,7 +54,7 @@ _MATRICES = ("rotation", "velocity")
 _T = TypeVar("_T")
 
 
-def _turned(rotation: Tensor, tangent: Tensor) -> Tensor:
+def _cayley_step(rotation: Tensor, tangent: Tensor) -> Tensor:
     """R turned along the skew matrix ``tangent``: Cayley's transform, orthogonal at any length."""
     eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
     return torch.linalg.solve(eye - tangent / 2, (eye + tangent / 2) @ rotation)
@@ -217,7 +217,7 @@ def _gradient_step(task: _Task, state: _State) -> _State:
     gradient = task.keys.gradient(state.rotation, 0.0, task.impl)
     slope = gradient @ state.rotation.mT
     rate = task.config.learning_rate * slope.shape[-1]
-    return replace(state, rotation=_turned(state.rotation, rate * (slope - slope.mT)))
+    return replace(state, rotation=_cayley_step(state.rotation, rate * (slope - slope.mT)))
 
 
 def _itq_step(task: _Task, state: _State) -> _State:
@@ -250,7 +250,7 @@ def _annealed_step(task: _Task, state: _State, cooling: bool) -> _State:
     norm = torch.linalg.vector_norm(velocity, dim=(-2, -1), keepdim=True).double()
     rms = norm / math.sqrt(velocity.shape[-1])
     length = rms.new_tensor(angle) / rms.clamp_min(torch.finfo(velocity.dtype).tiny)
-    turned = _turned(rotation, velocity * length.to(velocity.dtype))
+    turned = _cayley_step(rotation, velocity * length.to(velocity.dtype))
     return replace(state, rotation=turned, velocity=velocity)
 
 

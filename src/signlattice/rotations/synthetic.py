@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from signlattice.beta import beta
+from signlattice.alignment import beta
 from signlattice.errors import InputError
 from signlattice.rotations import fixed
 

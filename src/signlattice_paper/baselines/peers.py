@@ -1,6 +1,6 @@
 """What other projects do to keys and values, by their published rules: to be measured beside ours.
 
-Rules are `vector_codes.VectorCode`s, with every scale, zero and norm counted in the width in which
+Rules are `vector_codes.Quantizer`s, with every scale, zero and norm counted in the width in which
 its authors keep it. Where an implementation of theirs runs in transformers, that one is taken:
 `QuantizedLayers`.
 """
@@ -33,7 +33,7 @@ from signlattice.hadamard import hadamard
 from signlattice.memory import EffectiveBits
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel
-from signlattice.quantizers.base import VectorCode
+from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.levels import gaussian_levels
 from signlattice.rotations.fixed import haar
 
@@ -45,7 +45,7 @@ CODEWORDS = 256
 
 
 @dataclass(frozen=True)
-class Rounded(VectorCode):
+class Rounded(Quantizer):
     """Equal steps between the least and the greatest of a group, which has a scale and a zero.
 
     ``along`` "tokens": a group is one coordinate of ``size`` tokens that follow each other, as KIVI
@@ -78,8 +78,8 @@ class Rounded(VectorCode):
         """Tokens of a group."""
         return self.size if self.along == "tokens" else 1
 
-    def read_back(self, vectors: Tensor) -> Tensor:
-        """As `VectorCode.read_back`. Raises ``InputError`` if groups do not fill a vector."""
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """As `Quantizer.reconstruct`. Raises ``InputError`` if groups do not fill a vector."""
         if self.along == "tokens":
             return _by_groups(vectors.float(), self.size, lambda part: self._rounded(part, -2))
         if vectors.shape[-1] % self.size:
@@ -94,7 +94,7 @@ class Rounded(VectorCode):
 
 
 @dataclass(frozen=True)
-class TurboQuant(VectorCode):
+class TurboQuant(Quantizer):
     """TurboQuant-mse: x̂ = ‖x‖ Rᵀc, where c are the levels nearest to the coordinates of Rx/‖x‖.
 
     R is uniformly random (`rotations.haar`), one for all heads, as in the paper; the levels are
@@ -119,8 +119,8 @@ class TurboQuant(VectorCode):
         """The levels', and sixteen to a token for the norm."""
         return self.bits_per_level + 16 / self.head_dim
 
-    def read_back(self, vectors: Tensor) -> Tensor:
-        """As `VectorCode.read_back`."""
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """As `Quantizer.reconstruct`."""
         x = vectors.float()
         rotation = haar(self.head_dim, self.seed).to(x.device)
         levels = sphere_levels(self.head_dim, self.bits_per_level).to(x.device)
@@ -131,7 +131,7 @@ class TurboQuant(VectorCode):
 
 
 @dataclass(frozen=True, eq=False)
-class RaBitQ(VectorCode):
+class RaBitQ(Quantizer):
     """RaBitQ at one bit: x̂ = μ + ‖x − μ‖/⟨ō, o⟩ · Rᵀō, where ō = sign(o)/√D.
 
     o is R(x − μ)/‖x − μ‖. Inner products with x̂ are unbiased over the random rotation R, one for
@@ -159,8 +159,8 @@ class RaBitQ(VectorCode):
         """Of the means, four to a number."""
         return 4 * self.mean.numel()
 
-    def read_back(self, vectors: Tensor) -> Tensor:
-        """As `VectorCode.read_back`."""
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """As `Quantizer.reconstruct`."""
         d = self.mean.shape[-1]
         mean = self.mean[:, None].to(vectors.device)
         rotation = haar(d, self.seed).to(vectors.device)
@@ -172,7 +172,7 @@ class RaBitQ(VectorCode):
 
 
 @dataclass(frozen=True)
-class QJL(VectorCode):
+class QJL(Quantizer):
     """Signs of m = 2D random projections: x̂ = √(π/2)/m · ‖x‖ Sᵀ sign(Sx), with the norm in fp16.
 
     S is made of two uniformly random rotations times √D, as the authors' code makes its Gaussian
@@ -190,8 +190,8 @@ class QJL(VectorCode):
         """Two, and sixteen to a token for the norm."""
         return 2 + 16 / self.head_dim
 
-    def read_back(self, vectors: Tensor) -> Tensor:
-        """As `VectorCode.read_back`."""
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """As `Quantizer.reconstruct`."""
         x, d = vectors.float(), self.head_dim
         rows = torch.cat([haar(d, 2 * self.seed), haar(d, 2 * self.seed + 1)])
         projections = (math.sqrt(d) * rows).to(x.device)
@@ -201,7 +201,7 @@ class QJL(VectorCode):
 
 
 @dataclass(frozen=True)
-class NSNQuantLike(VectorCode):
+class NSNQuantLike(Quantizer):
     """Normalise, shift, normalise, Hadamard, then one codebook for eight Gaussian coordinates.
 
     Of ``size`` tokens that follow each other: x = n(z₀), z₀ = o + sz, where n and s make tokens of
@@ -234,8 +234,8 @@ class NSNQuantLike(VectorCode):
         """Tokens of a block."""
         return self.size
 
-    def read_back(self, vectors: Tensor) -> Tensor:
-        """As `VectorCode.read_back`."""
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """As `Quantizer.reconstruct`."""
         return _by_groups(vectors.float(), self.size, self._block)
 
     def _block(self, x: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ class NSNQuantLike(VectorCode):
 
 
 @dataclass(frozen=True, eq=False)
-class ProductCode(VectorCode):
+class ProductQuantizer(Quantizer):
     """Product quantisation: every eight coordinates are the nearest of 256 learned codewords.
 
     ``codebooks`` [H, D/8, 256, 8], kept in fp16. A token has no scale. Source: Jégou, Douze and
@@ -264,7 +264,7 @@ class ProductCode(VectorCode):
     codebooks: Tensor
 
     @classmethod
-    def fit(cls, vectors: Tensor, seed: int = 0, rounds: int = 12) -> ProductCode:
+    def fit(cls, vectors: Tensor, seed: int = 0, rounds: int = 12) -> ProductQuantizer:
         """By k-means on calibration vectors [H, N, D]. Raises ``InputError`` as `k_means` does, and
         if pieces of eight do not fill a vector."""
         if vectors.shape[-1] % SUB:
@@ -283,8 +283,8 @@ class ProductCode(VectorCode):
         """Of the codebooks."""
         return 2 * self.codebooks.numel()
 
-    def read_back(self, vectors: Tensor) -> Tensor:
-        """As `VectorCode.read_back`."""
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """As `Quantizer.reconstruct`."""
         pieces = vectors.float().unflatten(-1, (-1, SUB))  # [B, H, T, D/8, 8]
         found = torch.empty_like(pieces)
         for head, books in enumerate(self.codebooks.to(vectors.device)):

@@ -16,27 +16,26 @@ from safetensors import safe_open
 from torch import Tensor
 
 from signlattice import __version__
-from signlattice.beta import elliptical_ceiling
+from signlattice.alignment import elliptical_ceiling
 from signlattice.data import corpus
 from signlattice.errors import InputError
 from signlattice.evaluation.heads import fit_temperature, head_quality
 from signlattice.evaluation.perplexity import (
     TokenLosses,
-    logits_of,
+    next_token_logits,
     perplexity,
     perplexity_gap,
     token_losses,
 )
-from signlattice.io import remembered, write_tensors
-from signlattice.models.bank import bank_of, calibration_keys
-from signlattice.models.capture import KeyBank
+from signlattice.io import load_or_compute, write_tensors
+from signlattice.models.capture import KeyBank, calibration_keys, capture_passages
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage, passages
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.scales import SCALE_RULES
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.factory import ROTATIONS, rotate_heads
 
 
@@ -159,21 +158,21 @@ def run_ablation(
     scratch = scratch / _identity(loaded, config)
     scratch.mkdir(parents=True, exist_ok=True)
     text = _read_text(loaded, config)
-    exact_logits = logits_of(loaded, text.pieces)
+    exact_logits = next_token_logits(loaded, text.pieces)
     exact = token_losses(loaded, text.pieces)
     rows, losses, codecs, ceilings = [], {}, {}, {}
     for centering in config.centerings:
         fitted = _fit_centering(text.calibration, centering, config)
         ceilings[centering] = np.array([elliptical_ceiling(_spectrum(k)) for k in fitted.heads()])
         for rotation in config.rotations:
-            matrices = remembered(
+            matrices = load_or_compute(
                 scratch / f"{centering}.{rotation}.safetensors",
                 lambda: {k: rotate_heads(x, rotation, config.seed) for k, x in fitted.keys.items()},
             )
             for rule, temperature in itertools.product(config.scale_rules, config.temperatures):
                 name = (rotation, centering, rule, temperature)
                 file = scratch / f"{centering}.{rotation}.{rule}.{temperature}.safetensors"
-                layers = {k: LayerCodec(matrices[k], fitted.code[k], rule) for k in matrices}
+                layers = {k: SignQuantizer(matrices[k], fitted.code[k], rule) for k in matrices}
                 if temperature:
                     layers = _tempered(layers, text.temperature, loaded, file.with_suffix(".tau"))
                 codecs[name] = KeyCodec(layers, loaded.weights_hash, _provenance(name, config))
@@ -206,11 +205,11 @@ def _fit_centering(bank: KeyBank, method: str, config: AblationConfig) -> _Centr
 
 
 def _tempered(
-    layers: dict[int, LayerCodec], bank: KeyBank, loaded: LoadedModel, file: Path
-) -> dict[int, LayerCodec]:
+    layers: dict[int, SignQuantizer], bank: KeyBank, loaded: LoadedModel, file: Path
+) -> dict[int, SignQuantizer]:
     """The same codes with a temperature per head, fitted on ``bank`` or remembered."""
     attention = attention_layers(loaded.model)
-    taus = remembered(
+    taus = load_or_compute(
         file, lambda: {k: fit_temperature(code, bank, attention[k]) for k, code in layers.items()}
     )
     return {layer: replace(code, temperature=taus[layer]) for layer, code in layers.items()}
@@ -221,9 +220,11 @@ def _read_text(loaded: LoadedModel, config: AblationConfig) -> _Text:
     pieces = passages(loaded, corpus.documents("evaluation"), config.windows)
     whole = [piece for piece in pieces if len(piece.ids) == loaded.context] or pieces
     return _Text(
-        calibration=bank_of(loaded, fit, queries=False),
-        temperature=bank_of(loaded, fit[:: max(1, len(fit) // config.temperature_passages)]),
-        held_out=bank_of(loaded, whole[::2]),
+        calibration=capture_passages(loaded, fit, queries=False),
+        temperature=capture_passages(
+            loaded, fit[:: max(1, len(fit) // config.temperature_passages)]
+        ),
+        held_out=capture_passages(loaded, whole[::2]),
         pieces=pieces,
     )
 

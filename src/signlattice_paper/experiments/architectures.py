@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from signlattice import __version__, hadamard
-from signlattice.beta import beta, elliptical_ceiling
+from signlattice.alignment import beta, elliptical_ceiling
 from signlattice.data.texts import Text
 from signlattice.errors import InputError, IntegrityError
 from signlattice.evaluation.bootstrap import Interval
@@ -34,18 +34,17 @@ from signlattice.evaluation.perplexity import (
     perplexity_gap,
     token_losses,
 )
-from signlattice.io import check_writable, shown, write_tensors, write_text
+from signlattice.io import check_writable, display_path, write_tensors, write_text
 from signlattice.models import full_size
-from signlattice.models.bank import bank_of
-from signlattice.models.capture import KeyBank, joined, open_bank
+from signlattice.models.capture import KeyBank, capture_passages, join_banks, open_bank
 from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import LoadedModel, load_model
 from signlattice.models.minis import MINIS
-from signlattice.models.passages import Passage, passages, spread, up_to
+from signlattice.models.passages import Passage, passages, spread, take_tokens
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.scales import SCALE_RULES
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations import fixed
 from signlattice.rotations.config import (
     SAFE_KEYS_PER_DIM,
@@ -279,8 +278,8 @@ def _captured(
     widest = max(
         layer.head_dim * (layer.n_heads if config.layer_scope else 1) for layer in owners.values()
     )
-    fit = up_to(fit, math.ceil(SPARE * widest * config.keys_per_dim))
-    judged = up_to(pieces, config.n_held_out)
+    fit = take_tokens(fit, math.ceil(SPARE * widest * config.keys_per_dim))
+    judged = take_tokens(pieces, config.n_held_out)
     n_tokens = sum(len(piece.ids) for piece in fit)
     narrowest = min(layer.head_dim for layer in owners.values())
     if n_tokens < narrowest:
@@ -295,7 +294,7 @@ def _captured(
         for number, start in enumerate(range(0, len(chosen), PART)):
             part = folder / f"{side}-{number:05d}"
             if not (part / "index.json").is_file():
-                bank_of(
+                capture_passages(
                     loaded,
                     chosen[start : start + PART],
                     queries=False,
@@ -304,7 +303,7 @@ def _captured(
                 )
                 tell(f"captured {side}")
             parts.append(open_bank(part))
-        banks.append(joined(parts))
+        banks.append(join_banks(parts))
     return _Keys(*banks)
 
 
@@ -320,7 +319,7 @@ def _check_room(
     if needed - there > free:
         raise InputError(
             f"the keys of {n_tokens} tokens of {loaded.name} take {needed / 1e9:.3g} GB, "
-            f"{shown(folder)} has {free / 1e9:.3g} GB free: make room, or ask for fewer "
+            f"{display_path(folder)} has {free / 1e9:.3g} GB free: make room, or ask for fewer "
             "keys_per_dim"
         )
 
@@ -633,7 +632,7 @@ def _gaps(
 def _codec(loaded: LoadedModel, fits: Sequence[_Fit], code: tuple[str, str, str, int]) -> KeyCodec:
     rotation, method, scale, seed = code
     layers = {
-        fit.layer: LayerCodec(fit.matrices[rotation], fit.centering, scale)
+        fit.layer: SignQuantizer(fit.matrices[rotation], fit.centering, scale)
         for fit in fits
         if (fit.scope, fit.centering.method, fit.seed) == ("head", method, seed)
     }

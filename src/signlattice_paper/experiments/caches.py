@@ -14,7 +14,7 @@ import torch
 
 from signlattice import __version__
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
-from signlattice.calibration import CalibrateConfig, coded_layers, learn_codec
+from signlattice.calibration import CalibrationConfig, coded_layers, learn_codec
 from signlattice.data.texts import Text
 from signlattice.evaluation.through_cache import Judge, QualityConfig, read_through
 from signlattice.io import Scratch
@@ -47,7 +47,7 @@ class CacheLabConfig:
     window: int = 60
     sinks: int = 4
     windows: tuple[int, ...] = (0, 16, 60, 124)
-    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    calibrate: CalibrationConfig = field(default_factory=CalibrationConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
 
 

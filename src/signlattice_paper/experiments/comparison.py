@@ -15,17 +15,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from signlattice.cache.simulated import Codes, QueryCode, seen_through
-from signlattice.calibration import CalibrateConfig, learn_codec
+from signlattice.cache.simulated import Codes, QueryCode, quantized_attention
+from signlattice.calibration import CalibrationConfig, learn_codec
 from signlattice.data.texts import Text
 from signlattice.errors import InputError, IntegrityError
-from signlattice.evaluation.perplexity import TokenLosses, logits_of, perplexity, token_losses
+from signlattice.evaluation.perplexity import (
+    TokenLosses,
+    next_token_logits,
+    perplexity,
+    token_losses,
+)
 from signlattice.evaluation.through_cache import full_windows, gap_percent
 from signlattice.io import Scratch
 from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import MODELS, LoadedModel
 from signlattice.models.passages import spread
-from signlattice.models.states import LayerStates, read_states, whole_layers
+from signlattice.models.states import LayerStates, compressible_layers, read_states
 from signlattice.quantizers.basis import LatticeConfig, query_metric
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
@@ -71,7 +76,7 @@ class Comparison:
         self.loaded = loaded
         self.config = config
         self.scratch = scratch
-        self.layers = whole_layers(loaded)
+        self.layers = compressible_layers(loaded)
         self._text = text
 
     @cached_property
@@ -116,7 +121,7 @@ class Comparison:
 
     @cached_property
     def _exact_logits(self) -> list[Tensor]:
-        return logits_of(self.loaded, self.exact.pieces)
+        return next_token_logits(self.loaded, self.exact.pieces)
 
     @cached_property
     def held_out(self) -> list[dict[int, LayerStates]]:
@@ -151,7 +156,7 @@ class Comparison:
 
         def measured() -> Row:
             pieces, logits = self.exact.pieces, self._exact_logits  # not through the codes
-            with seen_through(self.loaded, keys, values, queries):
+            with quantized_attention(self.loaded, keys, values, queries):
                 losses = token_losses(self.loaded, pieces, exact_logits=logits)
             gap, n = gap_percent(losses, self.exact), losses.n_tokens.sum()
             return {
@@ -184,7 +189,7 @@ class Comparison:
                 sides = [seen.keys, seen.values]
                 for side, codes in enumerate((keys, values)):
                     if source in codes:
-                        sides[side] = codes[source].read_back(sides[side][None])[0]
+                        sides[side] = codes[source].reconstruct(sides[side][None])[0]
                 for reader, query in seen.queries.items():
                     coded = queries[reader](query[None])[0] if reader in queries else query
                     errors = head_errors(
@@ -267,7 +272,7 @@ def _centred(products: Tensor, seen: Tensor) -> Tensor:
 
 
 def shipped_lattice(
-    loaded: LoadedModel, text: Text, config: CalibrateConfig, kept: Path
+    loaded: LoadedModel, text: Text, config: CalibrationConfig, kept: Path
 ) -> KeyCodec:
     """The lattice in the model's own folder; for a model that has none, one learned and ``kept``.
 

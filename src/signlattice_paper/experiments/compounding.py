@@ -15,7 +15,7 @@ from signlattice.models.hooks import score_scaling
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.sign import LayerCodec
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice_paper.experiments.scores import (
     attention_states,
     log_weights,
@@ -37,7 +37,7 @@ def compared_codecs(learned: KeyCodec, srht: Mapping[int, Tensor]) -> dict[str, 
     codecs = {}
     for rule in ("mse", "unbiased"):
         layers = {
-            layer: LayerCodec(srht[layer], code.centering, rule)
+            layer: SignQuantizer(srht[layer], code.centering, rule)
             for layer, code in learned.layers.items()
         }
         codecs[f"srht_{rule}"] = KeyCodec(layers, learned.model_hash)

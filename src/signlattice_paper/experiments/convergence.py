@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from signlattice.beta import GAUSSIAN_BETA, beta, cosine, haar_beta
+from signlattice.alignment import GAUSSIAN_BETA, beta, cosine, haar_beta
 from signlattice.errors import InputError
 from signlattice.models.loading import LoadedModel
 from signlattice.rotations import fixed, synthetic

@@ -20,7 +20,7 @@ from signlattice import kernels
 from signlattice.bits import unpack_signs
 from signlattice.errors import IntegrityError
 from signlattice.io import PROJECT
-from signlattice.kernels import PackedKeys, PackedValues, WholeTokens
+from signlattice.kernels import FullPrecisionTokens, PackedKeys, PackedValues
 from signlattice.kernels.attention import reference
 from signlattice.kernels.pack import reference as pack_reference
 from signlattice.models.loading import LoadedModel
@@ -206,7 +206,7 @@ def _attention_call(
     first = torch.full((batch,), config.sinks, dtype=torch.int32)
     last = torch.full((batch,), n_tokens - config.recent, dtype=torch.int32)
     kept = torch.cat((torch.arange(config.sinks), torch.arange(int(last[0]), n_tokens)))
-    whole = WholeTokens(
+    whole = FullPrecisionTokens(
         keys[:, :, kept].contiguous(),
         values[:, :, kept].contiguous(),
         torch.full((batch,), len(kept), dtype=torch.int32),

@@ -17,33 +17,33 @@ from torch import Tensor
 
 from signlattice import __version__
 from signlattice.cache.sign_key_cache import CacheConfig
-from signlattice.cache.simulated import CodedCache, Codes
-from signlattice.calibration import CalibrateConfig
+from signlattice.cache.simulated import Codes, SimulatedCache
+from signlattice.calibration import CalibrationConfig
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import Judge, QualityConfig
 from signlattice.io import Scratch
 from signlattice.models.loading import LoadedModel
 from signlattice.models.states import LayerStates
-from signlattice.quantizers.base import VectorCode
+from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.basis import LatticeConfig, query_metric
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.gauge import (
     GAUGES,
     DescentConfig,
-    GaugedSigns,
-    gauge_of,
+    GaugeQuantizer,
     isotropic_error,
     learn_score_rotation,
+    make_gauge,
     participation,
     weighted_itq,
 )
 from signlattice.quantizers.scales import SCALE_RULES
-from signlattice.quantizers.sign import LayerCodec
-from signlattice.quantizers.sign_code import SignCode
+from signlattice.quantizers.sign import SignQuantizer
+from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.factory import rotate_heads
-from signlattice.rotations.learned import learned_matrices
+from signlattice.rotations.learned import learn_matrices
 from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig, shipped_lattice
 from signlattice_paper.records import Row
 
@@ -82,7 +82,7 @@ class GaugeConfig:
     sinks: int = 4
     learn: LearnConfig = field(default_factory=LearnConfig)
     descent: DescentConfig = field(default_factory=DescentConfig)
-    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    calibrate: CalibrationConfig = field(default_factory=CalibrationConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
 
     def __post_init__(self) -> None:
@@ -154,12 +154,12 @@ def measure(
     beside them; ``ratio`` is its value over that of no gauge, and ``query_rank`` and ``key_rank``
     the effective number of directions that queries and keys of the head have.
 
-    Raises ``InputError`` as `coded.whole_layers` and `cache_quality.full_windows` do.
+    Raises ``InputError`` as `coded.compressible_layers` and `cache_quality.full_windows` do.
     """
     tell = progress or (lambda part: None)
     kept = Scratch.of(scratch, loaded.weights_hash, text.fingerprint, __version__, asdict(config))
     comparison = Comparison(loaded, text, config.comparison, kept)
-    shelf = _Shelf(loaded, text, config, kept, comparison.fit)
+    shelf = _GaugeCodes(loaded, text, config, kept, comparison.fit)
     rows, heads = [], []
     for case in cases(config):
         codes = shelf.codes(case)
@@ -197,7 +197,7 @@ def _bits(codes: Codes) -> float:
     return fmean(code.bits for code in codes.values())
 
 
-def _windowed(shelf: _Shelf, tell: Progress) -> list[Row]:
+def _windowed(shelf: _GaugeCodes, tell: Progress) -> list[Row]:
     """The codes of `WINDOWED` in a cache whose window and sinks stay whole, as its values do."""
     config, loaded = shelf.config, shelf.loaded
     cache = CacheConfig(window=config.window, sinks=config.sinks, dtype=torch.float16)
@@ -209,7 +209,9 @@ def _windowed(shelf: _Shelf, tell: Progress) -> list[Row]:
             nonlocal judge
             judge = judge or Judge(loaded, text.evaluation, text.calibration, config.quality)
             codes = shelf.codes(case)
-            return judge.judged(lambda: CodedCache(loaded, codes, None, cache), with_needles=False)
+            return judge.judged(
+                lambda: SimulatedCache(loaded, codes, None, cache), with_needles=False
+            )
 
         row = shelf.kept.row(f"windowed {case}", judged)
         wanted = (
@@ -262,7 +264,7 @@ def _winners(heads: list[Row], moments: dict[int, tuple[Tensor, Tensor]]) -> lis
     return rows
 
 
-class _Shelf:
+class _GaugeCodes:
     """Codes by their case; what is learned for one is kept for the others, and in scratch."""
 
     def __init__(
@@ -286,26 +288,26 @@ class _Shelf:
         }
         """Second moments of queries and of centred keys [H, D, D], by layer."""
 
-    def codes(self, case: Case) -> dict[int, VectorCode]:
+    def codes(self, case: Case) -> dict[int, Quantizer]:
         """The code of each layer. Raises ``InputError`` on an unknown gauge or rotation."""
         if (case.gauge, case.rotation) == LATTICE:
             return {
-                i: SignCode(replace(code, scale_rule=case.rule))
+                i: SignReconstruction(replace(code, scale_rule=case.rule))
                 for i, code in self._lattice().items()
             }
         if case.rotation == "searched":
             return {
-                i: SignCode(
-                    LayerCodec(
+                i: SignReconstruction(
+                    SignQuantizer(
                         rotation, self._centering[i], case.rule, metric=self.moments[i][0].float()
                     )
                 )
                 for i, rotation in self._rotations(case.gauge, "learned").items()
             }
         return {
-            i: GaugedSigns(
+            i: GaugeQuantizer(
                 self._centering[i],
-                gauge_of(case.gauge, *self.moments[i]).float(),
+                make_gauge(case.gauge, *self.moments[i]).float(),
                 rotation,
                 case.rule,
                 learned=case.rotation != "srht",
@@ -318,7 +320,8 @@ class _Shelf:
         ratios = {}
         for i, moments in self.moments.items() if gauge in GAUGES else ():
             here, plain = (
-                isotropic_error(gauge_of(each, *moments), *moments) for each in (gauge, "identity")
+                isotropic_error(make_gauge(each, *moments), *moments)
+                for each in (gauge, "identity")
             )
             ratios |= {(i, head): ratio for head, ratio in enumerate((here / plain).tolist())}
         return ratios
@@ -332,12 +335,12 @@ class _Shelf:
 
     def _rotation(self, layer: int, gauge: str, name: str) -> Tensor:
         seed = self.config.comparison.seed
-        matrix = gauge_of(gauge, *self.moments[layer])
+        matrix = make_gauge(gauge, *self.moments[layer])
         keys = self._keys[layer] @ matrix.float().mT
         if name == "srht":
             return rotate_heads(keys, "srht", seed)
         if name == "learned":
-            return learned_matrices(keys, replace(self.config.learn, seed=seed))
+            return learn_matrices(keys, replace(self.config.learn, seed=seed))
         learned = self._rotations(gauge, "learned")[layer]
         if name in WEIGHTS:
             return weighted_itq(keys, learned, WEIGHTS[name])
@@ -348,7 +351,7 @@ class _Shelf:
         starts = [learned, self._rotations(gauge, "srht")[layer]]
         return learn_score_rotation(keys, metric, starts, replace(self.config.descent, seed=seed))
 
-    def _lattice(self) -> dict[int, LayerCodec]:
+    def _lattice(self) -> dict[int, SignQuantizer]:
         """The codec of the model's file, or one that is learned and kept."""
         kept = self.kept.file("lattice", ".safetensors")
         codec = shipped_lattice(self.loaded, self.text, self.config.calibrate, kept)

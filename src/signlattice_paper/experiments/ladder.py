@@ -18,26 +18,26 @@ from torch import Tensor
 
 from signlattice import __version__
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
-from signlattice.cache.simulated import CodedCache, Codes
+from signlattice.cache.simulated import Codes, SimulatedCache
 from signlattice.cache.storage import KeyFormat, ValueFormat
-from signlattice.calibration import CalibrateConfig, coded_layers, learn_codec
+from signlattice.calibration import CalibrationConfig, coded_layers, learn_codec
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import Judge, NewCache, QualityConfig, full_windows
 from signlattice.io import Scratch
 from signlattice.models.loading import LoadedModel
-from signlattice.models.states import LayerStates, read_states, whole_layers
-from signlattice.quantizers.base import VectorCode
+from signlattice.models.states import LayerStates, compressible_layers, read_states
+from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.sign import LayerCodec
-from signlattice.quantizers.sign_code import SignCode
+from signlattice.quantizers.sign import SignQuantizer
+from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.factory import rotate_heads
 from signlattice_paper.baselines.peers import (
     QJL,
     Backend,
     NSNQuantLike,
-    ProductCode,
+    ProductQuantizer,
     QuantizedLayers,
     RaBitQ,
     Rounded,
@@ -47,7 +47,7 @@ from signlattice_paper.records import Row
 
 Progress = Callable[[str], object]
 """Told of each part of the work as it is done."""
-Rule = Callable[[Tensor], VectorCode]
+Rule = Callable[[Tensor], Quantizer]
 """The code for a layer whose calibration vectors are [H, N, D]; most look at the shape alone."""
 Signs = Literal["lattice", "rotation", "srht"]
 How = Literal["our cache", "published rule", "transformers' cache"]
@@ -80,7 +80,7 @@ class LadderConfig:
     text: str = "corpus"
     window: int = 60
     sinks: int = 4
-    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    calibrate: CalibrationConfig = field(default_factory=CalibrationConfig)
     quality: QualityConfig = field(
         default_factory=lambda: QualityConfig(n_passages=48, n_needles=12)
     )
@@ -102,7 +102,7 @@ class LadderConfig:
 
 
 @dataclass(frozen=True)
-class Made:
+class EntryCaches:
     """What makes the caches of a rung, and the bytes that it keeps once for all tokens."""
 
     new_cache: NewCache
@@ -110,7 +110,7 @@ class Made:
 
 
 @dataclass(frozen=True, eq=False)
-class Rung:
+class LadderEntry:
     """A way to keep keys and values.
 
     Attributes:
@@ -126,7 +126,7 @@ class Rung:
     family: str
     source: str
     how: How
-    make: Callable[[Calibrated], Made]
+    make: Callable[[Calibrated], EntryCaches]
     whole: int
     step: int | None = None
 
@@ -143,7 +143,7 @@ class Calibrated:
     @cached_property
     def states(self) -> dict[int, LayerStates]:
         """Keys and values of the coded layers on windows from all over the text."""
-        widest = max(layer.head_dim for layer in whole_layers(self.loaded).values())
+        widest = max(layer.head_dim for layer in compressible_layers(self.loaded).values())
         n = math.ceil(self.config.calibrate.keys_per_dim * widest / self.loaded.context)
         return read_states(self.loaded, full_windows(self.loaded, self.text.calibration, n))
 
@@ -171,17 +171,17 @@ class Calibrated:
             learn_codec(self.loaded, self.text, learning).save(file, bits=8)
         return KeyCodec.load(file, self.loaded.weights_hash)
 
-    def _srht(self) -> dict[int, LayerCodec]:
+    def _srht(self) -> dict[int, SignQuantizer]:
         found = {}
         for index, layer in coded_layers(self.loaded, self.config.calibrate).items():
             keys = self.states[index].keys
             turns = rotate_heads(keys, "srht", seed=0)
             centering = Centering.fit(keys, "token_mean" if layer.mean_cancels else "none")
-            found[index] = LayerCodec(turns, centering, self.config.calibrate.scale_rule)
+            found[index] = SignQuantizer(turns, centering, self.config.calibrate.scale_rule)
         return found
 
 
-def rungs(loaded: LoadedModel, config: LadderConfig) -> list[Rung]:
+def ladder_entries(loaded: LoadedModel, config: LadderConfig) -> list[LadderEntry]:
     """All rungs, the heaviest families first; nothing is learned yet."""
     quarot = "QuaRot: Ashkboos et al. 2024, arXiv 2404.00456"
     kivi = "Liu et al. 2024, arXiv 2402.02750"
@@ -190,7 +190,7 @@ def rungs(loaded: LoadedModel, config: LadderConfig) -> list[Rung]:
     product = "Jégou et al. 2011, doi 10.1109/TPAMI.2010.57"
     hqq, quanto = "hqq 0.2.8.post1", "optimum-quanto 0.2.7"
     here = "this library"
-    pq = ProductCode.fit
+    pq = ProductQuantizer.fit
     found = [
         _cached("fp16", "fp16 and FP8", "–", "whole", "whole", config, window=False),
         _cached("FP8", "fp16 and FP8", "e4m3", "fp8", "fp8", config, window=False),
@@ -249,7 +249,7 @@ def rungs(loaded: LoadedModel, config: LadderConfig) -> list[Rung]:
 
 def n_parts(loaded: LoadedModel, config: LadderConfig) -> int:
     """How often `measure` tells of its progress."""
-    return len(rungs(loaded, config))
+    return len(ladder_entries(loaded, config))
 
 
 def measure(
@@ -281,7 +281,7 @@ def measure(
     calibrated = Calibrated(loaded, text, config, kept.folder)
     judge = Judge(loaded, text.evaluation, text.calibration, config.quality)
     rows = []
-    for rung in rungs(loaded, config):
+    for rung in ladder_entries(loaded, config):
         rows.append(kept.row(rung.name, lambda: _judged(judge, rung, calibrated)))
         tell(f"judged {rung.name}")
     return {"exact": [judge.exact_row()], "ladder": with_pareto(rows)}
@@ -301,10 +301,10 @@ def with_pareto(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _judged(judge: Judge, rung: Rung, calibrated: Calibrated) -> Row:
+def _judged(judge: Judge, rung: LadderEntry, calibrated: Calibrated) -> Row:
     made = rung.make(calibrated)
     found = judge.judged(made.new_cache, step=rung.step)
-    layers = whole_layers(calibrated.loaded).values()
+    layers = compressible_layers(calibrated.loaded).values()
     n = LONG * sum(2 * layer.n_heads * layer.head_dim for layer in layers)
     coded = LONG - (rung.whole if rung.how == "transformers' cache" else 0)
     long = (found["bits"] * coded + 16 * rung.whole) / LONG + 8 * made.static_bytes / n
@@ -352,47 +352,51 @@ def _cached(
     signs: Signs | None = None,
     *,
     window: bool = True,
-) -> Rung:
+) -> LadderEntry:
     """One that our cache really stores."""
     kept = (config.window, config.sinks) if window else (0, 0)
     cache = replace(_whole_config(*kept), key_format=keys, value_format=values)
 
-    def make(calibrated: Calibrated) -> Made:
+    def make(calibrated: Calibrated) -> EntryCaches:
         codec, static = None, 0
         if signs is not None:
             codec = calibrated.codec(signs)
-            codes = [SignCode(code, learned=signs != "srht") for code in codec.layers.values()]
+            codes = [
+                SignReconstruction(code, learned=signs != "srht") for code in codec.layers.values()
+            ]
             static = sum(code.static_bytes for code in codes)
-        return Made(lambda: SignKeyCache(calibrated.loaded, codec, cache), static)
+        return EntryCaches(lambda: SignKeyCache(calibrated.loaded, codec, cache), static)
 
-    return Rung(name, family, source, "our cache", make, sum(kept))
+    return LadderEntry(name, family, source, "our cache", make, sum(kept))
 
 
 def _ruled(
     name: str, family: str, source: str, keys: Rule, values: Rule, config: LadderConfig
-) -> Rung:
+) -> LadderEntry:
     """One by a published rule."""
 
-    def make(calibrated: Calibrated) -> Made:
+    def make(calibrated: Calibrated) -> EntryCaches:
         sides = calibrated.codes(keys, "keys"), calibrated.codes(values, "values")
         codes = [code for side in sides for code in side.values()]
         blocks = any(code.group > 1 for code in codes)
         cache = _whole_config(*((config.whole, 0) if blocks else (config.window, config.sinks)))
         static = sum(code.static_bytes for code in codes)
-        return Made(lambda: CodedCache(calibrated.loaded, *sides, cache), static)
+        return EntryCaches(lambda: SimulatedCache(calibrated.loaded, *sides, cache), static)
 
-    return Rung(name, family, source, "published rule", make, config.whole)
+    return LadderEntry(name, family, source, "published rule", make, config.whole)
 
 
 def _theirs(
     name: str, family: str, source: str, backend: Backend, bits: int, config: LadderConfig
-) -> Rung:
+) -> LadderEntry:
     """One of transformers' own caches: of its latest tokens none to all are whole, half on average."""
 
-    def make(calibrated: Calibrated) -> Made:
-        return Made(lambda: QuantizedLayers(calibrated.loaded, backend, bits, 2 * config.whole))
+    def make(calibrated: Calibrated) -> EntryCaches:
+        return EntryCaches(
+            lambda: QuantizedLayers(calibrated.loaded, backend, bits, 2 * config.whole)
+        )
 
-    return Rung(name, family, source, "transformers' cache", make, config.whole, STEP)
+    return LadderEntry(name, family, source, "transformers' cache", make, config.whole, STEP)
 
 
 def _whole_config(window: int, sinks: int) -> CacheConfig:
@@ -400,12 +404,12 @@ def _whole_config(window: int, sinks: int) -> CacheConfig:
     return CacheConfig(window=window, sinks=sinks, spare=0, **whole)
 
 
-def _rule(kind: type[VectorCode], **arguments) -> Rule:
+def _rule(kind: type[Quantizer], **arguments) -> Rule:
     """A code that no vector changes."""
     return lambda vectors: kind(**arguments)
 
 
-def _sized(kind: type[VectorCode], **arguments) -> Rule:
+def _sized(kind: type[Quantizer], **arguments) -> Rule:
     """A code that wants to know how many coordinates there are."""
     return lambda vectors: kind(head_dim=vectors.shape[-1], **arguments)
 

@@ -29,13 +29,13 @@ from signlattice.models.loading import LoadedModel
 from signlattice.models.states import LayerStates
 from signlattice.quantizers.basis import LatticeConfig, learn_basis
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.levels import LevelCode, gaussian_levels
+from signlattice.quantizers.levels import LevelQuantizer, gaussian_levels
 from signlattice.quantizers.scales import ScaleRule
-from signlattice.quantizers.sign import LayerCodec
-from signlattice.quantizers.sign_code import SignCode
+from signlattice.quantizers.sign import SignQuantizer
+from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.factory import rotate_heads
-from signlattice.rotations.learned import learned_matrices
+from signlattice.rotations.learned import learn_matrices
 from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig
 from signlattice_paper.records import Row
 
@@ -238,8 +238,8 @@ class Frames:
             return {}
         if case.keys == "lattice":
             return {
-                index: SignCode(
-                    LayerCodec(
+                index: SignReconstruction(
+                    SignQuantizer(
                         basis,
                         self.comparison.key_centerings[index],
                         metric=self.comparison.query_metrics[index].float(),
@@ -249,7 +249,7 @@ class Frames:
             }
         frame = "keys" if case.keys == "rotation" else case.frame
         return {
-            index: LevelCode(self.comparison.key_centerings[index], rotation, 1, "unbiased")
+            index: LevelQuantizer(self.comparison.key_centerings[index], rotation, 1, "unbiased")
             for index, rotation in self.rotations(frame).items()
         }
 
@@ -274,10 +274,10 @@ class Frames:
             rotation = self.rotations(case.frame, centred)[source]
             rotation = rotation.repeat_interleave(len(queries) // len(rotation), 0)
         centering = Centering("token_mean", mean) if centred else Centering("none")
-        code = LevelCode(centering, rotation, case.levels, case.rule)
+        code = LevelQuantizer(centering, rotation, case.levels, case.rule)
         if case.mean == "dropped":
-            return lambda query: code.read_back(query) - mean.unsqueeze(1).to(query)
-        return code.read_back
+            return lambda query: code.reconstruct(query) - mean.unsqueeze(1).to(query)
+        return code.reconstruct
 
     def rotations(self, frame: str, centred: bool = False) -> dict[int, Tensor]:
         """A rotation for each KV head [H, D, D] by layer, or of ``own`` for each query head
@@ -340,4 +340,4 @@ def _without_mean(queries: Tensor) -> Tensor:
 
 
 def _learned(vectors: Mapping[int, Tensor], seed: int) -> dict[int, Tensor]:
-    return {i: learned_matrices(each, LearnConfig(seed=seed)) for i, each in vectors.items()}
+    return {i: learn_matrices(each, LearnConfig(seed=seed)) for i, each in vectors.items()}

@@ -16,20 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from signlattice.beta import cosine
+from signlattice.alignment import cosine
 from signlattice.bits import sign
-from signlattice.cache.simulated import seen_through
+from signlattice.cache.simulated import quantized_attention
 from signlattice.errors import InputError
 from signlattice.evaluation.bootstrap import Interval, bootstrap
 from signlattice.evaluation.perplexity import TokenLosses, perplexity, perplexity_gap, token_losses
-from signlattice.models.hooks import attention_layers, score_scaling, states_seen_by
+from signlattice.models.hooks import attention_hook, attention_layers, score_scaling
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.levels import LevelCode
+from signlattice.quantizers.levels import LevelQuantizer
 from signlattice.quantizers.scales import token_scale
-from signlattice.quantizers.sign_code import SignCode
+from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.factory import rotate_heads
 from signlattice_paper.experiments.solvers import Progress, tell
 from signlattice_paper.records import Row
@@ -118,7 +118,7 @@ def attention_states(
         seen[layer] = States(query[0].float(), key[0].float(), value[0].float())
         return query, key, value
 
-    with states_seen_by(loaded.model, record):
+    with attention_hook(loaded.model, record):
         loaded.model(ids[None], use_cache=False)
     return seen
 
@@ -330,7 +330,7 @@ def signed_attention(
             key = _signed((key - mean) @ rotation.mT) @ rotation + mean
         return query, key, value
 
-    with torch.no_grad(), states_seen_by(model, through_signs):
+    with torch.no_grad(), attention_hook(model, through_signs):
         yield
 
 
@@ -372,8 +372,10 @@ def value_rows(
             codes = {
                 layer: _value_code(calibrated, layer, 1, rule) for layer in calibrated.value_mean
             }
-            coded_keys = {} if codec is None else {i: SignCode(c) for i, c in codec.layers.items()}
-            with seen_through(loaded, coded_keys, codes):
+            coded_keys = (
+                {} if codec is None else {i: SignReconstruction(c) for i, c in codec.layers.items()}
+            )
+            with quantized_attention(loaded, coded_keys, codes):
                 losses = token_losses(loaded, pieces)
             rows.append({"coded": coded, "value_rule": rule} | _gap(losses, exact))
             tell(progress)
@@ -415,15 +417,15 @@ def output_rows(
     ]
 
 
-def _value_code(calibrated: Calibrated, layer: int, bits: int, rule: str) -> LevelCode:
+def _value_code(calibrated: Calibrated, layer: int, bits: int, rule: str) -> LevelQuantizer:
     centering = Centering("token_mean", calibrated.value_mean[layer])
-    return LevelCode(centering, calibrated.rotations["srht"][layer], bits, rule)
+    return LevelQuantizer(centering, calibrated.rotations["srht"][layer], bits, rule)
 
 
-def _output_energies(values: Tensor, code: LevelCode, weights: Tensor) -> Tensor:
+def _output_energies(values: Tensor, code: LevelQuantizer, weights: Tensor) -> Tensor:
     """Means per head [6, H]: ‖v‖², v·v̂, ‖v̂‖², ‖Σ w v‖², ‖Σ w (v̂ − v)‖², Σ w²."""
     v, mean = code.centering.split(values)
-    coded = code.read_back(values) - mean
+    coded = code.reconstruct(values) - mean
     output = weights @ v.unsqueeze(1)
     error = weights @ (coded - v).unsqueeze(1)
     return torch.stack(

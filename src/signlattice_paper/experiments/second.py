@@ -18,21 +18,21 @@ from torch import Tensor
 
 from signlattice import __version__
 from signlattice.cache.sign_key_cache import CacheConfig
-from signlattice.cache.simulated import CodedCache, Codes
+from signlattice.cache.simulated import Codes, SimulatedCache
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import Judge, QualityConfig
 from signlattice.io import Scratch
 from signlattice.models.loading import LoadedModel
-from signlattice.quantizers.base import VectorCode
+from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.basis import LatticeConfig, learn_basis
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.levels import LevelCode
-from signlattice.quantizers.residual import LatticeCode, ResidualSigns
+from signlattice.quantizers.levels import LevelQuantizer
+from signlattice.quantizers.residual import BasisQuantizer, ResidualQuantizer
 from signlattice.quantizers.scales import ScaleRule
 from signlattice.rotations.config import CalibrationWarning, LearnConfig
 from signlattice.rotations.factory import rotate_heads
-from signlattice.rotations.learned import learned_matrices
+from signlattice.rotations.learned import learn_matrices
 from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig
 from signlattice_paper.experiments.snapshots import snapshots
 from signlattice_paper.records import Row
@@ -262,7 +262,9 @@ def _means(heads: Sequence[Row]) -> Row:
 
 def _judged(judge: Judge, keys: Codes, values: Codes, config: SecondConfig) -> Row:
     cache = CacheConfig(window=config.window, sinks=config.sinks, dtype=torch.float16)
-    row = judge.judged(lambda: CodedCache(judge.loaded, keys, values, cache), with_needles=False)
+    row = judge.judged(
+        lambda: SimulatedCache(judge.loaded, keys, values, cache), with_needles=False
+    )
     return {"window": config.window, "sinks": config.sinks, **row}
 
 
@@ -318,14 +320,14 @@ class _Maker:
         matrices = self.learned(case.training).matrices
         seconds = self._second(case).matrices
         n_learned = (case.training != NONE) + (case.second == "learned")
-        codes: dict[int, VectorCode] = {}
+        codes: dict[int, Quantizer] = {}
         for index, matrix in matrices.items():
             centering = self.comparison.key_centerings[index]
             if case.code == "lattice":
                 metric = self.comparison.query_metrics[index].float()
-                codes[index] = LatticeCode(centering, matrix, metric, case.rule)
+                codes[index] = BasisQuantizer(centering, matrix, metric, case.rule)
             elif case.code == "residual":
-                codes[index] = ResidualSigns(
+                codes[index] = ResidualQuantizer(
                     centering,
                     matrix,
                     seconds[index],
@@ -335,7 +337,7 @@ class _Maker:
                     n_learned,
                 )
             else:
-                codes[index] = LevelCode(
+                codes[index] = LevelQuantizer(
                     centering, matrix, case.bits, case.rule, learned=n_learned > 0
                 )
         return codes
@@ -345,7 +347,7 @@ class _Maker:
         if bits is None:
             return {}
         return {
-            index: LevelCode(
+            index: LevelQuantizer(
                 Centering.fit(states.values, "token_mean"),
                 rotate_heads(states.values, "srht", self.seed),
                 bits,
@@ -397,7 +399,7 @@ class _Maker:
             self.comparison,
             lambda keys: self._annealed(
                 {
-                    i: ResidualSigns(Centering("none"), first[i], first[i]).residual(x)
+                    i: ResidualQuantizer(Centering("none"), first[i], first[i]).residual(x)
                     for i, x in keys.items()
                 },
                 ROTATION,
@@ -406,7 +408,7 @@ class _Maker:
 
     def _annealed(self, keys: dict[int, Tensor], training: Training) -> dict[int, Tensor]:
         return {
-            index: learned_matrices(
+            index: learn_matrices(
                 vectors, replace(_annealing(vectors.shape[-1], training), seed=self.seed)
             )
             for index, vectors in keys.items()

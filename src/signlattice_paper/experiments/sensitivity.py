@@ -22,7 +22,7 @@ from signlattice import __version__
 from signlattice.cache.sign_key_cache import CacheConfig
 from signlattice.calibration import (
     CODES,
-    CalibrateConfig,
+    CalibrationConfig,
     coded_layers,
     learn_codec,
     learn_layers,
@@ -33,11 +33,10 @@ from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import Judge, QualityConfig
 from signlattice.io import Scratch
-from signlattice.models.bank import bank_of
-from signlattice.models.capture import KeyBank, open_bank
+from signlattice.models.capture import KeyBank, capture_passages, open_bank
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel
-from signlattice.models.passages import Passage, passages, up_to
+from signlattice.models.passages import Passage, passages, take_tokens
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.rotations.fixed import srht
 from signlattice_paper.records import Row
@@ -99,7 +98,7 @@ class SensitivityConfig:
     contexts: tuple[int, ...] = (128, 256, 512)
     window: int = 60
     sinks: int = 4
-    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    calibrate: CalibrationConfig = field(default_factory=CalibrationConfig)
     quality: QualityConfig = field(
         default_factory=lambda: QualityConfig(n_passages=32, n_needles=1)
     )
@@ -355,7 +354,7 @@ class _Source:
     def bank(self) -> KeyBank:
         if (self.folder / "index.json").is_file():
             return open_bank(self.folder)
-        return bank_of(self.loaded, self.pieces, folder=self.folder)
+        return capture_passages(self.loaded, self.pieces, folder=self.folder)
 
     def sample(self, n_tokens: int, seed: int) -> KeyBank:
         """Keys and queries of so many tokens; by the same seed, fewer are among more."""
@@ -389,7 +388,7 @@ class _Evaluation:
     def keys(self) -> dict[int, Tensor]:
         """Held-out keys [H, N, D] of each layer."""
         pieces = passages(self.loaded, self.text.evaluation, 4)
-        bank = bank_of(self.loaded, up_to(pieces, self.n_held_out), queries=False)
+        bank = capture_passages(self.loaded, take_tokens(pieces, self.n_held_out), queries=False)
         return {layer: bank.keys(layer) for layer in bank.layers}
 
 
@@ -503,7 +502,7 @@ class _Lab:
         """Whole windows, where there are any: a domain of short documents has late keys too."""
         pieces = passages(self.loaded, text.calibration)
         pieces = [piece for piece in pieces if len(piece.ids) == self.loaded.context] or pieces
-        pieces = up_to(pieces, per_dim * self.d)
+        pieces = take_tokens(pieces, per_dim * self.d)
         return _Source(name, self.loaded, pieces, self.kept.file(f"keys of {name}", ""))
 
     @cached_property

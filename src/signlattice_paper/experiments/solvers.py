@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from signlattice.data import corpus
 from signlattice.errors import InputError
-from signlattice.models.bank import bank_of, calibration_keys
-from signlattice.models.capture import KeyBank
+from signlattice.models.capture import KeyBank, calibration_keys, capture_passages
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import passages
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering
@@ -208,7 +207,9 @@ def _bank(loaded: LoadedModel, split: corpus.Split, config: SolverConfig) -> Key
     """Keys of passages from all over a split, of twice the tokens that will be drawn from it."""
     pieces = passages(loaded, corpus.documents(split), config.windows)
     n_tokens = sum(len(piece.ids) for piece in pieces)
-    return bank_of(loaded, pieces[:: max(1, n_tokens // (2 * config.n_keys))], queries=False)
+    return capture_passages(
+        loaded, pieces[:: max(1, n_tokens // (2 * config.n_keys))], queries=False
+    )
 
 
 def _learned(keys: KeySet, solver: str, config: SolverConfig, trace_every: int) -> LearnedRotation:

@@ -23,21 +23,21 @@ import torch
 from torch import Tensor
 
 from signlattice import __version__
-from signlattice.cache.simulated import Codes, seen_through
-from signlattice.calibration import CalibrateConfig
+from signlattice.cache.simulated import Codes, quantized_attention
+from signlattice.calibration import CalibrationConfig
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.io import Scratch
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel
-from signlattice.models.states import whole_layers
+from signlattice.models.states import compressible_layers
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering
-from signlattice.quantizers.levels import LevelCode
+from signlattice.quantizers.levels import LevelQuantizer
 from signlattice.quantizers.scales import SCALE_RULES
-from signlattice.quantizers.sign_code import SignCode
+from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.factory import rotate_heads
-from signlattice.rotations.learned import learned_matrices
+from signlattice.rotations.learned import learn_matrices
 from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig, shipped_lattice
 from signlattice_paper.records import Row
 
@@ -89,7 +89,7 @@ class ValuesConfig:
     layer_bits: tuple[int, ...] = (1, 2)
     head_bits: tuple[int, ...] = (1, 2, 4)
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
-    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    calibrate: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -113,7 +113,7 @@ class ValuesConfig:
 
 @dataclass(frozen=True)
 class LevelSpec:
-    """A `LevelCode` by its names, the same in every layer."""
+    """A `LevelQuantizer` by its names, the same in every layer."""
 
     bits: int
     rotation: str = "srht"
@@ -171,7 +171,7 @@ def side_cases(config: ValuesConfig) -> list[SideCase]:
 
 def n_parts(loaded: LoadedModel, config: ValuesConfig) -> int:
     """How often `measure` tells of its progress: once for each row but that of exact attention."""
-    owners = whole_layers(loaded)
+    owners = compressible_layers(loaded)
     readers = [layer for layer in attention_layers(loaded.model).values() if layer.source in owners]
     return (
         2 * len(value_codes(config))
@@ -284,7 +284,9 @@ class _Study:
             LevelSpec(row["bits"], row["rotation"], row["centering"], row["rule"]) for row in chosen
         ]
         values = [self._codes("values", spec) for spec in specs]  # fitted on exact states
-        with seen_through(self._loaded, self._lattice):  # what is exact in there has coded keys
+        with quantized_attention(
+            self._loaded, self._lattice
+        ):  # what is exact in there has coded keys
             for row, spec, codes in zip(chosen, specs, values):
                 width = {"value_bits": row["value_bits"]}
                 yield asdict(spec) | width | alone.row(spec.name, values=codes)
@@ -365,7 +367,7 @@ class _Study:
             return self._lattice
         turns = self._rotations(side, spec.rotation, spec.centering)
         return {
-            layer: LevelCode(
+            layer: LevelQuantizer(
                 Centering.fit(getattr(states, side), spec.centering),
                 turns[layer],
                 spec.bits,
@@ -399,7 +401,7 @@ class _Study:
         """The one-bit keys: the codec beside the model, or one that is learned if there is none."""
         kept = self._scratch.file("lattice", ".safetensors")
         codec = shipped_lattice(self._loaded, self._text, self.config.calibrate, kept)
-        return {layer: SignCode(code) for layer, code in codec.layers.items()}
+        return {layer: SignReconstruction(code) for layer, code in codec.layers.items()}
 
     def _cosines(self, spec: LevelSpec) -> dict[int, Tensor]:
         """Mean cosine [H] of held-out centred values to their code, by layer."""
@@ -407,7 +409,7 @@ class _Study:
         for layer, code in self._codes("values", spec).items():
             values = torch.cat([states[layer].values for states in self.comparison.held_out], 1)
             centred, offset = code.centering.split(values)
-            coded = code.read_back(values) - offset
+            coded = code.reconstruct(values) - offset
             found[layer] = torch.cosine_similarity(centred, coded, dim=-1).mean(-1)
         return found
 
@@ -430,7 +432,7 @@ def learned_rotations(centred: Tensor, seed: int) -> Tensor:
 
     Raises ``InputError`` as `learn.learn_rotations` does.
     """
-    return learned_matrices(centred, LearnConfig(seed=seed))
+    return learn_matrices(centred, LearnConfig(seed=seed))
 
 
 def _plain(bits: int | None, rule: str) -> LevelSpec | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ipywidgets import Widget
 from torch import Tensor
 
-from signlattice.beta import GAUSSIAN_BETA, residual_energy
+from signlattice.alignment import GAUSSIAN_BETA, residual_energy
 from signlattice.errors import InputError
 from signlattice_paper.densities import REGIMES, Density, density, effective_rank
 from signlattice_paper.explorer.frames import Frame, frame_slider

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ipywidgets import Widget
 
-from signlattice.beta import rank_ceiling, residual_energy
+from signlattice.alignment import rank_ceiling, residual_energy
 from signlattice_paper.explorer.frames import Frame, frame_slider
 from signlattice_paper.figures.ceiling import fig_rank
 

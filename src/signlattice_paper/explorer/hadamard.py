@@ -7,7 +7,7 @@ import math
 from ipywidgets import Widget
 from torch import Tensor
 
-from signlattice.beta import cosine
+from signlattice.alignment import cosine
 from signlattice.errors import InputError
 from signlattice_paper.explorer.frames import Frame, frame_slider
 from signlattice_paper.figures.spikes import fig_spikes

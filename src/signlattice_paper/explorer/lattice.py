@@ -8,7 +8,7 @@ import torch
 from ipywidgets import Widget
 from torch import Tensor
 
-from signlattice.beta import beta
+from signlattice.alignment import beta
 from signlattice.bits import sign
 from signlattice_paper.explorer.frames import Frame, frame_slider
 from signlattice_paper.figures.lattice import plane_rotation

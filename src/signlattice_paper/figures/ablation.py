@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from signlattice.beta import GAUSSIAN_BETA
+from signlattice.alignment import GAUSSIAN_BETA
 from signlattice_paper.figures.style import COLOURS, Figure, styled
 from signlattice_paper.records import Row
 from signlattice_paper.tables import select

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from signlattice.beta import GAUSSIAN_BETA
+from signlattice.alignment import GAUSSIAN_BETA
 from signlattice_paper.figures.style import COLOURS, Figure, styled
 from signlattice_paper.records import RunRecord
 from signlattice_paper.tables import select

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 
-from signlattice.beta import haar_beta, rank_ceiling
+from signlattice.alignment import haar_beta, rank_ceiling
 from signlattice_paper.densities import density
 from signlattice_paper.figures.style import COLOURS, Figure, styled
 

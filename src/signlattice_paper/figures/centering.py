@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
-from signlattice.beta import folded_normal_beta, haar_beta
+from signlattice.alignment import folded_normal_beta, haar_beta
 from signlattice_paper.figures.style import COLOURS, Figure, styled
 from signlattice_paper.records import Row
 from signlattice_paper.tables import select

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from signlattice.beta import GAUSSIAN_BETA, beta, folded_normal_beta, moment_ratio
+from signlattice.alignment import GAUSSIAN_BETA, beta, folded_normal_beta, moment_ratio
 from signlattice_paper.densities import Density, density
 from signlattice_paper.figures.style import COLOURS, Figure, styled
 from signlattice_paper.records import Row

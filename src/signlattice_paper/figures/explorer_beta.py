@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from torch import Tensor
 
-from signlattice import beta as cosines
+from signlattice import alignment as cosines
 from signlattice.errors import InputError
 from signlattice_paper.densities import Density
 from signlattice_paper.figures.style import COLOURS, Figure, styled

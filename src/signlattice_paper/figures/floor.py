@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from signlattice.beta import GAUSSIAN_BETA, haar_beta, rank_ceiling
+from signlattice.alignment import GAUSSIAN_BETA, haar_beta, rank_ceiling
 from signlattice_paper.densities import effective_rank
 from signlattice_paper.figures.style import COLOURS, Figure, styled
 from signlattice_paper.records import Row

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from signlattice.bits import WORD_BITS, n_words, pack_signs
+from signlattice.bits import BITS_PER_BYTE, n_packed_bytes, pack_signs
 from signlattice.kernels.roofline import Cost, Device
 from signlattice_paper.figures.style import COLOURS, Figure, styled
 from signlattice_paper.records import Row
@@ -30,21 +30,21 @@ _LINES = (
 @styled
 def fig_bit_layout(key: Tensor) -> Figure:
     """A rotated key [d] as bytes: a column for each byte, a row for each bit plane."""
-    words = n_words(len(key))
-    signs = (key >= 0).reshape(WORD_BITS, words)
+    words = n_packed_bytes(len(key))
+    signs = (key >= 0).reshape(BITS_PER_BYTE, words)
     figure = Figure(figsize=(6.6, 3.9))
     axes = figure.subplots()
     axes.imshow(signs, cmap=_two_colours(), vmin=0, vmax=1, aspect="auto")
-    for p in range(WORD_BITS):
+    for p in range(BITS_PER_BYTE):
         for w in range(words):
             colour = "white" if signs[p, w] else "black"
             axes.text(w, p, f"{p * words + w}", ha="center", va="center", color=colour)
     bytes_ = [f"byte {w}\n{word:08b}" for w, word in enumerate(pack_signs(key).tolist())]
     axes.set_xticks(range(words), bytes_, fontfamily="monospace")
-    planes = [f"bit {p}: q[{p * words}:{(p + 1) * words}]" for p in range(WORD_BITS)]
-    axes.set_yticks(range(WORD_BITS), planes)
+    planes = [f"bit {p}: q[{p * words}:{(p + 1) * words}]" for p in range(BITS_PER_BYTE)]
+    axes.set_yticks(range(BITS_PER_BYTE), planes)
     axes.set_xticks(np.arange(words + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(WORD_BITS + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(BITS_PER_BYTE + 1) - 0.5, minor=True)
     axes.grid(False)
     axes.grid(which="minor", color="black", lw=0.8)
     axes.tick_params(which="both", length=0)

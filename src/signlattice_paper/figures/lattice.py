@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from signlattice.beta import beta
+from signlattice.alignment import beta
 from signlattice.bits import sign
 from signlattice_paper.figures.style import COLOURS, Figure, styled
 

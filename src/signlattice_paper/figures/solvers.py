@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from signlattice.beta import haar_beta
+from signlattice.alignment import haar_beta
 from signlattice_paper.figures.style import COLOURS, Figure, styled
 from signlattice_paper.records import Row
 from signlattice_paper.tables import select

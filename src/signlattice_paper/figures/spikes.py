@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from signlattice.beta import beta, haar_beta
+from signlattice.alignment import beta, haar_beta
 from signlattice_paper.figures.style import COLOURS, Figure, styled
 
 _SIZE = (5.4, 4.2)

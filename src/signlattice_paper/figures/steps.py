@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MultipleLocator
 from torch import Tensor
 
-from signlattice.beta import GAUSSIAN_BETA
+from signlattice.alignment import GAUSSIAN_BETA
 from signlattice_paper.densities import density
 from signlattice_paper.figures.style import COLOURS, Figure, styled
 

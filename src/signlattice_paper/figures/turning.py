@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MultipleLocator
 from torch import Tensor
 
-from signlattice.beta import beta, cosine, haar_beta
+from signlattice.alignment import beta, cosine, haar_beta
 from signlattice.bits import sign
 from signlattice_paper.figures.style import COLOURS, Figure, styled
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from signlattice.errors import InputError
 from signlattice.kernels.attention import vectors
 from signlattice.kernels.attention.cpu_loop import LOG2E, as_bits, attend, compiled, merged, rows_of
-from signlattice.kernels.layout import PackedKeys, PackedValues, WholeTokens
+from signlattice.kernels.layout import FullPrecisionTokens, PackedKeys, PackedValues
 
 LIMBS = {torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
 """Limbs of a table entry by the dtype of the query: 12, 18 and 24 bits."""
@@ -130,7 +130,7 @@ def decode_attention(
     length: Tensor,
     scaling: float,
     softcap: float | None = None,
-    whole: WholeTokens | None = None,
+    whole: FullPrecisionTokens | None = None,
 ) -> Tensor:
     """As `reference.decode_attention`, compiled at the first call for a head size and dtypes.
 
@@ -165,7 +165,9 @@ def decode_attention(
     return merged(parts, lse).flatten(1, 2).to(query.dtype)
 
 
-def _attend_whole(q: Tensor, whole: WholeTokens, softcap: float | None) -> tuple[Tensor, Tensor]:
+def _attend_whole(
+    q: Tensor, whole: FullPrecisionTokens, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     # q [B, H, G, D], to give scores in log2 units -> as `attend`, one set
     there = torch.arange(whole.keys.shape[2]) < whole.length[:, None]
     scores = q @ whole.keys.float().mT

@@ -15,7 +15,7 @@ from numba import njit
 from torch import Tensor
 
 from signlattice.kernels.attention import vectors
-from signlattice.kernels.cores import by_all
+from signlattice.kernels.cores import run_on_all_threads
 from signlattice.kernels.layout import PackedValues
 
 LOG2E = 1.4426950408889634
@@ -221,7 +221,7 @@ def attend(
         for piece in left:
             loop(piece, keys, arrays, cap, rows_of(parts), rows_of(lse))
 
-    by_all(work, min(torch.get_num_threads(), len(pieces)))
+    run_on_all_threads(work, min(torch.get_num_threads(), len(pieces)))
     return parts, lse
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from signlattice.kernels.layout import PackedKeys, PackedValues, WholeTokens
+from signlattice.kernels.layout import FullPrecisionTokens, PackedKeys, PackedValues
 from signlattice.kernels.unpack.reference import dequantise
 
 
@@ -18,7 +18,7 @@ def decode_attention(
     length: Tensor,
     scaling: float,
     softcap: float | None = None,
-    whole: WholeTokens | None = None,
+    whole: FullPrecisionTokens | None = None,
 ) -> Tensor:
     """Attention of one new token per sequence, over packed keys and tokens kept whole.
 
@@ -51,7 +51,7 @@ def attention_in(
     length: Tensor,
     scaling: float,
     softcap: float | None = None,
-    whole: WholeTokens | None = None,
+    whole: FullPrecisionTokens | None = None,
 ) -> Tensor:
     """`decode_attention` with every step in ``dtype``.
 

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from signlattice.kernels.layout import PackedKeys, PackedValues, WholeTokens
-from signlattice.kernels.runtime import INTERPRETED, Launch, as_seen, padded
+from signlattice.kernels.layout import FullPrecisionTokens, PackedKeys, PackedValues
+from signlattice.kernels.runtime import INTERPRETED, Launch, interpreter_view, padded
 
 LOG2E = 1.4426950408889634
 _PLANE_POWER = (15, 14, 12, 8, 0, 15, 14, 12)
@@ -268,13 +268,17 @@ def decode_attention(
     length: Tensor,
     scaling: float,
     softcap: float | None = None,
-    whole: WholeTokens | None = None,
+    whole: FullPrecisionTokens | None = None,
 ) -> Tensor:
     """As `reference.decode_attention`: one launch per kind of token, and one to merge."""
     batch, n_queries, d = query.shape
     n_heads, capacity = keys.scale.shape[1:]
     rows, group = batch * n_heads, n_queries // n_heads
-    fine, seen, factor = query.dtype == torch.float32, as_seen(query).contiguous(), scaling * LOG2E
+    fine, seen, factor = (
+        query.dtype == torch.float32,
+        interpreter_view(query).contiguous(),
+        scaling * LOG2E,
+    )
     planes, aux = arranged_query(
         query.float().unflatten(1, (n_heads, group)), rotation.float(), factor, fine=fine
     )
@@ -282,7 +286,7 @@ def decode_attention(
         stored, v_scale, v_zero, bits = values.words, values.scale, values.zero, values.bits
         dv, dtype = values.head_dim, torch.float32 if fine else torch.float16
     else:
-        stored, v_scale, v_zero, bits = as_seen(values), None, None, 16
+        stored, v_scale, v_zero, bits = interpreter_view(values), None, None, 16
         dv, dtype = values.shape[-1], torch.promote_types(seen.dtype, stored.dtype)
     launch = plan(d, dv, group, dtype, value_bits=bits, fine=fine)
     n_packed = _n_splits(capacity, rows, launch.constants["TOKENS"], query.device)
@@ -316,7 +320,7 @@ def decode_attention(
             cap,
         )
     if n_whole:
-        k, v = as_seen(whole.keys), as_seen(whole.values)
+        k, v = interpreter_view(whole.keys), interpreter_view(whole.values)
         launch = plan(d, dv, group, torch.promote_types(seen.dtype, k.dtype), packed=False)
         launch(
             (rows, n_whole),

@@ -6,7 +6,7 @@ import functools
 
 from torch import Tensor
 
-from signlattice.kernels.cores import shared_out
+from signlattice.kernels.cores import map_matrices
 from signlattice.kernels.gradient import reference
 
 
@@ -15,4 +15,4 @@ def sign_gemm(keys: Tensor, rotation: Tensor, temperature: float = 0.0) -> Tenso
     if keys.shape[:-2].numel() < 2:
         return reference.sign_gemm(keys, rotation, temperature)
     work = functools.partial(reference.sign_gemm, temperature=temperature)
-    return shared_out(work, keys, rotation)
+    return map_matrices(work, keys, rotation)

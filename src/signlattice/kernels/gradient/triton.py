@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from signlattice.kernels.runtime import INTERPRETED, Launch, as_seen, n_programs, padded
+from signlattice.kernels.runtime import INTERPRETED, Launch, interpreter_view, n_programs, padded
 
 MAX_DIM = {2: 256, 4: 128}
 """By bytes of a coordinate: above this the products alone bind, and torch's are as good."""
@@ -68,7 +68,7 @@ def sign_gemm(keys: Tensor, rotation: Tensor, temperature: float = 0.0) -> Tenso
     """
     d = keys.shape[-1]
     n_heads, n_keys = math.prod(keys.shape[:-2]), keys.shape[-2]
-    x = as_seen(keys).reshape(n_heads, n_keys, d)
+    x = interpreter_view(keys).reshape(n_heads, n_keys, d)
     x = x if x.stride(-1) == 1 else x.contiguous()
     r = rotation.reshape(n_heads, d, d).contiguous()
     if d > MAX_DIM[x.element_size()]:

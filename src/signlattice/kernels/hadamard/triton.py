@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from signlattice.hadamard import hadamard_core, hadamard_signs
-from signlattice.kernels.runtime import INTERPRETED, Launch, as_seen, n_programs, padded
+from signlattice.kernels.runtime import INTERPRETED, Launch, interpreter_view, n_programs, padded
 
 MAX_DENSE = {2: 128, 4: 64}
 """Up to this order, by bytes of an element, a tile of rows meets the whole matrix, on the chip."""
@@ -105,7 +105,7 @@ def _kronecker(
 def hadamard_transform(x: Tensor, signs: Tensor | None = None) -> Tensor:
     """As `reference.hadamard_transform`, in one launch; long float32 rows in two halves."""
     n = x.shape[-1]
-    rows = as_seen(x).contiguous()
+    rows = interpreter_view(x).contiguous()
     s = None if signs is None else signs.float().contiguous()
     if n * rows.element_size() > MAX_ROW_BYTES:
         flat = rows if s is None else rows * s

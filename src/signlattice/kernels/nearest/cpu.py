@@ -8,7 +8,7 @@ from torch import Tensor
 
 from signlattice.errors import InputError
 from signlattice.kernels.attention.cpu_loop import compiled, rows_of
-from signlattice.kernels.cores import by_all
+from signlattice.kernels.cores import run_on_all_threads
 
 TILE = 16
 """Vectors of one head that a row of the Gram matrix is read for at once."""
@@ -100,5 +100,5 @@ def nearest_signs(correlations: Tensor, gram: Tensor, passes: int) -> tuple[Tens
         for first, end in pieces:
             _run(*given, first, end, *found)
 
-    by_all(work, min(threads, n))
+    run_on_all_threads(work, min(threads, n))
     return words, along, length

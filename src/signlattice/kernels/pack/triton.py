@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from signlattice.kernels.layout import PackedKeys
-from signlattice.kernels.runtime import INTERPRETED, Launch, as_seen, n_programs, padded
+from signlattice.kernels.runtime import INTERPRETED, Launch, interpreter_view, n_programs, padded
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def pack_into(
     n_rows = n_batch * n_tokens
     if n_rows == 0:
         return
-    x = as_seen(keys)
+    x = interpreter_view(keys)
     x = x if x.stride(-1) == 1 else x.contiguous()
     launch = plan(
         d,
@@ -124,7 +124,7 @@ def pack_into(
         dc=packed.dc is not None,
         tempered=temperature is not None,
     )
-    matrix = as_seen(rotation).contiguous()
+    matrix = interpreter_view(rotation).contiguous()
     absent = matrix  # a pointer for what the kernel is compiled not to read
     tiles = triton.cdiv(n_rows, launch.constants["ROWS"]) * n_heads
     grid = (triton.cdiv(n_programs(tiles, x.device, 2), n_heads), n_heads)
@@ -132,8 +132,8 @@ def pack_into(
         grid,
         x,
         matrix,
-        absent if mean is None else as_seen(mean).contiguous(),
-        absent if temperature is None else as_seen(temperature).contiguous(),
+        absent if mean is None else interpreter_view(mean).contiguous(),
+        absent if temperature is None else interpreter_view(temperature).contiguous(),
         packed.words,
         packed.scale,
         absent if packed.dc is None else packed.dc,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from signlattice.kernels.cores import shared_out
+from signlattice.kernels.cores import map_matrices
 from signlattice.kernels.polar_factor import reference
 
 
@@ -12,4 +12,4 @@ def polar(matrix: Tensor) -> Tensor:
     """As `reference.polar`, a matrix to a core. A single one goes the reference's way."""
     if matrix.shape[:-2].numel() < 2:
         return reference.polar(matrix)
-    return shared_out(reference.polar, matrix)
+    return map_matrices(reference.polar, matrix)

@@ -78,8 +78,8 @@ def dequantise(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """As `reference.dequantise`, in one launch; the rotation is rounded to half for half keys."""
-    n_batch, n_heads, n_tokens, n_words = packed.words.shape
-    d = 8 * n_words
+    n_batch, n_heads, n_tokens, n_packed_bytes = packed.words.shape
+    d = 8 * n_packed_bytes
     seen = torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
     out = rotation.new_empty((n_batch, n_heads, n_tokens, d), dtype=seen)
     n_rows = n_batch * n_tokens

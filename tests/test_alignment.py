@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import integrate
 
-from signlattice.beta import (
+from signlattice.alignment import (
     GAUSSIAN_BETA,
     GAUSSIAN_MOMENT_RATIO,
     beta,
