@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from signlattice.errors import InputError
-from signlattice.models.capture import capture_keys
+from signlattice.models.capture import capture
 from signlattice.models.hooks import AttentionLayer, attention_layers, key_hook
 
 IDS = torch.randint(1, 300, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -51,7 +51,7 @@ def logits(model) -> torch.Tensor:
 
 def captured(model, attention: str):
     """Queries and keys of a model, and the weights that its own ``attention`` gives them."""
-    with capture_keys(model) as bank:
+    with capture(model) as bank:
         model(IDS, use_cache=False)
     model.set_attn_implementation(attention)
     with torch.no_grad():

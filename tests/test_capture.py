@@ -5,7 +5,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from signlattice.errors import InputError, IntegrityError
-from signlattice.models.capture import capture_keys, open_bank
+from signlattice.models.capture import capture, open_bank
 from signlattice.models.hooks import key_hook
 
 IDS = torch.randint(1, 300, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -42,7 +42,7 @@ def test_attention_uses_the_keys_it_is_given(loaded):
 
 def test_captured_keys_make_the_attention_of_the_model(loaded):
     """Scores from the bank are those of the model's own eager attention, layer by layer."""
-    with capture_keys(loaded.model) as bank:
+    with capture(loaded.model) as bank:
         loaded.model(IDS)
     loaded.model.set_attn_implementation("eager")
     weights = loaded.model(IDS, output_attentions=True).attentions
@@ -58,7 +58,7 @@ def test_captured_keys_make_the_attention_of_the_model(loaded):
 
 def test_shapes_and_scopes(loaded, request):
     n_query, n_kv = HEADS[request.node.callspec.params["loaded"]]
-    with capture_keys(loaded.model) as bank:
+    with capture(loaded.model) as bank:
         loaded.model(IDS)
     assert bank.layers == [0, 1] and bank.n_tokens == IDS.numel()
     assert bank.keys(0).shape == (n_kv, 60, 16) and bank.queries(0).shape == (n_query, 60, 16)
@@ -69,17 +69,17 @@ def test_padding_is_left_out(loaded):
     mask = torch.ones_like(IDS)
     mask[0, :7] = 0
     mask[2, 15:] = 0
-    with capture_keys(loaded.model) as bank:
+    with capture(loaded.model) as bank:
         loaded.model(IDS, attention_mask=mask)
     assert bank.lengths == [13, 20, 15]
-    with capture_keys(loaded.model) as alone:
+    with capture(loaded.model) as alone:
         loaded.model(IDS[1:2])
     keys = [key for _, key in bank.sequences(1)]
     torch.testing.assert_close(keys[1], alone.keys(1), atol=1e-4, rtol=1e-4)
 
 
 def test_keys_before_rope_are_those_after_it_turned_back(loaded):
-    with capture_keys(loaded.model, "pre_rope") as before, capture_keys(loaded.model) as after:
+    with capture(loaded.model, "pre_rope") as before, capture(loaded.model) as after:
         loaded.model(IDS)
     cos, sin = loaded.model.model.rotary_emb(before.keys(0), torch.arange(20)[None].repeat(3, 1))
     keys = before.keys(0).unflatten(1, (3, 20)).transpose(0, 1)  # [B, H, T, D]
@@ -90,9 +90,9 @@ def test_keys_before_rope_are_those_after_it_turned_back(loaded):
 
 
 def test_a_bank_on_disk_is_the_bank_in_memory(loaded, tmp_path):
-    with capture_keys(loaded.model) as memory:
+    with capture(loaded.model) as memory:
         loaded.model(IDS)
-    with capture_keys(loaded.model, folder=tmp_path / "bank", shard_tokens=25) as disk:
+    with capture(loaded.model, folder=tmp_path / "bank", shard_tokens=25) as disk:
         for row in IDS:
             loaded.model(row[None])
             assert all(sum(map(len, rows)) < 25 for rows in disk._open.values())
@@ -109,15 +109,15 @@ def test_a_bank_on_disk_is_the_bank_in_memory(loaded, tmp_path):
 
 def test_an_unfinished_or_incomplete_bank_is_refused(loaded, tmp_path):
     with pytest.raises(ZeroDivisionError):
-        with capture_keys(loaded.model, folder=tmp_path / "half", shard_tokens=10):
+        with capture(loaded.model, folder=tmp_path / "half", shard_tokens=10):
             loaded.model(IDS)
             raise ZeroDivisionError
     with pytest.raises(IntegrityError, match="no finished capture"):
         open_bank(tmp_path / "half")
-    with capture_keys(loaded.model, folder=tmp_path / "whole") as bank:
+    with capture(loaded.model, folder=tmp_path / "whole") as bank:
         loaded.model(IDS)
     with pytest.raises(InputError, match="holds a capture already"):
-        with capture_keys(loaded.model, folder=tmp_path / "whole"):
+        with capture(loaded.model, folder=tmp_path / "whole"):
             pass
     next((tmp_path / "whole").glob("keys.*")).unlink()
     with pytest.raises(IntegrityError, match="lacks the shard keys"):
@@ -128,7 +128,7 @@ def test_an_unfinished_or_incomplete_bank_is_refused(loaded, tmp_path):
 
 def test_an_unknown_stage_is_refused(loaded):
     with pytest.raises(InputError, match="'rope': use 'post_rope' or 'pre_rope'"):
-        with capture_keys(loaded.model, "rope"):
+        with capture(loaded.model, "rope"):
             pass
 
 
@@ -139,8 +139,8 @@ def test_a_model_without_key_projection_is_told():
         GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=300, n_positions=32)
     )
     with pytest.raises(InputError, match="no separate key projection"):
-        with capture_keys(model, "pre_rope"):
+        with capture(model, "pre_rope"):
             pass
-    with capture_keys(model) as bank:
+    with capture(model) as bank:
         model(IDS)
     assert bank.keys(0).shape == (2, 60, 8)

@@ -71,9 +71,15 @@ def definitions(source: str) -> list[str]:
 
 
 def long_cell(source: str) -> list[str]:
-    """What is too long about a code cell."""
+    """What is too long about a code cell: imports, which readers skip, are not counted."""
     lines = source.splitlines()
     wide = [f"{len(line)} characters wide" for line in lines if len(line) > MAX_WIDTH]
+    imported = sum(
+        node.end_lineno - node.lineno + 1
+        for node in ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.MULTILINE)).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    )
+    lines = [line for line in lines if line.strip()][imported:]
     return wide + ([f"{len(lines)} lines"] if len(lines) > MAX_LINES else [])
 
 

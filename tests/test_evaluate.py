@@ -21,7 +21,7 @@ from signlattice.evaluation.perplexity import (
     quantized_keys,
     token_losses,
 )
-from signlattice.models.capture import capture_keys
+from signlattice.models.capture import capture
 from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.passages import passages
 from signlattice.quantizers.centering import Centering
@@ -49,7 +49,7 @@ def pieces(loaded, documents):
 
 def codec_for(loaded, seed: int = 0, method: str = "none", rule: str = "unbiased") -> KeyCodec:
     ids = torch.randint(1, 300, (4, 60), generator=torch.Generator().manual_seed(1))
-    with capture_keys(loaded.model) as bank:
+    with capture(loaded.model) as bank:
         loaded.model(ids)
     layers = {
         layer: SignQuantizer(
@@ -93,7 +93,7 @@ def test_coded_losses_are_those_of_a_model_that_reads_decoded_keys(loaded, piece
 
 
 def exact_keys(loaded, ids):
-    with capture_keys(loaded.model) as bank:
+    with capture(loaded.model) as bank:
         loaded.model(ids)
     return bank.keys(0)[None]
 
@@ -232,7 +232,7 @@ def lattice_bank(rotation, n=24):
 def test_the_temperature_is_the_best_of_its_neighbours(loaded):
     codec = codec_for(loaded, rule="mse", method="dc")
     ids = torch.randint(1, 300, (4, 60), generator=torch.Generator().manual_seed(3))
-    with capture_keys(loaded.model) as bank:
+    with capture(loaded.model) as bank:
         loaded.model(ids)
     layer, attention = codec.layers[1], attention_layers(loaded.model)[1]
     tau = fit_temperature(layer, bank, attention)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from signlattice.data.texts import read_text
     from signlattice.errors import InputError, IntegrityError
     from signlattice.evaluation.through_cache import Judge, QualityConfig
-    from signlattice.models.capture import capture_keys as capture
+    from signlattice.models.capture import capture
     from signlattice.models.full_size import load_full
     from signlattice.models.loading import LoadedModel, load_model
     from signlattice.quantizers.centering import Centering
@@ -44,3 +44,46 @@ if TYPE_CHECKING:
     from signlattice.rotations.learned import learn_rotation, learn_rotations
 
 __version__ = "0.1.0"
+
+_EXPORTS = {
+    "CacheConfig": "cache.sign_key_cache",
+    "CalibrationConfig": "calibration",
+    "Centering": "quantizers.centering",
+    "InputError": "errors",
+    "IntegrityError": "errors",
+    "Judge": "evaluation.through_cache",
+    "KeyCodec": "quantizers.codec",
+    "LearnConfig": "rotations.config",
+    "LoadedModel": "models.loading",
+    "QualityConfig": "evaluation.through_cache",
+    "SignKeyCache": "cache.sign_key_cache",
+    "SignQuantizer": "quantizers.sign",
+    "beta": "alignment",
+    "capture": "models.capture",
+    "cosine": "alignment",
+    "elliptical_ceiling": "alignment",
+    "haar_beta": "alignment",
+    "learn_codec": "calibration",
+    "learn_rotation": "rotations.learned",
+    "learn_rotations": "rotations.learned",
+    "load_full": "models.full_size",
+    "load_model": "models.loading",
+    "measure_codec": "calibration",
+    "moment_ratio": "alignment",
+    "read_text": "data.texts",
+}
+
+__all__ = sorted([*_EXPORTS, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used. Raises ``AttributeError`` on any other."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -144,7 +144,7 @@ def join_banks(banks: Sequence[KeyBank]) -> KeyBank:
 
 
 @contextmanager
-def capture_keys(
+def capture(
     model: PreTrainedModel,
     stage: Stage = "post_rope",
     *,
@@ -273,7 +273,7 @@ def capture_passages(
     """
     device = loaded.model.device
     dtype = torch.float32 if folder is None else loaded.model.dtype
-    with capture_keys(loaded.model, queries=queries, folder=folder, dtype=dtype) as bank:
+    with capture(loaded.model, queries=queries, folder=folder, dtype=dtype) as bank:
         for _, ids, mask in batches(pieces, batch_size):
             loaded.model(
                 ids.to(device),
