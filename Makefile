@@ -32,25 +32,25 @@ help: ## this list
 	@echo "  make lab MODEL=OLMoE-1B-7B PROFILE=full [TEXT=…] [CONTEXT=…] [REVISION=…]"
 
 book: $(STAMP) ## execute the chapters and build the book: _build/html/index.html
-	$(BIN)/python -m signlattice.provenance --before-run
-	$(BIN)/python -m signlattice.notebooks run $(if $(TIMES),--times) $(CHAPTERS)
-	$(if $(TIMES),$(BIN)/python -m signlattice.notebooks run book/reproduce.ipynb)
+	$(BIN)/python -m signlattice_paper.provenance --before-run
+	$(BIN)/python -m signlattice_paper.notebooks run $(if $(TIMES),--times) $(CHAPTERS)
+	$(if $(TIMES),$(BIN)/python -m signlattice_paper.notebooks run book/reproduce.ipynb)
 	$(MAKE) --no-print-directory html
 
 html: $(STAMP) records ## build the book from the outputs that are in the notebooks
 	$(BIN)/jupyter-book build . --all -W -n --keep-going
 
 records: $(STAMP) ## check that every record is the one that its lab would make now
-	$(BIN)/python -m signlattice.provenance
+	$(BIN)/python -m signlattice_paper.provenance
 
 pdf: $(STAMP) ## print the built book with Chromium: _build/signlattice.pdf
 	$(BIN)/python book/_ext/print_book.py
 
 lab: $(STAMP) ## the heavy notebooks: make lab MODEL=<mini> [LAB=ablation]
-	$(BIN)/python -m signlattice.notebooks run $(LAB:%=book/lab/%.ipynb) $(LAB_OPTIONS)
+	$(BIN)/python -m signlattice_paper.notebooks run $(LAB:%=book/lab/%.ipynb) $(LAB_OPTIONS)
 
 estimate: $(STAMP) ## what a full-size model takes: make estimate MODEL=<name or path>
-	$(BIN)/python -m signlattice.fullsize "$(MODEL)" $(if $(REVISION),--revision $(REVISION)) $(if $(CONTEXT),--context $(CONTEXT))
+	$(BIN)/python -m signlattice.models.full_size "$(MODEL)" $(if $(REVISION),--revision $(REVISION)) $(if $(CONTEXT),--context $(CONTEXT))
 
 test: $(STAMP) ## unit, property, equation and style tests, then the chapters' outputs
 	$(BIN)/python -m pytest tests --ignore=tests/browser $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
