@@ -218,10 +218,10 @@ def test_a_perfect_code_loses_nothing(loaded, method):
 
 def lattice_bank(rotation, n=24):
     from signlattice.bits import sign
-    from signlattice.models.capture import KeyBank
+    from signlattice.models.capture import StateBank
 
     generator = torch.Generator().manual_seed(0)
-    bank = KeyBank("post_rope", lengths=[n, n])
+    bank = StateBank("post_rope", lengths=[n, n])
     heads, d = rotation.shape[:2]
     keys = sign(torch.randn(heads, 2 * n, d, generator=generator)) @ rotation
     bank.append("keys", 0, keys.transpose(0, 1))

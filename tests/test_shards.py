@@ -20,7 +20,7 @@ from signlattice.distributed.shards import (
     write_shards,
 )
 from signlattice.errors import InputError, IntegrityError
-from signlattice.models.capture import KeyBank
+from signlattice.models.capture import StateBank
 from signlattice.quantizers.centering import Centering
 
 SMALL = {"chunk_keys": 100, "shard_bytes": 40_000}  # three chunks to a shard
@@ -100,7 +100,7 @@ def test_keys_are_centred_as_in_memory(method, tmp_path):
 
 
 def test_shards_of_a_capture_are_taken_as_they_are(tmp_path):
-    bank = KeyBank("post_rope", tmp_path / "bank", shard_tokens=300)
+    bank = StateBank("post_rope", tmp_path / "bank", shard_tokens=300)
     for piece in rows().split(170):
         bank.append("keys", 3, piece)
     bank.close()

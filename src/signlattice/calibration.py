@@ -18,7 +18,7 @@ from signlattice.errors import InputError
 from signlattice.evaluation.heads import HeadQuality, fit_temperature, head_quality
 from signlattice.io import load_or_compute
 from signlattice.kernels import HEAD_DIMS
-from signlattice.models.capture import KeyBank, capture_passages, open_bank
+from signlattice.models.capture import StateBank, capture_passages, open_bank
 from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage, passages, take_tokens
@@ -127,7 +127,7 @@ def learn_codec(
     fit, judged = _passages(loaded, text, layers, config)
     bank = _captured(loaded, fit, config, scratch, tell)
     codes = learn_layers(loaded, bank, config, scratch, tell)
-    held_out = capture_passages(loaded, judged, queries=False, batch_size=config.batch_size)
+    held_out = capture_passages(loaded, judged, states=("keys",), batch_size=config.batch_size)
     beta = {
         index: tuple(code.cosines(held_out.keys(index)).double().mean(-1).tolist())
         for index, code in codes.items()
@@ -151,7 +151,7 @@ def learn_codec(
 
 def learn_layers(
     loaded: LoadedModel,
-    bank: KeyBank,
+    bank: StateBank,
     config: CalibrationConfig = CalibrationConfig(),
     scratch: Path | None = None,
     progress: Progress | None = None,
@@ -224,7 +224,7 @@ def _captured(
     config: CalibrationConfig,
     scratch: Path | None,
     tell: Progress,
-) -> KeyBank:
+) -> StateBank:
     folder = None if scratch is None else scratch / "keys"
     if folder is not None and (folder / "index.json").is_file():
         bank = open_bank(folder)
@@ -243,7 +243,7 @@ def _readers(loaded: LoadedModel) -> dict[int, list[int]]:
 
 
 def _learned(
-    bank: KeyBank,
+    bank: StateBank,
     layer: AttentionLayer,
     readers: list[int],
     config: CalibrationConfig,
@@ -271,9 +271,9 @@ def _learned(
     return code
 
 
-def _few(bank: KeyBank, layer: int, n_sequences: int = 12) -> KeyBank:
+def _few(bank: StateBank, layer: int, n_sequences: int = 12) -> StateBank:
     """A bank of some sequences of one layer of another: a temperature has one number to fit."""
-    few = KeyBank(bank.stage, lengths=bank.lengths[:n_sequences])
+    few = StateBank(bank.stage, lengths=bank.lengths[:n_sequences])
     n_tokens = sum(few.lengths)
     few.append("keys", layer, bank.keys(layer).transpose(0, 1)[:n_tokens])
     few.append("queries", layer, bank.queries(layer).transpose(0, 1)[:n_tokens])

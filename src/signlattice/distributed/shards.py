@@ -208,7 +208,7 @@ def write_shards(
 
     Args:
         folder: a new one, or empty.
-        pieces: [n, H, d] each, such as ``bank.shards(layer)`` of a `capture.KeyBank`.
+        pieces: [n, H, d] each, such as ``bank.shards(layer)`` of a `capture.StateBank`.
         centering: fitted, by `token_mean` where keys exceed memory.
         dtype: fp16 and bf16 take half the disk of fp32, and round each key.
         chunk_keys: about how many keys are read and summed at once. None takes an eighth of the

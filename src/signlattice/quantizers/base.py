@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +28,10 @@ class Quantizer(ABC):
     def group(self) -> int:
         """Tokens that are coded together: of slots 0 … group - 1, of the next so many, and so on."""
         return 1
+
+    def to(self, device: torch.device) -> Quantizer:
+        """Return the quantizer on another device; one that holds no tensors is on all."""
+        return self
 
     @abstractmethod
     def reconstruct(self, vectors: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from signlattice.quantizers.base import Quantizer
@@ -30,6 +31,10 @@ class SignReconstruction(Quantizer):
         matrices = n_matrices * self.code.basis.numel()
         mean = self.code.centering.mean
         return matrices + (0 if mean is None else 4 * mean.numel())
+
+    def to(self, device: torch.device) -> SignReconstruction:
+        """As `Quantizer.to`."""
+        return replace(self, code=self.code.to(device))
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """As `Quantizer.reconstruct`."""

@@ -28,7 +28,7 @@ from signlattice.evaluation.perplexity import (
     token_losses,
 )
 from signlattice.io import load_or_compute, write_tensors
-from signlattice.models.capture import KeyBank, calibration_keys, capture_passages
+from signlattice.models.capture import StateBank, calibration_keys, capture_passages
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage, passages
@@ -138,9 +138,9 @@ class Ablation:
 class _Text:
     """What is measured on: keys to fit on, keys held out, and held-out passages."""
 
-    calibration: KeyBank
-    temperature: KeyBank
-    held_out: KeyBank
+    calibration: StateBank
+    temperature: StateBank
+    held_out: StateBank
     pieces: list[Passage]
 
 
@@ -198,14 +198,14 @@ class _Centred:
         return (head for heads in self.keys.values() for head in heads)
 
 
-def _fit_centering(bank: KeyBank, method: str, config: AblationConfig) -> _Centred:
+def _fit_centering(bank: StateBank, method: str, config: AblationConfig) -> _Centred:
     keys = calibration_keys(bank, config.n_keys, config.seed)
     code = {layer: Centering.fit(heads, method) for layer, heads in keys.items()}
     return _Centred(code, {layer: code[layer].split(heads)[0] for layer, heads in keys.items()})
 
 
 def _tempered(
-    layers: dict[int, SignQuantizer], bank: KeyBank, loaded: LoadedModel, file: Path
+    layers: dict[int, SignQuantizer], bank: StateBank, loaded: LoadedModel, file: Path
 ) -> dict[int, SignQuantizer]:
     """The same codes with a temperature per head, fitted on ``bank`` or remembered."""
     attention = attention_layers(loaded.model)
@@ -220,7 +220,7 @@ def _read_text(loaded: LoadedModel, config: AblationConfig) -> _Text:
     pieces = passages(loaded, corpus.documents("evaluation"), config.windows)
     whole = [piece for piece in pieces if len(piece.ids) == loaded.context] or pieces
     return _Text(
-        calibration=capture_passages(loaded, fit, queries=False),
+        calibration=capture_passages(loaded, fit, states=("keys",)),
         temperature=capture_passages(
             loaded, fit[:: max(1, len(fit) // config.temperature_passages)]
         ),

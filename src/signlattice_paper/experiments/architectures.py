@@ -36,7 +36,7 @@ from signlattice.evaluation.perplexity import (
 )
 from signlattice.io import check_writable, display_path, write_tensors, write_text
 from signlattice.models import full_size
-from signlattice.models.capture import KeyBank, capture_passages, join_banks, open_bank
+from signlattice.models.capture import StateBank, capture_passages, join_banks, open_bank
 from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import LoadedModel, load_model
 from signlattice.models.minis import MINIS
@@ -261,8 +261,8 @@ def n_parts(loaded: LoadedModel, config: ArchitectureConfig) -> int:
 class _Keys:
     """Captured keys of both sides."""
 
-    calibration: KeyBank
-    held_out: KeyBank
+    calibration: StateBank
+    held_out: StateBank
 
 
 def _captured(
@@ -297,7 +297,7 @@ def _captured(
                 capture_passages(
                     loaded,
                     chosen[start : start + PART],
-                    queries=False,
+                    states=("keys",),
                     folder=part,
                     batch_size=config.batch_size,
                 )

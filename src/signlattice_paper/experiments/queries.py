@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from signlattice import __version__
-from signlattice.cache.simulated import Codes, QueryCode
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.io import Scratch
 from signlattice.models.loading import LoadedModel
+from signlattice.models.quantized_attention import Codes, QueryCode
 from signlattice.models.states import LayerStates
 from signlattice.quantizers.basis import LatticeConfig, learn_basis
 from signlattice.quantizers.centering import Centering

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from signlattice.data import corpus
 from signlattice.errors import InputError
-from signlattice.models.capture import KeyBank, calibration_keys, capture_passages
+from signlattice.models.capture import StateBank, calibration_keys, capture_passages
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import passages
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering
@@ -203,12 +203,12 @@ def tell(progress: Progress | None) -> None:
         progress()
 
 
-def _bank(loaded: LoadedModel, split: corpus.Split, config: SolverConfig) -> KeyBank:
+def _bank(loaded: LoadedModel, split: corpus.Split, config: SolverConfig) -> StateBank:
     """Keys of passages from all over a split, of twice the tokens that will be drawn from it."""
     pieces = passages(loaded, corpus.documents(split), config.windows)
     n_tokens = sum(len(piece.ids) for piece in pieces)
     return capture_passages(
-        loaded, pieces[:: max(1, n_tokens // (2 * config.n_keys))], queries=False
+        loaded, pieces[:: max(1, n_tokens // (2 * config.n_keys))], states=("keys",)
     )
 
 

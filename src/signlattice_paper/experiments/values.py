@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from signlattice import __version__
-from signlattice.cache.simulated import Codes, quantized_attention
 from signlattice.calibration import CalibrationConfig
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.io import Scratch
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel
+from signlattice.models.quantized_attention import Codes, quantized_attention
 from signlattice.models.states import compressible_layers
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering
 from signlattice.quantizers.levels import LevelQuantizer
@@ -284,9 +284,7 @@ class _Study:
             LevelSpec(row["bits"], row["rotation"], row["centering"], row["rule"]) for row in chosen
         ]
         values = [self._codes("values", spec) for spec in specs]  # fitted on exact states
-        with quantized_attention(
-            self._loaded, self._lattice
-        ):  # what is exact in there has coded keys
+        with quantized_attention(self._loaded.model, self._lattice):  # exact ones have coded keys
             for row, spec, codes in zip(chosen, specs, values):
                 width = {"value_bits": row["value_bits"]}
                 yield asdict(spec) | width | alone.row(spec.name, values=codes)
