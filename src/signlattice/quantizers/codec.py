@@ -1,8 +1,4 @@
-"""Keys to bits and back: centre, choose signs along a basis, keep them and one scale per token.
-
-The basis is a rotation, and the signs those of the rotated key; or, with a metric, any basis, and
-the signs are searched for (`lattice`).
-"""
+"""The codec of a model: a quantizer for each of its layers, what they were fitted on, and its file."""
 
 from __future__ import annotations
 
@@ -20,10 +16,11 @@ from torch import Tensor
 
 from signlattice.errors import InputError, IntegrityError
 from signlattice.io import display_path, write_tensors
-from signlattice.quantizers.sign import SignQuantizer, _restored, _stored
+from signlattice.quantizers import registry
+from signlattice.quantizers.base import StoredQuantizer
 
-SCHEMA = 2
-"""Of the files that are written; those of schema 1 are read as well."""
+SCHEMA = 3
+"""Schema of the files that are written; those of schema 1 and 2, sign codes alone, are read."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class KeyCodec:
     ``provenance`` holds strings, for readers: solver, text, library version …
     """
 
-    layers: dict[int, SignQuantizer]
+    layers: dict[int, StoredQuantizer]
     model_hash: str
     provenance: dict[str, str] = field(default_factory=dict)
     calibration: Calibration | None = None
@@ -76,14 +73,16 @@ class KeyCodec:
             raise InputError(f"bits={bits}: a codec file has 8 or 32 bits to a number")
         tensors = {}
         for index, layer in self.layers.items():
-            for name, tensor in _stored(layer, bits).items():
+            for name, tensor in layer.tensors(bits).items():
                 tensors[f"{index}.{name}"] = tensor.clone()  # layers may share one
         header = {
             "schema": SCHEMA,
             "model_hash": self.model_hash,
             "bits": bits,
-            "scale_rules": {index: layer.scale_rule for index, layer in self.layers.items()},
-            "centerings": {index: code.centering.method for index, code in self.layers.items()},
+            "layers": {
+                index: {"code": layer.name, **layer.settings()}
+                for index, layer in self.layers.items()
+            },
             "provenance": self.provenance,
             "calibration": None if self.calibration is None else asdict(self.calibration),
         }
@@ -102,7 +101,8 @@ class KeyCodec:
         header, tensors = _read(Path(path))
         try:
             layers = {
-                _index(index): _layer(header, tensors, index) for index in header["centerings"]
+                _index(index): _layer(tensors, index, settings)
+                for index, settings in _settings(header, tensors).items()
             }
             codec = cls(
                 layers,
@@ -173,18 +173,32 @@ def _index(text: str) -> int:
     return int(text)
 
 
-def _layer(header: dict, tensors: Mapping[str, Tensor], index: str) -> SignQuantizer:
+def _settings(header: dict, tensors: Mapping[str, Tensor]) -> dict[str, dict]:
+    """Settings of each layer by its index; those of older schemas in the words of the latest."""
+    if header["schema"] >= 3:
+        return header["layers"]
+    return {
+        index: {
+            "code": "lattice" if f"{index}.metric" in tensors else "rotation",
+            "scale_rule": header["scale_rules"][index],
+            "centering": method,
+        }
+        for index, method in header["centerings"].items()
+    }
+
+
+def _layer(tensors: Mapping[str, Tensor], index: str, settings: dict) -> StoredQuantizer:
     own = {
         name.removeprefix(f"{index}."): tensor
         for name, tensor in tensors.items()
         if name.startswith(f"{index}.")
     }
-    if header["schema"] == 1:
+    if "rotation" in own:  # schema 1
         own["basis"] = own.pop("rotation")
-    return _restored(own, header["scale_rules"][index], header["centerings"][index])
+    return registry.quantizer(settings["code"]).from_tensors(own, settings)
 
 
-def _calibration(found: dict | None, layers: dict[int, SignQuantizer]) -> Calibration | None:
+def _calibration(found: dict | None, layers: dict[int, StoredQuantizer]) -> Calibration | None:
     if found is None:
         return None
     beta = {_index(index): tuple(map(_number, heads)) for index, heads in found["beta"].items()}
