@@ -4,9 +4,12 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx2
 import pytest
 import torch
+from huggingface_hub import errors as hub_errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -16,6 +19,7 @@ from signlattice.alignment import beta, cosine
 from signlattice.bits import pack_signs, sign, unpack_signs
 from signlattice.errors import InputError, IntegrityError
 from signlattice.models.loading import MODELS, weights_hash
+from signlattice.quantizers import codec as codec_file
 from signlattice.quantizers import codec as codec_module
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering
 from signlattice.quantizers.codec import Calibration, KeyCodec
@@ -847,3 +851,49 @@ def test_codes_that_do_not_hang_together_are_refused(change, said):
 def test_a_code_with_a_metric_rotates_nothing():
     with pytest.raises(InputError, match="rotates nothing"):
         lattice_codec(random_keys(), "none").rotated(random_keys())
+
+
+# Folders, and repositories on the hub
+
+
+def test_codec_is_saved_to_a_folder_and_read_from_it(codec, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    file = codec.save_pretrained(tmp_path, bits=32)
+    assert file == tmp_path / "signlattice.safetensors"
+    found = KeyCodec.from_pretrained(tmp_path, model_hash=codec.model_hash)
+    assert torch.equal(found.layers[3].basis, codec.layers[3].basis)
+    assert (tmp_path / "config.json").read_text() == "{}", "what else is in the folder stays"
+    with pytest.raises(IntegrityError, match="was fitted on the model"):
+        KeyCodec.from_pretrained(tmp_path, model_hash="0" * 64)
+
+
+def test_codec_goes_to_the_hub_and_comes_from_it(codec, tmp_path, monkeypatch):
+    uploaded = {}
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, *, private, exist_ok):
+            uploaded["repo"] = (repo_id, private, exist_ok)
+
+        def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id, **options):
+            stored = tmp_path / path_in_repo
+            stored.write_bytes(Path(path_or_fileobj).read_bytes())
+            return SimpleNamespace(commit_url=f"hub/{repo_id}/commit/1")
+
+    def download(repo_id, filename, **options):
+        if repo_id == "owner/gone":
+            raise hub_errors.RepositoryNotFoundError(
+                "gone", response=httpx2.Response(404, request=httpx2.Request("GET", "http://x"))
+            )
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(codec_file, "HfApi", Api)
+    monkeypatch.setattr(codec_file, "hf_hub_download", download)
+    address = codec.push_to_hub("owner/zoo", private=True)
+    assert address == "hub/owner/zoo/commit/1" and uploaded["repo"] == ("owner/zoo", True, True)
+    found = KeyCodec.from_pretrained("owner/zoo", model_hash=codec.model_hash)
+    assert set(found.layers) == set(codec.layers)
+    with pytest.raises(InputError, match="no 'owner/gone' on the hub"):
+        KeyCodec.from_pretrained("owner/gone")

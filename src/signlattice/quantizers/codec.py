@@ -8,16 +8,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
+from huggingface_hub import HfApi, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from signlattice.errors import InputError, IntegrityError
+from signlattice.hub import refusals
 from signlattice.io import display_path, write_tensors
 from signlattice.quantizers import registry
 from signlattice.quantizers.base import StoredQuantizer
+
+FILE_NAME = "signlattice.safetensors"
+"""Name of a codec in a folder, or in a repository on the hub."""
 
 SCHEMA = 3
 """Schema of the files that are written; those of schema 1 and 2, sign codes alone, are read."""
@@ -122,6 +128,81 @@ class KeyCodec:
         if model_hash is not None:
             codec.check_model(model_hash)
         return codec
+
+    def save_pretrained(self, save_directory: str | Path, *, bits: Literal[8, 32] = 8) -> Path:
+        """Write the codec into a folder, under the name that `from_pretrained` looks for.
+
+        Nothing else in the folder is touched. Returns the file. Raises as `save` does.
+        """
+        file = Path(save_directory) / FILE_NAME
+        self.save(file, bits=bits)
+        return file
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        model_hash: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> KeyCodec:
+        """Read a codec from a folder, or from a repository on the Hugging Face hub.
+
+        Args:
+            name: folder that `save_pretrained` has written, or "owner/name" on the hub.
+            model_hash: hash of the weights that the codec must have been fitted on, as
+                ``LoadedModel.weights_hash`` has it; None checks nothing yet.
+            revision, token, cache_dir, local_files_only: as ``hf_hub_download`` takes them.
+
+        Raises:
+            InputError: no such repository, revision or file in it, no access, or no network.
+            IntegrityError: as `load` does.
+        """
+        folder = Path(name)
+        if folder.is_dir():
+            return cls.load(folder / FILE_NAME, model_hash)
+        with refusals(str(name), revision):
+            file = hf_hub_download(
+                str(name),
+                FILE_NAME,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        return cls.load(Path(file), model_hash)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        bits: Literal[8, 32] = 8,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a signlattice codec",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the codec to a repository on the Hugging Face hub, made if it is not there.
+
+        Returns the address of the commit. Raises ``InputError`` if the hub refuses or does not
+        answer.
+        """
+        api = HfApi(token=token)
+        with refusals(repo_id, revision), TemporaryDirectory() as folder:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_file(
+                path_or_fileobj=self.save_pretrained(folder, bits=bits),
+                path_in_repo=FILE_NAME,
+                repo_id=repo_id,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+        return commit.commit_url
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
