@@ -55,6 +55,11 @@ def norm_product(length: Tensor, energy: Tensor) -> Tensor:
 
 
 def to_half(x: Tensor) -> Tensor:
-    """Round to half precision; what is beyond its range becomes its largest number, NaN stays."""
+    """Round to half precision, clamped to its range; NaN stays."""
+    return clamp_to_half(x).half()
+
+
+def clamp_to_half(x: Tensor) -> Tensor:
+    """Clamp to the range of half precision, in which scales are stored; NaN stays."""
     most = torch.finfo(torch.float16).max
-    return x.clamp(-most, most).half()
+    return x.clamp(-most, most)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from signlattice.bits import pack_signs
 from signlattice.kernels.layout import PackedKeys
-from signlattice.quantizers.scales import to_half, token_scale
+from signlattice.quantizers.scales import clamp_to_half, token_scale
 
 
 def pack_into(
@@ -45,6 +45,6 @@ def pack_into(
     for b, at in enumerate(positions.tolist()):
         place = slice(at, at + x.shape[2])
         packed.words[b, :, place] = pack_signs(y[b])
-        packed.scale[b, :, place] = to_half(alpha[b])
+        packed.scale[b, :, place] = clamp_to_half(alpha[b]).to(packed.scale.dtype)
         if packed.dc is not None:
-            packed.dc[b, :, place] = to_half(along[b])
+            packed.dc[b, :, place] = clamp_to_half(along[b]).to(packed.dc.dtype)
