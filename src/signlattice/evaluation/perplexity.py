@@ -17,7 +17,6 @@ from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import BATCH, Passage, batches
 from signlattice.models.quantized_attention import Codes, QueryCode, quantized_attention
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.sign_code import SignReconstruction
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def token_losses(
         if keys is not None:
             raise InputError("a codec and quantizers of keys: give one of the two")
         codec.check_model(loaded.weights_hash)
-        keys = {index: SignReconstruction(layer) for index, layer in codec.layers.items()}
+        keys = codec.layers
     nll, kl, agree = (np.zeros(len(pieces)) for _ in range(3))
     n_tokens = np.array([len(piece.ids) - 1 for piece in pieces])
     n_read = 0

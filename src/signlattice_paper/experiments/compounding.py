@@ -18,7 +18,6 @@ from signlattice.models.quantized_attention import quantized_attention
 from signlattice.models.states import read_states
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.sign import SignQuantizer
-from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice_paper.experiments.scores import (
     check_plain_attention,
     log_weights,
@@ -150,8 +149,7 @@ def attention_rows(
         }
         for name, codec in codecs.items():
             for layers in layer_sets(sorted(codec.layers)):
-                keys = {layer: SignReconstruction(codec.layers[layer]) for layer in layers}
-                with quantized_attention(loaded.model, keys) as count:
+                with quantized_attention(loaded.model, only(codec, layers).layers) as count:
                     quantized = read_states(loaded, [piece])
                 count.check(len(piece.ids))
                 for layer, states in quantized.items():
