@@ -8,10 +8,12 @@ PROFILE ?= mini
 CLOSELY := $(if $(filter olmoe-mini,$(MODEL)),ablation solvers convergence scores kernels)
 OPEN    := $(if $(filter olmoe-mini,$(MODEL)),values queries second sensitivity) gauge ladder
 LAB    ?= $(if $(filter full,$(PROFILE)),,train $(CLOSELY)) architectures $(if $(filter full,$(PROFILE)),,cache $(OPEN))
-LAB_OPTIONS = -p model "$(MODEL)" $(if $(filter-out mini,$(PROFILE)),-p profile $(PROFILE)) \
-  $(if $(TEXT),-p text "$(TEXT)") $(if $(CONTEXT),-p context $(CONTEXT)) \
-  $(if $(REVISION),-p revision $(REVISION)) \
-  $(if $(filter olmoe-mini,$(MODEL)),,--out "_build/labs/$(notdir $(MODEL:%/=%))")
+# A variable as one word of the shell, whatever is in it.
+quoted = '$(subst ','\'',$(1))'
+LAB_OPTIONS = -p model $(call quoted,$(MODEL)) $(if $(filter-out mini,$(PROFILE)),-p profile $(call quoted,$(PROFILE))) \
+  $(if $(TEXT),-p text $(call quoted,$(TEXT))) $(if $(CONTEXT),-p context $(call quoted,$(CONTEXT))) \
+  $(if $(REVISION),-p revision $(call quoted,$(REVISION))) \
+  $(if $(filter olmoe-mini,$(MODEL)),,--out $(call quoted,_build/labs/$(notdir $(MODEL:%/=%))))
 
 BIN      := .venv/bin
 STAMP    := .venv/.installed
@@ -26,31 +28,31 @@ help: ## this list
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-21s %s\n", $$1, $$2}'
 	@echo
-	@echo "  MODEL=$(MODEL)   LAB=\"$(strip $(LAB))\"   PYTHON=$(PYTHON)"
+	@echo $(call quoted,  MODEL=$(MODEL)   LAB="$(strip $(LAB))"   PYTHON=$(PYTHON))
 	@echo
 	@echo "A model of full size, by its name on the hub or its folder; TEXT is wikitext, c4 or a file:"
 	@echo "  make lab MODEL=OLMoE-1B-7B PROFILE=full [TEXT=…] [CONTEXT=…] [REVISION=…]"
 
 book: $(STAMP) ## execute the chapters and build the book: _build/html/index.html
-	$(BIN)/python -m signlattice_paper.provenance --before-run
-	$(BIN)/python -m signlattice_paper.notebooks run $(if $(TIMES),--times) $(CHAPTERS)
-	$(if $(TIMES),$(BIN)/python -m signlattice_paper.notebooks run book/reproduce.ipynb)
+	$(BIN)/signlattice-paper records --before-run
+	$(BIN)/signlattice-paper run $(if $(TIMES),--times) $(CHAPTERS)
+	$(if $(TIMES),$(BIN)/signlattice-paper run book/reproduce.ipynb)
 	$(MAKE) --no-print-directory html
 
 html: $(STAMP) records ## build the book from the outputs that are in the notebooks
 	$(BIN)/jupyter-book build . --all -W -n --keep-going
 
 records: $(STAMP) ## check that every record is the one that its lab would make now
-	$(BIN)/python -m signlattice_paper.provenance
+	$(BIN)/signlattice-paper records
 
 pdf: $(STAMP) ## print the built book with Chromium: _build/signlattice.pdf
 	$(BIN)/python book/_ext/print_book.py
 
 lab: $(STAMP) ## the heavy notebooks: make lab MODEL=<mini> [LAB=ablation]
-	$(BIN)/python -m signlattice_paper.notebooks run $(LAB:%=book/lab/%.ipynb) $(LAB_OPTIONS)
+	$(BIN)/signlattice-paper run $(LAB:%=book/lab/%.ipynb) $(LAB_OPTIONS)
 
 estimate: $(STAMP) ## what a full-size model takes: make estimate MODEL=<name or path>
-	$(BIN)/python -m signlattice.models.full_size "$(MODEL)" $(if $(REVISION),--revision $(REVISION)) $(if $(CONTEXT),--context $(CONTEXT))
+	$(BIN)/signlattice estimate $(call quoted,$(MODEL)) $(if $(REVISION),--revision $(call quoted,$(REVISION))) $(if $(CONTEXT),--context $(call quoted,$(CONTEXT)))
 
 test: $(STAMP) ## unit, property, equation and style tests, then the chapters' outputs
 	$(BIN)/python -m pytest tests --ignore=tests/browser $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg

@@ -87,7 +87,7 @@ Each command has more to say: signlattice learn --help""",
     )
     top.add_argument("--version", action="version", version=f"signlattice {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_learn, _measure, _evaluate, _generate, _bench, _inspect):
+    for add in (_learn, _measure, _evaluate, _generate, _bench, _inspect, _estimate):
         add(commands)
     return top
 
@@ -286,6 +286,30 @@ def _inspect(commands: argparse._SubParsersAction) -> None:
         "signlattice inspect codec.safetensors",
     )
     command.add_argument("codec", metavar="CODEC", type=Path, help="a codec file")
+
+
+def _estimate(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "estimate",
+        "estimate what a model takes, in bytes, memory and hours, before a weight is fetched",
+        "signlattice estimate OLMoE-1B-7B",
+    )
+    command.add_argument(
+        "model", metavar="MODEL", help="a model of the paper, a name on the hub, or a folder"
+    )
+    command.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+    command.add_argument(
+        "--context", metavar="N", type=_number(2), help="tokens of a window (default: at most 2048)"
+    )
+    command.add_argument("--dtype", choices=DTYPES, default="auto", help="of the loaded weights")
+    command.add_argument(
+        "--tokens",
+        metavar="N",
+        type=_number(1),
+        default=1_000_000,
+        help="calibration tokens (default: 1000000)",
+    )
 
 
 def _add_model(command: argparse.ArgumentParser, codec: bool = False) -> None:

@@ -419,6 +419,15 @@ def bench(options: argparse.Namespace) -> Result:
     return plain(document), [*lines, "", *table(told, columns)]
 
 
+def estimate(options: argparse.Namespace) -> Result:
+    """``signlattice estimate``: what a model will take, before a weight is fetched."""
+    preflight = full_size.preflight(
+        options.model, revision=options.revision, dtype=options.dtype, context=options.context
+    )
+    rows = preflight.table(options.tokens)
+    return plain(dict(rows)), facts(rows)
+
+
 # What the commands have in common.
 
 
