@@ -17,9 +17,9 @@ from sphinx.errors import ExtensionError
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
-import book_repairs  # noqa: E402  Sphinx finds its extensions in this folder, too
-import launch_buttons  # noqa: E402
-import offline_assets  # noqa: E402
+import book_repairs
+import launch_buttons
+import offline_assets
 
 LOCKED = offline_assets.read_lock()
 

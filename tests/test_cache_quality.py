@@ -129,7 +129,7 @@ def test_retrieval_counts_first_choices(loaded, pieces):
     assert retrieval(loaded, ids, guess + 1, None, 2) == 0.0
     half = guess.clone()
     half[:, :2] += 1
-    through = lambda: SignKeyCache(loaded, None, WHOLE)  # noqa: E731
+    through = lambda: SignKeyCache(loaded, None, WHOLE)
     assert retrieval(loaded, ids, half, through, 2) == 0.5
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import pytest
 import torch
@@ -81,7 +82,6 @@ def test_a_window_that_predicts_nothing_is_refused():
         corpus.windows(torch.arange(4), 1)
 
 
-def _tokenizer(made=[]):
-    if not made:
-        made.append(corpus.train_tokenizer(["def f(x):\n    return x\n"], 270))
-    return made[0]
+@cache
+def _tokenizer():
+    return corpus.train_tokenizer(["def f(x):\n    return x\n"], 270)

@@ -160,7 +160,9 @@ def test_the_estimate_counts_what_the_model_has(kind, tmp_path, olmoe_folder):
     found = preflight(str(saved(model, tmp_path, olmoe_folder)), context=64)
     assert found.parameters == model.num_parameters()
     owned = [layer for layer in attention_layers(model).values() if layer.owns_keys]
-    assert sum(n * h * d for n, h, d in found.keys) == sum(l.n_heads * l.head_dim for l in owned)
+    assert sum(n * h * d for n, h, d in found.keys) == sum(
+        each.n_heads * each.head_dim for each in owned
+    )
 
 
 def test_olmoe_is_as_large_as_its_paper_says():

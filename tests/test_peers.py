@@ -286,7 +286,7 @@ def test_in_sixteen_bits_scales_are_of_sixteen(llama):
 def test_what_is_read_in_one_call_is_read_whole_and_not_judged(llama):
     loaded = replace(llama, context=140)
     pieces = [Passage("a", ids, 1) for ids in IDS]
-    new_cache = lambda: QuantizedLayers(loaded, "quanto", 2, 32)  # noqa: E731
+    new_cache = lambda: QuantizedLayers(loaded, "quanto", 2, 32)
     with pytest.raises(InputError, match="packed none of 140 tokens"):
         cached_losses(loaded, pieces, new_cache, QualityConfig(batch_size=2))
     found = cached_losses(loaded, pieces, new_cache, QualityConfig(batch_size=2, step=8))

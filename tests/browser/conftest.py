@@ -12,9 +12,9 @@ from playwright.sync_api import Browser
 # the browser is one of the book's own tools, which are no package
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "book" / "_ext"))
 
-import chromium  # noqa: E402
-from offline_assets import CDN  # noqa: E402
-from visit import Opened, opening  # noqa: E402
+import chromium
+from offline_assets import CDN
+from visit import Opened, opening
 
 
 @pytest.fixture(scope="session")
