@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from tqdm import tqdm
+
 from signlattice import __version__
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
@@ -33,6 +35,19 @@ class TableCase:
 
     def __str__(self) -> str:
         return f"{self.table} {', '.join(map(str, self.arguments))}"
+
+
+class ProgressBar(tqdm):
+    """A bar that work advances by calling it with a phrase: a `Progress`.
+
+    ``total`` is how many parts the work has, None if that is not known.
+    """
+
+    def __init__(self, name: str, total: int | None = None) -> None:
+        super().__init__(desc=name, total=total, mininterval=10)
+
+    def __call__(self, part: str) -> None:
+        self.update()
 
 
 class Lab(ABC, Generic[Config, Case]):
