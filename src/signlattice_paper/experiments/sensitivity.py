@@ -166,17 +166,21 @@ def domains(text: Text, config: SensitivityConfig) -> dict[str, Text]:
     Raises ``InputError`` if one of them has nothing on a side.
     """
 
-    def cut(name: str, choose: Callable[[Sequence[Document]], tuple[Document, ...]]) -> Text:
-        sides = {side: choose(getattr(text, side)) for side in ("calibration", "evaluation")}
-        if empty := [side for side, chosen in sides.items() if not chosen]:
-            raise InputError(f"{text.name} has nothing of {name!r} on the side of {empty[0]}")
-        return replace(text, name=f"{text.name}, {name}", **sides)
+    parts = {package: _cut(text, package, _of_package) for package in config.packages}
+    return parts | {PROSE: _cut(text, PROSE, lambda side, _: docstrings(side)), ALL: text}
 
-    found = {
-        package: cut(package, lambda side: tuple(d for d in side if d.package == package))
-        for package in config.packages
-    }
-    return found | {PROSE: cut(PROSE, docstrings), ALL: text}
+
+def _of_package(side: Sequence[Document], package: str) -> tuple[Document, ...]:
+    return tuple(document for document in side if document.package == package)
+
+
+def _cut(
+    text: Text, name: str, choose: Callable[[Sequence[Document], str], tuple[Document, ...]]
+) -> Text:
+    sides = {side: choose(getattr(text, side), name) for side in ("calibration", "evaluation")}
+    if empty := [side for side, chosen in sides.items() if not chosen]:
+        raise InputError(f"{text.name} has nothing of {name!r} on the side of {empty[0]}")
+    return replace(text, name=f"{text.name}, {name}", **sides)
 
 
 def exemptions(layers: Sequence[int]) -> dict[str, tuple[int, ...]]:
