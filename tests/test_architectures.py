@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import TEXTS
+from processes import run_workers
 from signlattice.alignment import haar_beta
 from signlattice.data.corpus import Document
 from signlattice.data.texts import Text
+from signlattice.distributed.workers import Workers
 from signlattice.errors import InputError, IntegrityError
 from signlattice.models import passages as evaluate
 from signlattice.models.capture import open_bank
@@ -23,6 +26,7 @@ from signlattice_paper.experiments.architectures import (
     load,
     measure,
     n_parts,
+    prepare,
 )
 from test_fullsize import CONFIGS, built, saved
 
@@ -173,6 +177,27 @@ def test_an_interrupted_run_ends_with_the_same_tables(gemma48, text, tmp_path):
         assert torch.equal(code.basis, parts.codec.layers[layer].basis)
 
 
+def prepare_share(checkpoint: str, text: Text, scratch: Path) -> None:
+    loaded = load(checkpoint, CONFIG, device_map="cpu")
+    with Workers.current() as workers:
+        prepare(loaded, text, CONFIG, scratch, workers=workers)
+
+
+def test_prepare_by_several_processes_leaves_what_measure_goes_on_from(
+    gemma_folder, text, tmp_path, monkeypatch
+):
+    checkpoint = str(gemma_folder)
+    loaded = load(checkpoint, CONFIG, device_map="cpu")
+    alone = measure(loaded, text, CONFIG, tmp_path / "alone")
+    shared = tmp_path / "shared"
+    assert run_workers(2, prepare_share, checkpoint, text, shared) == [0, 0]
+    monkeypatch.setattr(architectures, "_measured", None)  # all that is learned is there
+    told = []
+    measured = measure(loaded, text, CONFIG, shared, told.append)
+    assert measured.tables == alone.tables
+    assert not any(part.startswith("captured") for part in told)
+
+
 def test_a_finished_part_is_not_made_again_and_a_damaged_one_is_named(
     gemma48, text, tmp_path, monkeypatch
 ):
@@ -195,7 +220,7 @@ def test_a_capture_cut_short_is_made_again_and_a_damaged_shard_is_named(gemma48,
 
     with pytest.raises(KeyboardInterrupt):
         measure(gemma48, text, CONFIG, tmp_path, stop)
-    part = next(tmp_path.glob("*/keys/calibration-00000"))
+    part = next(tmp_path.glob("*/keys/calibration/00000"))
     shard = next(part.glob("keys.0.*"))
     shard.write_bytes(shard.read_bytes()[:-5])
     with pytest.raises(IntegrityError, match=f"{shard.name} is damaged or cut short.*capture"):

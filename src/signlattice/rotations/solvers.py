@@ -89,7 +89,7 @@ class _Task:
         return smoothed_gradient(keys, rotation, temperature, impl=self.impl)
 
     def betas(self, rotation: Tensor, heads: Sequence[int]) -> list[tuple[float, float | None]]:
-        """Measure beta in sample and held out of each of ``heads`` at its ``rotation`` [n, d, d]."""
+        """Measure each of ``heads`` at its ``rotation`` [n, d, d]: beta in sample, and held out."""
         places = [self.heads.index(head) for head in heads]
         return [
             (
