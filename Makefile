@@ -59,7 +59,7 @@ test: $(STAMP) ## unit, property, equation and style tests, then the chapters' o
 
 test-gpu: $(STAMP) ## the kernels' tests on a CUDA device, which must be there
 	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: no CUDA device; make test runs these tests in an interpreter")'
-	$(BIN)/python -m pytest tests/kernels tests/test_learn.py tests/test_spread.py tests/test_kernel_times.py
+	$(BIN)/python -m pytest tests/kernels tests/test_learn.py tests/test_kernel_times.py
 
 cross-compile: $(STAMP) ## compile every variant of every kernel for the A100 and the H100, without one
 	@cd tests/kernels && status=0; for arch in 80 90; do \

@@ -420,7 +420,7 @@ def test_heads_learned_at_once_end_where_each_ends_alone(solver, impl):
         assert (learned.n_keys, learned.config) == (alone.n_keys, alone.config)
 
 
-def test_a_head_that_has_settled_moves_no_more():
+def test_a_head_that_has_converged_moves_no_more():
     keys = heads_of(anisotropic, 2100, 16)
     config = LearnConfig(solver="itq", tolerance=1e-4, trace_every=1)
     learned = learn_rotations(keys, config)

@@ -37,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             options = parser().parse_args(argv)
-            document, lines = _run(options)
+            result = _run(options)
+            if result is None:  # another process reports
+                return 0
+            document, lines = result
             if options.json:
                 print(json.dumps(document, indent=1, allow_nan=False))
             else:
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace) -> tuple[dict, list[str]]:
+def _run(options: argparse.Namespace) -> tuple[dict, list[str]] | None:
     if options.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the hub's client is imported
     if options.command == "inspect":

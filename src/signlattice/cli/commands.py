@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from signlattice import kernels
 from signlattice.cache.sign_key_cache import CacheConfig, CacheStats, SignKeyCache
-from signlattice.calibration import CalibrationConfig, learn_codec, measure_codec, n_parts
+from signlattice.calibration import CalibrationConfig, learn_codec_shared, measure_codec, n_parts
 from signlattice.cli.contents import layer_row
 from signlattice.cli.show import facts, plain, size, span, table
 from signlattice.data.texts import Text, read_text
+from signlattice.distributed.workers import Workers
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import Judge, QualityConfig
 from signlattice.evaluation.timing import device_name
@@ -42,8 +43,11 @@ OTHERS_BYTES = 2_000_000
 """Of the calibration side, as much as the needles are drawn from."""
 
 
-def learn(options: argparse.Namespace) -> Result:
-    """``signlattice learn``: a model in, a codec file out."""
+def learn(options: argparse.Namespace) -> Result | None:
+    """Run ``signlattice learn``: a model in, a codec file out.
+
+    Processes that ``torchrun`` started share the work; those that do not lead return None.
+    """
     output = options.output
     if output.is_dir():
         raise InputError(f"-o {display_path(output)} is a folder: name a file in it")
@@ -61,20 +65,27 @@ def learn(options: argparse.Namespace) -> Result:
         batch_size=_batch_size(options),
     )
     start = time.perf_counter()
-    loaded = _load(options)
-    text = read_text(name)
-    try:
-        with _bar(options, n_parts(loaded, config)) as bar:
+    with Workers.current() as workers:
+        if workers.count > 1:
+            options.device = workers.device if options.device == "auto" else options.device
+            options.quiet = options.quiet or not workers.leads
+        loaded = _load(options)
+        text = read_text(name)
+        try:
+            with _bar(options, n_parts(loaded, config)) as bar:
 
-            def tell(part: str) -> None:
-                bar.set_postfix_str(part, refresh=False)
-                bar.update()
+                def tell(part: str) -> None:
+                    bar.set_postfix_str(part, refresh=False)
+                    bar.update()
 
-            codec = learn_codec(loaded, text, config, parts, tell)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"what is done is kept in {display_path(parts)}; the same command goes on from there"
-        ) from None
+                codec = learn_codec_shared(workers, loaded, text, config, parts, tell)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"what is done is kept in {display_path(parts)}; "
+                "the same command goes on from there"
+            ) from None
+    if codec is None:
+        return None
     codec.save(output, bits=8)
     shutil.rmtree(parts, ignore_errors=True)
     return _learned(loaded, codec, output, time.perf_counter() - start)
