@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import DEVICE, assert_accurate
-from cases import FLOATS, ORDERS
 from torch import Tensor
 
+from kernel_cases import FLOATS, ORDERS
 from signlattice import kernels
 from signlattice.hadamard import hadamard_signs
 from signlattice.kernels.hadamard import reference
