@@ -18,7 +18,7 @@ LAB_OPTIONS = -p model $(call quoted,$(MODEL)) $(if $(filter-out mini,$(PROFILE)
 BIN      := .venv/bin
 STAMP    := .venv/.installed
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
-BENCHES  := $(sort $(wildcard benchmarks/*.py))
+BENCHES  := $(sort $(wildcard benchmarks/bench_*.py))
 
 .PHONY: help book html pdf records lab estimate test test-gpu test-browser cross-compile twice bench clean
 .DEFAULT_GOAL := help
@@ -59,11 +59,11 @@ test: $(STAMP) ## unit, property, equation and style tests, then the chapters' o
 
 test-gpu: $(STAMP) ## the kernels' tests on a CUDA device, which must be there
 	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: no CUDA device; make test runs these tests in an interpreter")'
-	$(BIN)/python -m pytest tests/kernels tests/test_learn.py tests/test_kernel_times.py
+	$(BIN)/python -m pytest tests/kernels tests/test_learn.py tests/test_decode_timing.py tests/test_kernel_times.py
 
 cross-compile: $(STAMP) ## compile every variant of every kernel for the A100 and the H100, without one
-	@cd tests/kernels && status=0; for arch in 80 90; do \
-	  ../../$(BIN)/python cross_compile.py $$arch --all || status=1; done; exit $$status
+	@status=0; for arch in 80 90; do \
+	  $(BIN)/python benchmarks/cross_compile.py $$arch --all || status=1; done; exit $$status
 
 test-browser: $(STAMP) ## the built book in headless Chromium, cut off from the network
 	$(BIN)/python -m pytest tests/browser --confcutdir=tests/browser

@@ -36,7 +36,7 @@ DEFECT = 1e-5
 
 
 def planted_rows(seeds: int) -> list[Row]:
-    """Each planted size with each seed: what was reached, in which time, and whether it is enough."""
+    """Solve each planted size with each seed: beta, seconds, and whether both are enough."""
     rows: list[Row] = []
     for d, n_keys, least, most in PLANTED:
         for seed in range(seeds):

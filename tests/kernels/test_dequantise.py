@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import DEVICE, assert_accurate, product_tolerance
-from cases import FLOATS
 from torch import Tensor
 
+from kernel_cases import FLOATS
 from signlattice import kernels
 from signlattice.bits import sign
 from signlattice.kernels.layout import PackedKeys

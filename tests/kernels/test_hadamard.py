@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 from accuracy import DEVICE, assert_accurate, product_tolerance
-from cases import FLOATS, ORDERS
 from torch import Tensor
 
 from conftest import thinned
+from kernel_cases import FLOATS, ORDERS
 from signlattice import kernels
 from signlattice.hadamard import hadamard_signs
 from signlattice.kernels.hadamard import reference

@@ -22,6 +22,7 @@ from signlattice.cli.show import facts, plain, size, span, table
 from signlattice.data.texts import Text, read_text
 from signlattice.distributed.workers import Workers
 from signlattice.errors import InputError
+from signlattice.evaluation.decode_timing import DecodeCase, decode_rows
 from signlattice.evaluation.through_cache import Judge, QualityConfig
 from signlattice.evaluation.timing import device_name
 from signlattice.io import check_writable, display_path
@@ -31,7 +32,6 @@ from signlattice.models.loading import LoadedModel, load_model
 from signlattice.models.minis import MINIS
 from signlattice.models.passages import passages, spread
 from signlattice.quantizers.codec import KeyCodec
-from signlattice_paper.experiments.kernel_times import Decode, KernelTimesConfig, decode_rows
 
 Result = tuple[dict, list[str]]
 OutOfMemory = (MemoryError, torch.OutOfMemoryError)
@@ -380,7 +380,7 @@ def _stats_facts(stats: CacheStats) -> list[tuple[str, str]]:
 
 
 def bench(options: argparse.Namespace) -> Result:
-    """``signlattice bench``: one new token's attention on packed keys, beside torch's."""
+    """Time one new token's attention on packed keys beside PyTorch's: ``signlattice bench``."""
     device = _device(options.device)
     if options.head_dim not in kernels.HEAD_DIMS:
         sizes = ", ".join(map(str, kernels.HEAD_DIMS))
@@ -388,17 +388,20 @@ def bench(options: argparse.Namespace) -> Result:
     if options.group > kernels.MAX_GROUP:
         raise InputError(f"--group {options.group}: use {kernels.MAX_GROUP} or fewer")
     cases = tuple(
-        Decode(tokens, options.head_dim, options.heads, options.group, options.batch)
+        DecodeCase(tokens, options.head_dim, options.heads, options.group, options.batch)
         for tokens in options.tokens
     )
-    config = KernelTimesConfig(
-        device, cases, (), (), gpu=device != "cpu", rounds=options.rounds, peers=False
-    )
-    with _bar(options, config.n_rounds) as bar:
-        rows = decode_rows(config, bar.update)
+    with _bar(options, len(cases) * options.rounds) as bar:
+        rows = decode_rows(
+            cases,
+            device=device,
+            impl="cpu" if device == "cpu" else "triton",
+            rounds=options.rounds,
+            progress=bar.update,
+        )
     shape = {name: getattr(options, name) for name in ("heads", "head_dim", "group", "batch")}
     document = {"device": device_name(device), **shape, "rounds": options.rounds, "rows": rows}
-    told = [
+    shown = [
         row
         | {
             "ms": 1e3 * row["seconds"],
@@ -412,7 +415,7 @@ def bench(options: argparse.Namespace) -> Result:
         "contender": ("cache", ""),
         "ms": ("ms", ".3f"),
         "ms_range": ("quartiles", ""),
-        "speed_up": ("times quicker", ".2f"),
+        "speed_up": ("times faster", ".2f"),
         "range": ("quartiles", ""),
         "over": ("than", ""),
         "bandwidth": ("GB/s", ".1f"),
@@ -427,7 +430,7 @@ def bench(options: argparse.Namespace) -> Result:
             ),
         ]
     )
-    return plain(document), [*lines, "", *table(told, columns)]
+    return plain(document), [*lines, "", *table(shown, columns)]
 
 
 def estimate(options: argparse.Namespace) -> Result:

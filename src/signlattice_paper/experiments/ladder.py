@@ -29,16 +29,13 @@ from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.factory import rotate_heads
-from signlattice_paper.baselines.peers import (
-    QJL,
-    Backend,
-    NSNQuantLike,
-    ProductQuantizer,
-    QuantizedLayers,
-    RaBitQ,
-    Rounded,
-    TurboQuant,
-)
+from signlattice_paper.baselines.nsnquant import NSNQuantLike
+from signlattice_paper.baselines.product import ProductQuantizer
+from signlattice_paper.baselines.qjl import QJL
+from signlattice_paper.baselines.rabitq import RaBitQ
+from signlattice_paper.baselines.rounding import Rounded
+from signlattice_paper.baselines.transformers_caches import Backend, QuantizedLayers
+from signlattice_paper.baselines.turboquant import TurboQuant
 from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.records import Row
 
