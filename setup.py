@@ -17,7 +17,9 @@ class BuildWithData(build_py):
         if self.editable_mode:
             return  # an editable installation reads those of the checkout
         for name in ("models", "results"):
-            copytree(ROOT / name, Path(self.build_lib, "signlattice/home", name), dirs_exist_ok=True)
+            copytree(
+                ROOT / name, Path(self.build_lib, "signlattice/home", name), dirs_exist_ok=True
+            )
 
 
 setup(cmdclass={"build_py": BuildWithData})
