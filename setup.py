@@ -13,6 +13,7 @@ class BuildWithData(build_py):
     """Copy ``models/`` and ``results/`` to ``signlattice/home/``, where `signlattice.io` looks."""
 
     def run(self) -> None:
+        """Build the packages, then add the data."""
         super().run()
         if self.editable_mode:
             return  # an editable installation reads those of the checkout
