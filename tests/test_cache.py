@@ -545,8 +545,9 @@ def test_the_mask_of_a_prompt_is_not_kept():
 PROCESS = """
 import gc, json, os, torch
 from cache_cases import layer_code
-from signlattice.attention import AttentionLayer
-from signlattice.packed_layer import LayerFormat, MaskReader, PackedLayer
+from signlattice.models.hooks import AttentionLayer
+from signlattice.cache.layer import LayerFormat, PackedLayer
+from signlattice.cache.masks import MaskCache
 
 def resident():
     gc.collect()
@@ -557,7 +558,7 @@ def grown(keys, values, n):
     code = layer_code("rotation", 4, 64) if keys == "sign" else None
     layer = PackedLayer(
         AttentionLayer(0, 0, 4, 4, 64, 0.1),
-        LayerFormat(keys, values, 128, 4, 16, None, "auto"), code, MaskReader(),
+        LayerFormat(keys, values, 128, 4, 16, None, "auto"), code, MaskCache(),
     )
     before = resident()
     layer.update(torch.randn(1, 4, n, 64), torch.randn(1, 4, n, 64))

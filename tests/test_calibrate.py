@@ -11,7 +11,6 @@ from conftest import TEXTS
 from signlattice import calibration as calibrate
 from signlattice.alignment import haar_beta
 from signlattice.calibration import (
-    CODES,
     CalibrationConfig,
     coded_layers,
     learn_codec,
@@ -27,6 +26,7 @@ from signlattice.models.capture import capture_passages
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import MODELS, LoadedModel, load_model
 from signlattice.models.passages import passages, take_tokens
+from signlattice.quantizers import registry
 from signlattice.quantizers.basis import LatticeConfig, query_metric
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import Calibration, KeyCodec
@@ -71,7 +71,7 @@ def gemma48(gemma_folder):
     return short(gemma_folder)
 
 
-@pytest.fixture(scope="module", params=CODES)
+@pytest.fixture(scope="module", params=registry.names())
 def learned(request, llama48, text):
     """A codec of either kind, and what was told while it was learned."""
     told = []
@@ -146,7 +146,7 @@ def test_a_lattice_loses_less_of_the_scores_than_a_rotation(llama48, text):
     pieces = passages(llama48, text.evaluation)
     bank = capture_passages(llama48, pieces)
     lost = {}
-    for code in CODES:
+    for code in registry.names():
         config = replace(
             CONFIG,
             code=code,
@@ -171,7 +171,7 @@ def test_the_same_run_gives_the_same_codec(learned, llama48, text):
     assert not torch.equal(first.layers[0].basis, second.layers[0].basis)
 
 
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("code", registry.names())
 def test_a_temperature_is_fitted_where_it_is_asked_for(code, llama48, text):
     config = replace(CONFIG, code=code, temperature=True)
     codec = learn_codec(llama48, text, config)
@@ -349,7 +349,7 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("code", registry.names())
 def test_an_interrupted_run_goes_on_where_it_was(code, llama48, text, tmp_path, monkeypatch):
     config = replace(CONFIG, code=code, temperature=True)
     whole = learn_codec(llama48, text, config)

@@ -380,7 +380,6 @@ def test_help_has_an_example(command, capsys):
 
 def test_arguments_may_be_what_the_library_takes():
     assert set(cli.VALUES) == set(storage.VALUE_FORMATS)
-    assert set(cli.CODES) == set(calibration.CODES)
     assert set(cli.SCALES) == set(scales.SCALE_RULES)
     assert cli.DTYPES == ("auto", *full_size.DTYPES)
 

@@ -4,9 +4,12 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx2
 import pytest
 import torch
+from huggingface_hub import errors as hub_errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -16,6 +19,7 @@ from signlattice.alignment import beta, cosine
 from signlattice.bits import pack_signs, sign, unpack_signs
 from signlattice.errors import InputError, IntegrityError
 from signlattice.models.loading import MODELS, weights_hash
+from signlattice.quantizers import codec as codec_file
 from signlattice.quantizers import codec as codec_module
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering
 from signlattice.quantizers.codec import Calibration, KeyCodec
@@ -502,12 +506,12 @@ def test_a_digest_says_nothing_of_who_wrote_the_file(codec, path):
     assert KeyCodec.load(path).provenance == {"solver": "itq"}
 
 
-@pytest.mark.parametrize("schema", [0, -1, 3, 99, "2", True, None, 2.0, [2], {}])
+@pytest.mark.parametrize("schema", [0, -1, 4, 99, "2", True, None, 2.0, [2], {}])
 def test_another_schema_is_refused(codec, path, schema):
     codec.save(path)
     header, tensors = read(path)
     known = type(schema) is int
-    said = f"has schema {schema}, this library reads up to 2" if known else "but not a codec of"
+    said = f"has schema {schema}, this library reads up to 3" if known else "but not a codec of"
     for signed in (True, False):
         write(path, {**header, "schema": schema}, tensors, signed)
         with pytest.raises(IntegrityError, match=said):
@@ -636,19 +640,25 @@ def put(header: dict, where: str, value: object) -> dict:
 
 BETA = [0.9, 0.9, 0.9]
 WRONG_HEADERS = {
-    "no rules": ("scale_rules", KeyError),
-    "no rule of a layer": ("scale_rules/3", KeyError),
-    "a rule that is unknown": ("scale_rules/3", "max"),
-    "a rule that is a number": ("scale_rules/3", 1),
-    "rules in a list": ("scale_rules", ["mse"]),
-    "no centerings": ("centerings", KeyError),
-    "a centering that is unknown": ("centerings/10", "dcc"),
-    "a centering that is a list": ("centerings/10", ["none"]),
-    "dc in a metric": ("centerings/10", "dc"),
-    "a mean that is not told": ("centerings/3", "none"),
-    "centerings in a text": ("centerings", "0"),
-    "centerings in a number": ("centerings", 3),
-    "a layer that is not there": ("centerings/4", "none"),
+    "no layers": ("layers", KeyError),
+    "layers in a list": ("layers", ["0"]),
+    "layers in a number": ("layers", 3),
+    "a layer that is a text": ("layers/3", "none"),
+    "no code": ("layers/3/code", KeyError),
+    "a code that is unknown": ("layers/3/code", "cube"),
+    "a code that is a list": ("layers/3/code", ["rotation"]),
+    "no rule": ("layers/3/scale_rule", KeyError),
+    "a rule that is unknown": ("layers/3/scale_rule", "max"),
+    "a rule that is a number": ("layers/3/scale_rule", 1),
+    "no centering": ("layers/3/centering", KeyError),
+    "a centering that is unknown": ("layers/10/centering", "dcc"),
+    "a centering that is a list": ("layers/10/centering", ["none"]),
+    "dc in a metric": ("layers/10/centering", "dc"),
+    "a mean without its centering": ("layers/3/centering", "none"),
+    "a layer that is not there": (
+        "layers/4",
+        {"code": "rotation", "scale_rule": "mse", "centering": "none"},
+    ),
     "no model": ("model_hash", KeyError),
     "a model that is a number": ("model_hash", 12),
     "a fact that is a number": ("provenance/seed", 0),
@@ -691,15 +701,32 @@ def test_headers_that_are_no_code_are_refused_though_the_digest_is_theirs(codec,
 def test_a_layer_has_one_index_written_in_one_way(codec, path, index):
     codec.save(path)
     header, tensors = read(path)
-    for name in ("centerings", "scale_rules"):
-        header[name][index] = header[name].pop("3")
+    header["layers"][index] = header["layers"].pop("3")
     tensors = {name.replace("3.", f"{index}.", 1): tensor for name, tensor in tensors.items()}
     write(path, {**header, "calibration": None}, tensors)
     with pytest.raises(IntegrityError, match="is not a whole codec"):
         KeyCodec.load(path)
 
 
-# Files of the first schema
+# Files of earlier schemas
+
+
+def test_codec_reads_a_file_of_the_second_schema(codec, path):
+    codec.save(path, bits=8)
+    header, tensors = read(path)
+    now = KeyCodec.load(path)
+    layers = header.pop("layers")
+    header["scale_rules"] = {index: layer["scale_rule"] for index, layer in layers.items()}
+    header["centerings"] = {index: layer["centering"] for index, layer in layers.items()}
+    write(path, {**header, "schema": 2}, tensors)
+    then = KeyCodec.load(path)
+    for index, layer in now.layers.items():
+        assert layer.name == then.layers[index].name
+        assert layer.settings() == then.layers[index].settings()
+        assert all(
+            torch.equal(tensor, then.layers[index].tensors(32)[name])
+            for name, tensor in layer.tensors(32).items()
+        )
 
 
 def write_first_schema(path: Path, layers: dict[int, SignQuantizer], **more) -> None:
@@ -763,7 +790,7 @@ def test_a_file_of_now_is_none_of_the_first_schema(codec, path):
     header, tensors = read(path)
     del header["digest"]
     write(path, {**header, "schema": 1}, tensors, signed=False)
-    with pytest.raises(IntegrityError, match="'rotation'"):
+    with pytest.raises(IntegrityError, match="'centerings'"):
         KeyCodec.load(path)
 
 
@@ -824,3 +851,49 @@ def test_codes_that_do_not_hang_together_are_refused(change, said):
 def test_a_code_with_a_metric_rotates_nothing():
     with pytest.raises(InputError, match="rotates nothing"):
         lattice_codec(random_keys(), "none").rotated(random_keys())
+
+
+# Folders, and repositories on the hub
+
+
+def test_codec_is_saved_to_a_folder_and_read_from_it(codec, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    file = codec.save_pretrained(tmp_path, bits=32)
+    assert file == tmp_path / "signlattice.safetensors"
+    found = KeyCodec.from_pretrained(tmp_path, model_hash=codec.model_hash)
+    assert torch.equal(found.layers[3].basis, codec.layers[3].basis)
+    assert (tmp_path / "config.json").read_text() == "{}", "what else is in the folder stays"
+    with pytest.raises(IntegrityError, match="was fitted on the model"):
+        KeyCodec.from_pretrained(tmp_path, model_hash="0" * 64)
+
+
+def test_codec_goes_to_the_hub_and_comes_from_it(codec, tmp_path, monkeypatch):
+    uploaded = {}
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, *, private, exist_ok):
+            uploaded["repo"] = (repo_id, private, exist_ok)
+
+        def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id, **options):
+            stored = tmp_path / path_in_repo
+            stored.write_bytes(Path(path_or_fileobj).read_bytes())
+            return SimpleNamespace(commit_url=f"hub/{repo_id}/commit/1")
+
+    def download(repo_id, filename, **options):
+        if repo_id == "owner/gone":
+            raise hub_errors.RepositoryNotFoundError(
+                "gone", response=httpx2.Response(404, request=httpx2.Request("GET", "http://x"))
+            )
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(codec_file, "HfApi", Api)
+    monkeypatch.setattr(codec_file, "hf_hub_download", download)
+    address = codec.push_to_hub("owner/zoo", private=True)
+    assert address == "hub/owner/zoo/commit/1" and uploaded["repo"] == ("owner/zoo", True, True)
+    found = KeyCodec.from_pretrained("owner/zoo", model_hash=codec.model_hash)
+    assert set(found.layers) == set(codec.layers)
+    with pytest.raises(InputError, match="no 'owner/gone' on the hub"):
+        KeyCodec.from_pretrained("owner/gone")

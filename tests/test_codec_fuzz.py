@@ -277,7 +277,7 @@ def test_tensors_of_any_kind_are_read_or_refused(bits, changes, rule, method, pa
         if tensor is not None:
             tensors[name] = tensor
     header = json.loads(json.dumps(HEADER))
-    header["scale_rules"]["3"], header["centerings"]["3"] = rule, method
+    header["layers"]["3"] |= {"scale_rule": rule, "centering": method}
     if method == "none":
         tensors.pop("3.mean", None)
     check(signed(header, tensors), path)
@@ -289,7 +289,7 @@ def test_a_basis_of_any_size_decodes_to_finite_keys(size, rule, path):
     tensors = load(FILES[32])
     tensors["3.basis"] = tensors["3.basis"] / tensors["3.basis"].abs().max() * size
     header = json.loads(json.dumps(HEADER))
-    header["scale_rules"]["3"] = rule
+    header["layers"]["3"]["scale_rule"] = rule
     assert check(signed(header, tensors), path) is not None
 
 

@@ -19,7 +19,6 @@ from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.levels import LevelQuantizer
 from signlattice.quantizers.sign import SignQuantizer
-from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.fixed import srht
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,9 +140,7 @@ def test_a_coded_cache_is_the_packed_one_if_its_code_is_the_codecs(loaded, windo
     }
     config = CacheConfig(value_format="whole", window=window, sinks=sinks, dtype=torch.float32)
     packed = SignKeyCache(loaded, KeyCodec(layers, loaded.weights_hash), config)
-    coded = SimulatedCache(
-        loaded, {i: SignReconstruction(c) for i, c in layers.items()}, None, config
-    )
+    coded = SimulatedCache(loaded, {i: c for i, c in layers.items()}, None, config)
     expected = logits(loaded, packed)  # but for the last bit of a scale
     torch.testing.assert_close(logits(loaded, coded), expected, atol=8e-3, rtol=1e-3)
     ours, theirs = coded.stats(), packed.stats()

@@ -20,11 +20,12 @@ from transformers import (
     T5Config,
 )
 
+from signlattice import hub
 from signlattice.errors import InputError, IntegrityError
-from signlattice.models import full_size, hub
+from signlattice.hub import Repository, Unreachable
+from signlattice.models import full_size
 from signlattice.models.full_size import FULL, load_full, main, preflight, record_name
 from signlattice.models.hooks import attention_layers
-from signlattice.models.hub import Repository, Unreachable
 from signlattice.models.loading import weights_hash
 
 SHA = "c0ffee" + "0" * 34

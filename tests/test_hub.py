@@ -6,9 +6,9 @@ import httpx2
 import pytest
 from huggingface_hub import errors
 
+from signlattice import hub
 from signlattice.errors import InputError
-from signlattice.models import hub
-from signlattice.models.hub import Unreachable, resolve
+from signlattice.hub import Unreachable, resolve
 
 SHA = "a" * 40
 

@@ -16,7 +16,6 @@ from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.residual import BasisQuantizer, ResidualQuantizer, least_squares
 from signlattice.quantizers.scales import token_scale
 from signlattice.quantizers.sign import SignQuantizer
-from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.fixed import haar
 from signlattice_paper.experiments import comparison
 from signlattice_paper.experiments import second as second_code
@@ -144,7 +143,7 @@ def test_a_lattice_of_d_vectors_is_the_layer_codec(rule):
     basis = learn_basis(VECTORS[0], metric, LatticeConfig(rounds=3))
     centering = Centering("token_mean", gaussian(2, D, seed=3))
     ours = BasisQuantizer(centering, basis, metric, rule)
-    other = SignReconstruction(SignQuantizer(basis, centering, rule, metric=metric))
+    other = SignQuantizer(basis, centering, rule, metric=metric)
     torch.testing.assert_close(ours.reconstruct(VECTORS), other.reconstruct(VECTORS))
     assert (ours.bits, ours.static_bytes) == (other.bits, other.static_bytes)
 

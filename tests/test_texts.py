@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from signlattice import hub
 from signlattice.data import texts
 from signlattice.data.texts import HUB_TEXTS, LEAST_BYTES, PIECE, HubText, read_text
 from signlattice.errors import InputError, IntegrityError
-from signlattice.models import hub
-from signlattice.models.hub import Repository, Unreachable
+from signlattice.hub import Repository, Unreachable
 
 SHA = "f" * 40
 

@@ -6,7 +6,7 @@ import torch
 from signlattice.data import corpus
 from signlattice.data.corpus import Document
 from signlattice.errors import InputError, IntegrityError
-from signlattice.models import loading, minis
+from signlattice.models import loading
 from signlattice.models.loading import load_model
 from signlattice.models.minis import ModelSpec
 from signlattice_paper.experiments.train import TrainConfig, save_checkpoint, train
@@ -73,7 +73,7 @@ def test_the_written_checkpoint_is_the_model_in_half_precision(tmp_path, monkeyp
     trained = train(TINY, CONFIG, tmp_path / "scratch")
     digest = save_checkpoint(trained, TINY, tmp_path / "tiny")
     monkeypatch.setattr(loading, "MODELS", tmp_path)
-    monkeypatch.setattr(minis, "MINIS", {"tiny": TINY})
+    monkeypatch.setattr(loading, "MINIS", {"tiny": TINY})
     loaded = load_model("tiny")
     assert loaded.weights_hash == digest
     for name, weight in trained.model.state_dict().items():

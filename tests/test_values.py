@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from conftest import documents
-from signlattice import calibration
 from signlattice.alignment import beta
 from signlattice.cache.simulated import quantized_attention
 from signlattice.data.texts import Text
@@ -25,7 +24,7 @@ from signlattice.quantizers.levels import LevelQuantizer
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.factory import rotate_heads
 from signlattice.rotations.fixed import haar
-from signlattice_paper.experiments import values
+from signlattice_paper.experiments import comparison, values
 from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig
 from signlattice_paper.experiments.scores import with_absorbed_rotations
 from signlattice_paper.experiments.values import (
@@ -224,12 +223,12 @@ def test_a_lattice_beside_the_model_is_taken_and_that_of_another_is_not(
 ):
     folder = shutil.copytree(llama_folder, tmp_path / "model")
     loaded = load_model(folder)
-    monkeypatch.setattr(calibration, "learn_codec", lambda *_: sign_codec(loaded, seed=5))
+    monkeypatch.setattr(comparison, "learn_codec", lambda *_: sign_codec(loaded, seed=5))
 
     def basis(codec):
         codec.save(folder / "lattice.safetensors")
         study = values._Study(loaded, TEXT, CONFIG, Scratch(tmp_path))
-        return study._codes("keys", "lattice")[0].code.basis
+        return study._codes("keys", "lattice")[0].basis
 
     own = sign_codec(loaded, seed=9)
     torch.testing.assert_close(basis(own), own.layers[0].basis)

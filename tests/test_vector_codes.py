@@ -10,7 +10,6 @@ from signlattice.errors import InputError
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.levels import LevelQuantizer, gaussian_levels
 from signlattice.quantizers.sign import SignQuantizer
-from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.fixed import haar
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,7 +48,7 @@ def level_code(bits=1, rule="mse", method="token_mean", d=16, heads=2):
 def test_a_level_code_of_one_bit_is_the_sign_code(rule, method):
     vectors = gaussian(3, 2, 30, 16, seed=1)
     code = level_code(rule=rule, method=method)
-    keys = SignReconstruction(SignQuantizer(code.rotation, code.centering, rule))
+    keys = SignQuantizer(code.rotation, code.centering, rule)
     torch.testing.assert_close(
         code.reconstruct(vectors), keys.reconstruct(vectors), atol=6e-3, rtol=0
     )
@@ -88,7 +87,7 @@ def test_what_is_learned_weighs_and_what_comes_of_a_seed_does_not():
     learned = LevelQuantizer(code.centering, code.rotation, learned=True)
     assert learned.static_bytes == 2 * 16 * 16 + 2 * 16 * 4
     metric = torch.eye(16).expand(2, 16, 16)
-    lattice = SignReconstruction(SignQuantizer(code.rotation, code.centering, metric=metric))
+    lattice = SignQuantizer(code.rotation, code.centering, metric=metric)
     assert lattice.static_bytes == 2 * 2 * 16 * 16 + 2 * 16 * 4
 
 

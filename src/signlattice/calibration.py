@@ -7,36 +7,25 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from signlattice import __version__
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.evaluation.heads import HeadQuality, fit_temperature, head_quality
-from signlattice.io import load_or_compute
 from signlattice.kernels import HEAD_DIMS
 from signlattice.models.capture import KeyBank, capture_passages, open_bank
 from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage, passages, take_tokens
-from signlattice.quantizers.basis import LatticeConfig, learn_basis, query_metric
-from signlattice.quantizers.centering import Centering
+from signlattice.quantizers import registry
+from signlattice.quantizers.base import CalibrationSet, StoredQuantizer
+from signlattice.quantizers.basis import LatticeConfig
 from signlattice.quantizers.codec import Calibration, KeyCodec
 from signlattice.quantizers.scales import SCALE_RULES, ScaleRule
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.config import LearnConfig
-from signlattice.rotations.learned import learn_matrices
-from signlattice.rotations.null import noise_null
-
-Code = Literal["lattice", "rotation"]
-
-CODES: tuple[Code, ...] = get_args(Code)
-
-LEAST_KEYS_PER_DIM = {"lattice": 4, "rotation": 1}
-"""Keys of a head for each of its coordinates; of fewer, learning a lattice diverges."""
 
 Progress = Callable[[str], object]
 """Told of each part of the work as it is done."""
@@ -47,9 +36,10 @@ class CalibrationConfig:
     """How a codec is learned.
 
     Attributes:
-        code: "lattice" (`lattice`, signs by search in the metric of the queries) or "rotation"
-            (`learn`, the paper's: signs of the rotated key).
-        scale_rule: of `codec.token_scale`.
+        code: name of a quantizer in `quantizers.registry`: "lattice" (signs along a learned basis,
+            found by search in the metric of the queries) or "rotation" (the paper's: signs of the
+            rotated key).
+        scale_rule: of `scales.token_scale`.
         keys_per_dim: calibration keys of a head for each of its coordinates, fewer where the text
             has fewer.
         n_held_out: tokens that β is measured on.
@@ -63,7 +53,7 @@ class CalibrationConfig:
         InputError: on an unknown name, or a count below 1.
     """
 
-    code: Code = "lattice"
+    code: str = "lattice"
     scale_rule: ScaleRule = "unbiased"
     keys_per_dim: int = 256
     n_held_out: int = 4096
@@ -75,11 +65,11 @@ class CalibrationConfig:
     rotation: LearnConfig = LearnConfig()
 
     def __post_init__(self) -> None:
-        for name, allowed in (("code", CODES), ("scale_rule", SCALE_RULES)):
-            if getattr(self, name) not in allowed:
-                raise InputError(
-                    f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}"
-                )
+        registry.check_name(self.code)
+        if self.scale_rule not in SCALE_RULES:
+            raise InputError(
+                f"scale_rule={self.scale_rule!r}: choose one of {', '.join(SCALE_RULES)}"
+            )
         for name in ("keys_per_dim", "n_held_out", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
@@ -155,7 +145,7 @@ def learn_layers(
     config: CalibrationConfig = CalibrationConfig(),
     scratch: Path | None = None,
     progress: Progress | None = None,
-) -> dict[int, SignQuantizer]:
+) -> dict[int, StoredQuantizer]:
     """The codes that `learn_codec` learns, of keys and queries that are captured already.
 
     Keys are a sample by the seed, ``keys_per_dim`` of them if the bank has more; the metric is of
@@ -188,14 +178,7 @@ def measure_codec(
 
 def null_betas(n_keys: int, d: int, config: CalibrationConfig) -> tuple[float, float]:
     """β (in sample, held out) of the same learning on ``n_keys`` of Gaussian noise in d dimensions."""
-    if config.code == "rotation":
-        return noise_null(n_keys, d, config.rotation, config.seed)
-    noise = torch.randn(1, 2 * n_keys, d, generator=torch.Generator().manual_seed(config.seed))
-    eye = torch.eye(d)[None]
-    basis = learn_basis(noise[:, :n_keys], eye.double(), config.lattice)
-    code = SignQuantizer(basis, Centering("none"), metric=eye)
-    inside, outside = code.cosines(noise)[0].double().split(n_keys)
-    return float(inside.mean()), float(outside.mean())
+    return registry.quantizer(config.code).noise_null(n_keys, d, config)
 
 
 def _passages(
@@ -205,7 +188,7 @@ def _passages(
     widest = max(layer.head_dim for layer in layers.values())
     fit = take_tokens(passages(loaded, text.calibration, 4), config.keys_per_dim * widest)
     n_tokens = sum(len(piece.ids) for piece in fit)
-    least = LEAST_KEYS_PER_DIM[config.code]
+    least = registry.quantizer(config.code).least_keys_per_dim
     if config.keys_per_dim < least:
         raise InputError(
             f"keys_per_dim={config.keys_per_dim}: learning a {config.code} takes {least} or more"
@@ -248,26 +231,23 @@ def _learned(
     readers: list[int],
     config: CalibrationConfig,
     file: Path | None,
-) -> SignQuantizer:
-    """The code of one layer, rounded; its matrices are kept in ``file``, or read from it."""
+) -> StoredQuantizer:
+    """The code of one layer, rounded, which is kept in ``file``, or read from it."""
+    if file is not None and file.is_file():
+        return KeyCodec.load(file).layers[layer.index]
     generator = torch.Generator().manual_seed(config.seed)
     n_keys = min(bank.n_tokens, config.keys_per_dim * layer.head_dim)
     chosen = torch.randperm(bank.n_tokens, generator=generator)[:n_keys].sort().values
-    keys = bank.keys(layer.index)[:, chosen]
-    centering = Centering.fit(keys, "token_mean" if layer.mean_cancels else "none")
-    centred, _ = centering.split(keys)
-
-    def learn() -> dict[int, Tensor]:
-        if config.code == "rotation":
-            learning = replace(config.rotation, seed=config.seed)
-            return {0: learn_matrices(centred, learning)}
-        metric = query_metric([bank.queries(i) for i in readers], layer.n_heads, config.lattice)
-        return {0: learn_basis(centred, metric, config.lattice), 1: metric.float()}
-
-    found = learn() if file is None else load_or_compute(file, learn)
-    code = SignQuantizer(found[0], centering, config.scale_rule, metric=found.get(1)).rounded()
-    if config.temperature and layer.softcap is None:
+    calibration = CalibrationSet(
+        bank.keys(layer.index)[:, chosen],
+        lambda: [bank.queries(reader) for reader in readers],
+        "token_mean" if layer.mean_cancels else "none",
+    )
+    code = registry.quantizer(config.code).fit(calibration, config).rounded()
+    if config.temperature and layer.softcap is None and isinstance(code, SignQuantizer):
         code = replace(code, temperature=fit_temperature(code, _few(bank, layer.index), layer))
+    if file is not None:
+        KeyCodec({layer.index: code}, "").save(file, bits=8)
     return code
 
 

@@ -13,7 +13,7 @@ from signlattice.bits import sign, unpack_signs
 from signlattice.kernels.layout import PackedKeys
 from signlattice.kernels.unpack import reference, triton
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.sign import SignKeys, SignQuantizer
+from signlattice.quantizers.sign import SignQuantizer
 
 # tensor cores cut off what float32 sums would round: a few units of 2^-24
 ATOL = {torch.float32: 1e-6, torch.float16: 1e-5, torch.bfloat16: 1e-4}
@@ -111,7 +111,7 @@ def test_it_is_what_the_codec_decodes(method, impl):
     packed, rotation = random_packed(2, 3, 7, 64, dc=method == "dc"), random_rotation(3, 64)
     mean = torch.randn(3, 64, device=DEVICE) if method == "token_mean" else None
     codec = SignQuantizer(rotation, Centering(method, mean))
-    expected = codec.decode(SignKeys(packed.words, packed.scale, packed.dc))
+    expected = codec.decode(packed)
     got = kernels.dequantise(packed, rotation, mean, impl=impl)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 

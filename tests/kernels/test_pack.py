@@ -12,8 +12,8 @@ from signlattice import kernels
 from signlattice.bits import sign, unpack_signs
 from signlattice.kernels.layout import PackedKeys
 from signlattice.kernels.pack import reference, triton
-from signlattice.kernels.pack.reference import RULES
 from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.scales import SCALE_RULES
 from signlattice.quantizers.sign import SignQuantizer
 
 ROUNDING = 2.0**-10
@@ -95,7 +95,7 @@ def test_centred_keys_of_every_head_size(d, dtype):
 
 
 @pytest.mark.parametrize("dc", [False, True])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", SCALE_RULES)
 @pytest.mark.parametrize("d", [80, 128, 256])
 def test_every_scale_rule_with_and_without_dc(d, rule, dc):
     keys, rotation = random_keys(1, 2, 21, d, dtype=torch.float16), random_rotation(2, d)
@@ -187,7 +187,7 @@ def assert_same_as_contiguous(keys: Tensor) -> None:
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("method", ["none", "dc", "token_mean"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", SCALE_RULES)
 def test_a_cache_holds_what_the_codec_encodes(rule, method, impl):
     keys, rotation = random_keys(2, 3, 11, 64), random_rotation(3, 64)
     centering = Centering.fit(keys.transpose(0, 1).flatten(1, 2), method)
@@ -265,3 +265,18 @@ def test_keys_beyond_2_31_numbers(axis):
     kernels.pack_into(far, keys, rotation, at, impl="triton")
     kernels.pack_into(near, keys.contiguous(), rotation, at, impl="triton")
     assert torch.equal(far.words, near.words) and torch.equal(far.scale, near.scale)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_pack_into_clamps_scales_to_half_precision_as_the_codec_does(impl, rule):
+    keys = random_keys(1, 1, 4, 64) * torch.tensor([1.0, 1e6, 1e15, 1.0], device=DEVICE)[:, None]
+    keys[0, 0, 3, 5] = torch.nan
+    rotation, packed = random_rotation(1, 64), poisoned(1, 1, 4, 64, dc=True)
+    kernels.pack_into(packed, keys, rotation, places(0), rule=rule, impl=impl)
+    codec = SignQuantizer(rotation, Centering("dc"), rule).encode_unchecked(keys)
+    assert packed.scale[0, 0, 1] == packed.scale[0, 0, 2] == torch.finfo(torch.float16).max
+    assert packed.scale[0, 0, :3].isfinite().all() and packed.dc[0, 0, :3].isfinite().all()
+    assert packed.scale[0, 0, 3].isnan() and packed.dc[0, 0, 3].isnan(), "NaN must stay visible"
+    torch.testing.assert_close(packed.scale[0, 0, :3], codec.scale[0, 0, :3], rtol=2e-3, atol=0)
+    assert codec.scale[0, 0, 3].isnan()

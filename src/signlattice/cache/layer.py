@@ -34,7 +34,7 @@ from signlattice.kernels import Impl
 from signlattice.kernels.layout import FullPrecisionTokens
 from signlattice.memory import KVShape
 from signlattice.models.hooks import AttentionLayer
-from signlattice.quantizers.sign import SignQuantizer
+from signlattice.quantizers.base import StoredQuantizer
 
 NewStorages = Callable[[torch.dtype], tuple[Store, Store]]
 """Makes empty stores of keys and of values; the dtype is that of what is whole."""
@@ -105,7 +105,11 @@ class PackedLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(
-        self, layer: AttentionLayer, fmt: LayerFormat, code: SignQuantizer | None, reader: MaskCache
+        self,
+        layer: AttentionLayer,
+        fmt: LayerFormat,
+        code: StoredQuantizer | None,
+        reader: MaskCache,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -144,7 +148,7 @@ class PackedLayer(CacheLayerMixin):
         self.mean = None
         if self.code is not None:
             self.code = self.code.to(self.device)
-            self.mean = self.code.centering.mean
+            self.mean = self.code.static_mean
         self.key_storage, self.value_storage = self.new_storages(self.dtype)
         for kept, n in ((self.recent, 0), (self.sinks, self.format.sinks)):
             kept["keys"] = key_states.new_zeros((batch, n_heads, n, d), dtype=self.dtype)

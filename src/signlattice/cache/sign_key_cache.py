@@ -21,8 +21,8 @@ from signlattice.kernels import HEAD_DIMS, Impl
 from signlattice.memory import CacheFormat, EffectiveBits, packed_cache_bytes
 from signlattice.models.hooks import AttentionLayer, attach_attention, attention_layers
 from signlattice.models.loading import LoadedModel
+from signlattice.quantizers.base import StoredQuantizer
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.sign import SignQuantizer
 
 SlidingLayers = Literal["whole", "packed"]
 
@@ -220,14 +220,13 @@ class SignKeyCache(Cache):
         """The format of a layer in the words of `memory`."""
         key, value = layer.format.keys, layer.format.values
         whole = 8 * layer.dtype.itemsize
-        with_dc = layer.code is not None and layer.code.centering.method == "dc"
+        key_bits = _width(key, whole) if layer.code is None else layer.code.bits
         return CacheFormat(
             f"{key} keys, {value} values",
-            key_bits=1 if key == "sign" else _width(key, whole),
+            key_bits=key_bits,
             value_bits=_width(value, whole),
-            key_scale_bits={"sign": 16, "whole": 0, "fp8": 0}.get(key, 32),
+            key_scale_bits=0 if key in ("sign", "whole", "fp8") else 32,
             value_scale_bits=0 if value in ("whole", "fp8") else 32,
-            mean_bits=16 if with_dc else 0,
             window=layer.format.window + layer.format.spare,
             sinks=layer.format.sinks,
         )
@@ -265,7 +264,7 @@ def _bits(bits: dict[str, int], n: dict[str, int]) -> EffectiveBits:
 
 def _packed_layers(
     layers: dict[int, AttentionLayer], codec: KeyCodec | None, config: CacheConfig
-) -> dict[int, SignQuantizer | None]:
+) -> dict[int, StoredQuantizer | None]:
     """The layers that are to be packed, each with its code if there is one."""
     owners = {index: layer for index, layer in layers.items() if layer.owns_keys}
     n_layers = max(layers) + 1
@@ -277,7 +276,7 @@ def _packed_layers(
         raise InputError(
             f"the codec has layers {missing}: the model has keys in layers {sorted(owners)}"
         )
-    chosen: dict[int, SignQuantizer | None] = {}
+    chosen: dict[int, StoredQuantizer | None] = {}
     for index, layer in owners.items():
         if index in exempt or (layer.window is not None and config.sliding == "whole"):
             continue
@@ -295,7 +294,7 @@ def _packed_layers(
     return chosen
 
 
-def _checked(code: SignQuantizer, layer: AttentionLayer) -> SignQuantizer:
+def _checked(code: StoredQuantizer, layer: AttentionLayer) -> StoredQuantizer:
     if (code.n_heads, code.head_dim) != (layer.n_heads, layer.head_dim):
         raise InputError(
             f"the codec of layer {layer.index} is for {code.n_heads} heads of {code.head_dim}: "
@@ -306,7 +305,7 @@ def _checked(code: SignQuantizer, layer: AttentionLayer) -> SignQuantizer:
             f"layer {layer.index} has heads of {code.head_dim}: the kernels are made for "
             f"{', '.join(map(str, HEAD_DIMS))}; exempt the layer"
         )
-    if code.centering.method == "token_mean" and not layer.mean_cancels:
+    if code.static_mean is not None and not layer.mean_cancels:
         reason = "a soft-cap" if layer.softcap is not None else "a sink logit"
         raise InputError(
             f"the codec of layer {layer.index} takes off a static mean, and the layer has {reason},"

@@ -19,7 +19,7 @@ from signlattice import kernels
 from signlattice.errors import InputError
 from signlattice.kernels import Impl
 from signlattice.kernels.layout import PackedKeys, PackedValues
-from signlattice.quantizers.base import Quantizer
+from signlattice.quantizers.base import Quantizer, StoredQuantizer, code_tensors
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.fixed import srht
 
@@ -131,7 +131,7 @@ class SignStorage(Store):
                 impl=_impl("pack", self.impl),
             )
             return
-        found = code.coded(vectors)
+        found = code.encode_unchecked(vectors)
         place = slice(at, at + vectors.shape[2])
         self.parts["words"][:, :, place] = found.words
         self.parts["scale"][:, :, place] = found.scale
@@ -142,6 +142,35 @@ class SignStorage(Store):
         packed = PackedKeys(part["words"], part["scale"], part.get("dc"))
         impl = _impl("unpack", self.impl)
         return kernels.dequantise(packed, self.code.basis, dtype=dtype, impl=impl)
+
+
+class EncodedStorage(Store):
+    """Keys as the codes of any quantizer: decoded whenever attention reads them."""
+
+    def __init__(self, code: StoredQuantizer) -> None:
+        super().__init__()
+        self.code = code
+        self._codes: type | None = None
+
+    def empty(self, like: Tensor, room: int) -> dict[str, Tensor]:
+        """Allocate parts, see `Store.empty`."""
+        self.code = self.code.to(like.device)
+        codes = self.code.encode(like[:, :, :1])
+        self._codes = type(codes)
+        return {
+            name: part.new_zeros((*part.shape[:2], room, *part.shape[3:]))
+            for name, part in code_tensors(codes).items()
+        }
+
+    def write(self, at: int, vectors: Tensor) -> None:
+        """Encode and store vectors, see `Store.write`."""
+        for name, part in code_tensors(self.code.encode(vectors)).items():
+            self.parts[name][:, :, at : at + vectors.shape[2]] = part
+
+    def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Decode some of the vectors, see `Store.read`."""
+        part = {name: tensor[:, :, first:last] for name, tensor in self.parts.items()}
+        return self.code.decode(self._codes(**part)).to(dtype)
 
 
 class FullPrecisionStorage(Store):
@@ -265,7 +294,7 @@ def value_storage(fmt: ValueFormat, dtype: torch.dtype) -> Store:
 
 
 def key_storage(
-    fmt: KeyFormat, dtype: torch.dtype, code: SignQuantizer | None, impl: Impl
+    fmt: KeyFormat, dtype: torch.dtype, code: StoredQuantizer | None, impl: Impl
 ) -> Store:
     """An empty store of keys. Raises ``InputError`` on an unknown format, or signs without a code."""
     if fmt not in KEY_FORMATS:
@@ -277,7 +306,7 @@ def key_storage(
         )
     if code is None:
         raise InputError("keys as signs need the code of their layer")
-    return SignStorage(code, impl)
+    return SignStorage(code, impl) if isinstance(code, SignQuantizer) else EncodedStorage(code)
 
 
 def _impl(kernel: str, impl: Impl) -> Impl:

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from signlattice import __version__
 from signlattice.errors import InputError
+from signlattice.quantizers import registry
 
 VALUES = ("whole", "fp8", "int8", "int4", "int2")
-CODES = ("lattice", "rotation")
 SCALES = ("unbiased", "mse", "norm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """What arguments may be, here so that they are read without torch; a test holds them to its own."""
@@ -126,7 +126,7 @@ def _learn(commands: argparse._SubParsersAction) -> None:
     _add_text(command, "corpus for a small model of ours, else wikitext")
     command.add_argument(
         "--code",
-        choices=CODES,
+        choices=registry.names(),
         default="lattice",
         help="signs by search in a learned lattice (default), or of a rotated key",
     )

@@ -10,8 +10,8 @@ from safetensors import safe_open
 
 from signlattice.cli.show import facts, plain, size, span, table
 from signlattice.io import display_path
+from signlattice.quantizers.base import StoredQuantizer
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.sign import SignQuantizer
 
 
 def inspect(options: argparse.Namespace) -> tuple[dict, list[str]]:
@@ -75,15 +75,16 @@ def inspect(options: argparse.Namespace) -> tuple[dict, list[str]]:
     return plain(document), [*facts(pairs), "", *table(shown_rows, columns)]
 
 
-def layer_row(index: int, code: SignQuantizer, beta: tuple[float, ...]) -> dict[str, Any]:
-    """What a codec does to one layer."""
+def layer_row(index: int, code: StoredQuantizer, beta: tuple[float, ...]) -> dict[str, Any]:
+    """Describe what a codec does to one layer."""
+    settings, temperature = code.settings(), getattr(code, "temperature", None)
     return {
         "layer": index,
         "heads": code.n_heads,
         "head_dim": code.head_dim,
-        "code": "rotation" if code.metric is None else "lattice",
-        "centering": code.centering.method,
-        "scale": code.scale_rule,
-        "temperature": None if code.temperature is None else code.temperature.tolist(),
+        "code": code.name,
+        "centering": settings.get("centering"),
+        "scale": settings.get("scale_rule"),
+        "temperature": None if temperature is None else temperature.tolist(),
         "beta": list(beta),
     }

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+from signlattice import hub
 from signlattice.data import corpus
 from signlattice.data.corpus import Document, Split
 from signlattice.errors import InputError, IntegrityError
 from signlattice.io import display_path, write_text
-from signlattice.models import hub
 
 PIECE = 8000
 """Bytes of a document that is cut from a user's file, at least, but for the last."""

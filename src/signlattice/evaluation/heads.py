@@ -12,6 +12,7 @@ from signlattice.alignment import beta, relative_distortion
 from signlattice.errors import InputError
 from signlattice.models.capture import KeyBank
 from signlattice.models.hooks import AttentionLayer
+from signlattice.quantizers.base import StoredQuantizer
 from signlattice.quantizers.sign import SignQuantizer
 
 
@@ -31,7 +32,7 @@ class HeadQuality:
 
 
 @torch.no_grad()
-def head_quality(codec: SignQuantizer, bank: KeyBank, layer: AttentionLayer) -> HeadQuality:
+def head_quality(codec: StoredQuantizer, bank: KeyBank, layer: AttentionLayer) -> HeadQuality:
     """Measure a layer's code on the held-out keys and queries of ``bank``.
 
     Its attention is that of ``layer``: window, scaling and soft-cap included, and of a layer whose
@@ -40,9 +41,8 @@ def head_quality(codec: SignQuantizer, bank: KeyBank, layer: AttentionLayer) -> 
     keys = bank.keys(layer.index)
     packed = codec.encode(keys[None])
     decoded = codec.decode(packed)[0]
-    if codec.temperature is not None:
-        plain = replace(codec, temperature=None)
-        decoded = plain.decode(plain.encode(keys[None]))[0]
+    if isinstance(codec, SignQuantizer) and codec.temperature is not None:
+        decoded = replace(codec, temperature=None).reconstruct(keys[None])[0]
     kl, top1, n_queries = torch.zeros(codec.n_heads), torch.zeros(codec.n_heads), 0
     for query, key in bank.sequences(layer.index):
         exact = layer.log_weights(_scores(query, key))
@@ -61,10 +61,10 @@ def head_quality(codec: SignQuantizer, bank: KeyBank, layer: AttentionLayer) -> 
     )
 
 
-def _betas(codec: SignQuantizer, keys: Tensor) -> np.ndarray:
-    if codec.metric is not None:
-        return codec.cosines(keys).double().mean(-1).numpy()
-    return np.array([beta(head) for head in codec.rotated(keys)])
+def _betas(codec: StoredQuantizer, keys: Tensor) -> np.ndarray:
+    if isinstance(codec, SignQuantizer) and codec.metric is None:
+        return np.array([beta(head) for head in codec.rotated(keys)])
+    return codec.cosines(keys).double().mean(-1).numpy()
 
 
 @torch.no_grad()

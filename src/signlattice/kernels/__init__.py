@@ -17,7 +17,7 @@ from torch import Tensor
 from signlattice.errors import InputError
 from signlattice.hadamard import hadamard_core
 from signlattice.kernels.layout import VALUE_BITS, FullPrecisionTokens, PackedKeys, PackedValues
-from signlattice.kernels.pack.reference import RULES
+from signlattice.quantizers.scales import SCALE_RULES
 
 Impl = Literal["auto", "torch", "triton", "cpu"]
 
@@ -116,8 +116,8 @@ def pack_into(
     ):
         _check_tensor(name, tensor, shape, _FLOATS, keys.device)
     _check_tensor("positions", positions, (batch,), (torch.int32, torch.int64), keys.device)
-    if rule not in RULES:
-        raise InputError(f"unknown scale rule {rule!r}: choose one of {', '.join(RULES)}")
+    if rule not in SCALE_RULES:
+        raise InputError(f"unknown scale rule {rule!r}: choose one of {', '.join(SCALE_RULES)}")
     _check_rows(batch * n_tokens)
     if n_tokens > room:
         raise InputError(f"{n_tokens} keys do not fit a cache of {room}")

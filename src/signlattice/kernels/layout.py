@@ -25,6 +25,17 @@ class PackedKeys:
     scale: Tensor
     dc: Tensor | None = None
 
+    @property
+    def n_keys(self) -> int:
+        """How many key vectors are packed: B · H · C."""
+        return self.scale.numel()
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that the packed keys take."""
+        parts = (self.words, self.scale, self.dc)
+        return sum(part.nbytes for part in parts if part is not None)
+
     @classmethod
     def empty(
         cls,

@@ -31,9 +31,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from signlattice import hub
 from signlattice.errors import InputError, IntegrityError
 from signlattice.io import display_path
-from signlattice.models import cost, hub
+from signlattice.models import cost
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel, no_progress_bar, weights_hash
 from signlattice.rotations.config import LearnConfig

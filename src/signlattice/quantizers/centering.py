@@ -54,6 +54,11 @@ class Centering:
         if self.mean is not None and (self.mean.ndim == 0 or not self.mean.isfinite().all()):
             raise InputError("centering mean: expected a finite tensor of shape [..., d]")
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the static mean at 32 bits a number, 0 without one."""
+        return 0 if self.mean is None else 4 * self.mean.numel()
+
     @classmethod
     def fit(cls, keys: Tensor, method: CenteringMethod) -> Centering:
         """Fit a centering to calibration keys.

@@ -1,8 +1,4 @@
-"""Keys to bits and back: centre, choose signs along a basis, keep them and one scale per token.
-
-The basis is a rotation, and the signs those of the rotated key; or, with a metric, any basis, and
-the signs are searched for (`lattice`).
-"""
+"""The codec of a model: a quantizer for each of its layers, what they were fitted on, and its file."""
 
 from __future__ import annotations
 
@@ -12,18 +8,25 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
+from huggingface_hub import HfApi, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from signlattice.errors import InputError, IntegrityError
+from signlattice.hub import refusals
 from signlattice.io import display_path, write_tensors
-from signlattice.quantizers.sign import SignQuantizer, _restored, _stored
+from signlattice.quantizers import registry
+from signlattice.quantizers.base import StoredQuantizer
 
-SCHEMA = 2
-"""Of the files that are written; those of schema 1 are read as well."""
+FILE_NAME = "signlattice.safetensors"
+"""Name of a codec in a folder, or in a repository on the hub."""
+
+SCHEMA = 3
+"""Schema of the files that are written; those of schema 1 and 2, sign codes alone, are read."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class KeyCodec:
     ``provenance`` holds strings, for readers: solver, text, library version …
     """
 
-    layers: dict[int, SignQuantizer]
+    layers: dict[int, StoredQuantizer]
     model_hash: str
     provenance: dict[str, str] = field(default_factory=dict)
     calibration: Calibration | None = None
@@ -76,14 +79,16 @@ class KeyCodec:
             raise InputError(f"bits={bits}: a codec file has 8 or 32 bits to a number")
         tensors = {}
         for index, layer in self.layers.items():
-            for name, tensor in _stored(layer, bits).items():
+            for name, tensor in layer.tensors(bits).items():
                 tensors[f"{index}.{name}"] = tensor.clone()  # layers may share one
         header = {
             "schema": SCHEMA,
             "model_hash": self.model_hash,
             "bits": bits,
-            "scale_rules": {index: layer.scale_rule for index, layer in self.layers.items()},
-            "centerings": {index: code.centering.method for index, code in self.layers.items()},
+            "layers": {
+                index: {"code": layer.name, **layer.settings()}
+                for index, layer in self.layers.items()
+            },
             "provenance": self.provenance,
             "calibration": None if self.calibration is None else asdict(self.calibration),
         }
@@ -102,7 +107,8 @@ class KeyCodec:
         header, tensors = _read(Path(path))
         try:
             layers = {
-                _index(index): _layer(header, tensors, index) for index in header["centerings"]
+                _index(index): _layer(tensors, index, settings)
+                for index, settings in _settings(header, tensors).items()
             }
             codec = cls(
                 layers,
@@ -122,6 +128,81 @@ class KeyCodec:
         if model_hash is not None:
             codec.check_model(model_hash)
         return codec
+
+    def save_pretrained(self, save_directory: str | Path, *, bits: Literal[8, 32] = 8) -> Path:
+        """Write the codec into a folder, under the name that `from_pretrained` looks for.
+
+        Nothing else in the folder is touched. Returns the file. Raises as `save` does.
+        """
+        file = Path(save_directory) / FILE_NAME
+        self.save(file, bits=bits)
+        return file
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        model_hash: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> KeyCodec:
+        """Read a codec from a folder, or from a repository on the Hugging Face hub.
+
+        Args:
+            name: folder that `save_pretrained` has written, or "owner/name" on the hub.
+            model_hash: hash of the weights that the codec must have been fitted on, as
+                ``LoadedModel.weights_hash`` has it; None checks nothing yet.
+            revision, token, cache_dir, local_files_only: as ``hf_hub_download`` takes them.
+
+        Raises:
+            InputError: no such repository, revision or file in it, no access, or no network.
+            IntegrityError: as `load` does.
+        """
+        folder = Path(name)
+        if folder.is_dir():
+            return cls.load(folder / FILE_NAME, model_hash)
+        with refusals(str(name), revision):
+            file = hf_hub_download(
+                str(name),
+                FILE_NAME,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        return cls.load(Path(file), model_hash)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        bits: Literal[8, 32] = 8,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a signlattice codec",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the codec to a repository on the Hugging Face hub, made if it is not there.
+
+        Returns the address of the commit. Raises ``InputError`` if the hub refuses or does not
+        answer.
+        """
+        api = HfApi(token=token)
+        with refusals(repo_id, revision), TemporaryDirectory() as folder:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_file(
+                path_or_fileobj=self.save_pretrained(folder, bits=bits),
+                path_in_repo=FILE_NAME,
+                repo_id=repo_id,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+        return commit.commit_url
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -173,18 +254,32 @@ def _index(text: str) -> int:
     return int(text)
 
 
-def _layer(header: dict, tensors: Mapping[str, Tensor], index: str) -> SignQuantizer:
+def _settings(header: dict, tensors: Mapping[str, Tensor]) -> dict[str, dict]:
+    """Settings of each layer by its index; those of older schemas in the words of the latest."""
+    if header["schema"] >= 3:
+        return header["layers"]
+    return {
+        index: {
+            "code": "lattice" if f"{index}.metric" in tensors else "rotation",
+            "scale_rule": header["scale_rules"][index],
+            "centering": method,
+        }
+        for index, method in header["centerings"].items()
+    }
+
+
+def _layer(tensors: Mapping[str, Tensor], index: str, settings: dict) -> StoredQuantizer:
     own = {
         name.removeprefix(f"{index}."): tensor
         for name, tensor in tensors.items()
         if name.startswith(f"{index}.")
     }
-    if header["schema"] == 1:
+    if "rotation" in own:  # schema 1
         own["basis"] = own.pop("rotation")
-    return _restored(own, header["scale_rules"][index], header["centerings"][index])
+    return registry.quantizer(settings["code"]).from_tensors(own, settings)
 
 
-def _calibration(found: dict | None, layers: dict[int, SignQuantizer]) -> Calibration | None:
+def _calibration(found: dict | None, layers: dict[int, StoredQuantizer]) -> Calibration | None:
     if found is None:
         return None
     beta = {_index(index): tuple(map(_number, heads)) for index, heads in found["beta"].items()}

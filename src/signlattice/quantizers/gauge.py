@@ -148,13 +148,12 @@ class GaugeQuantizer(Quantizer):
         inverse. It is no larger than a learned rotation. After a rotation of a seed, a diagonal
         gauge is kept by its diagonal at sixteen bits, and the identity weighs nothing.
         """
-        mean = self.centering.mean
         diagonal = self.gauge.diagonal(dim1=-2, dim2=-1)
         if self.learned or not torch.equal(diagonal.diag_embed(), self.gauge):
             matrix = self.gauge.numel()
         else:
             matrix = 0 if (diagonal == 1).all() else 2 * diagonal.numel()
-        return matrix + (0 if mean is None else 4 * mean.numel())
+        return matrix + self.centering.n_bytes
 
     @cached_property
     def _inverse(self) -> Tensor:

@@ -51,9 +51,8 @@ class LevelQuantizer(Quantizer):
     @property
     def static_bytes(self) -> int:
         """Of a learned rotation at eight bits to a number, and of a static mean at 32."""
-        mean = self.centering.mean
         rotation = self.rotation.numel() if self.learned else 0
-        return rotation + (0 if mean is None else 4 * mean.numel())
+        return rotation + self.centering.n_bytes
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """As `Quantizer.reconstruct`."""

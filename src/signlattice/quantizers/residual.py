@@ -14,7 +14,7 @@ from signlattice.errors import InputError
 from signlattice.kernels import nearest_signs
 from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.scales import ScaleRule, scale_of, token_scale
+from signlattice.quantizers.scales import ScaleRule, scale_of, to_half, token_scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +60,7 @@ class ResidualQuantizer(Quantizer):
     @property
     def static_bytes(self) -> int:
         """Of learned rotations at eight bits to a number, and of a static mean at 32."""
-        mean = self.centering.mean
-        return self.n_learned * self.first.numel() + (0 if mean is None else 4 * mean.numel())
+        return self.n_learned * self.first.numel() + self.centering.n_bytes
 
     def residual(self, centred: Tensor) -> Tensor:
         """What the first code leaves of centred vectors [..., H, T, D]: what R₂ is learned on."""
@@ -80,7 +79,7 @@ class ResidualQuantizer(Quantizer):
             scales = least_squares(x, *points)
         whole = _combined(points, scales)
         gain = scale_of((x * whole).sum(-1), whole.square().sum(-1), x.square().sum(-1), self.rule)
-        kept = [_as_kept(gain * scale) for scale in scales]
+        kept = [to_half(gain * scale).float() for scale in scales]
         return self.centering.join(_combined(points, kept), offset)
 
 
@@ -124,9 +123,8 @@ class BasisQuantizer(Quantizer):
     @property
     def static_bytes(self) -> int:
         """Of basis and metric at eight bits to a number, and of a static mean at 32."""
-        mean = self.centering.mean
         matrices = self.basis.numel() + self.metric.numel()
-        return matrices + (0 if mean is None else 4 * mean.numel())
+        return matrices + self.centering.n_bytes
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """As `Quantizer.reconstruct`. Raises ``InputError`` on an n that the search does not take."""
@@ -134,7 +132,7 @@ class BasisQuantizer(Quantizer):
         weighted = x @ self.metric
         words, along, length = nearest_signs((weighted @ self.basis.mT).contiguous(), self._gram)
         energy = (weighted * x).sum(-1).clamp_min(0)
-        scale = _as_kept(scale_of(along, length, energy, self.rule))
+        scale = to_half(scale_of(along, length, energy, self.rule)).float()
         return self.centering.join(unpack_signs(words) * scale.unsqueeze(-1) @ self.basis, offset)
 
     @cached_property
@@ -161,9 +159,3 @@ def least_squares(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Ten
 
 def _combined(points: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
     return sum(scale.unsqueeze(-1) * point for scale, point in zip(scales, points))
-
-
-def _as_kept(scale: Tensor) -> Tensor:
-    """Scales as 16 bits hold them."""
-    most = torch.finfo(torch.float16).max
-    return scale.clamp(-most, most).half().float()

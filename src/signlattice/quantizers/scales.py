@@ -44,10 +44,22 @@ def scale_of(along: Tensor, length: Tensor, energy: Tensor, rule: ScaleRule) -> 
     if rule == "norm":
         scale = (energy / length.clamp_min(tiny)).sqrt()
     else:
-        least = LEAST_COSINE * _sizes(length, energy)
+        least = LEAST_COSINE * norm_product(length, energy)
         scale = energy / along.abs().maximum(least).clamp_min(tiny)
     return torch.where(length > 0, scale.copysign(along), 0.0)
 
 
-def _sizes(length: Tensor, energy: Tensor) -> Tensor:
+def norm_product(length: Tensor, energy: Tensor) -> Tensor:
+    """Return ‖p‖ ‖x‖ from the squares ``length`` ‖p‖² and ``energy`` ‖x‖²."""
     return length.clamp_min(0).sqrt() * energy.sqrt()
+
+
+def to_half(x: Tensor) -> Tensor:
+    """Round to half precision, clamped to its range; NaN stays."""
+    return clamp_to_half(x).half()
+
+
+def clamp_to_half(x: Tensor) -> Tensor:
+    """Clamp to the range of half precision, in which scales are stored; NaN stays."""
+    most = torch.finfo(torch.float16).max
+    return x.clamp(-most, most)

@@ -9,46 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from signlattice.bits import n_packed_bytes, pack_signs, unpack_signs
 from signlattice.errors import InputError
-from signlattice.kernels import nearest_signs
+from signlattice.kernels import PackedKeys, nearest_signs
+from signlattice.quantizers.base import CalibrationSet, StoredQuantizer
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.scales import SCALE_RULES, ScaleRule, _sizes, scale_of
+from signlattice.quantizers.scales import SCALE_RULES, ScaleRule, norm_product, scale_of, to_half
+
+if TYPE_CHECKING:
+    from signlattice.calibration import CalibrationConfig
 
 LARGEST = 1e10
 """Of the numbers of a code that is read: fp32 holds all sums of their products."""
 
 
-@dataclass(frozen=True)
-class SignKeys:
-    """Packed keys: ``words`` uint8 [B, H, T, D/8], ``scale`` fp16 [B, H, T], and with ``dc``
-    centering the component along (1, …, 1)/√D that was taken off, ``dc`` fp16 [B, H, T]."""
+@dataclass(frozen=True, eq=False)
+class SignQuantizer(StoredQuantizer):
+    """One sign for each basis vector of a key, and one scale.
 
-    words: Tensor
-    scale: Tensor
-    dc: Tensor | None = None
-
-    @property
-    def n_keys(self) -> int:
-        """How many key vectors are compressed: B · H · T."""
-        return self.scale.numel()
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes that the packed keys really take."""
-        parts = (self.words, self.scale, self.dc)
-        return sum(part.nbytes for part in parts if part is not None)
-
-
-@dataclass(frozen=True)
-class SignQuantizer:
-    """The code of one layer's keys: per head a centering, a basis and a temperature.
-
-    A key is read back as k̂ = α Bᵀs, and what the centering took off. ``basis`` B [H, D, D]: a
+    A key is reconstructed as k̂ = α Bᵀs, plus what the centering took off. ``basis`` B [H, D, D]: a
     rotation, whose rows are the new axes, where there is no ``metric``. With a ``metric`` M
     [H, D, D], symmetric and positive definite, any basis: signs and scale then make
     (k − k̂)ᵀ M (k − k̂) small. ``temperature`` [H] multiplies every scale of a head, hence the
@@ -90,6 +74,33 @@ class SignQuantizer:
                 raise InputError("centering 'dc' with a metric: use 'token_mean' or 'none'")
 
     @property
+    def name(self) -> str:
+        """Name in the registry: "rotation", or "lattice" if there is a metric."""
+        return "rotation" if self.metric is None else "lattice"
+
+    @property
+    def bits(self) -> float:
+        """One per coordinate, sixteen per token for the scale, and with ``dc`` sixteen more."""
+        numbers = 2 if self.centering.method == "dc" else 1
+        return 1 + 16 * numbers / self.head_dim
+
+    @property
+    def static_bytes(self) -> int:
+        """Bytes of basis and metric at eight bits a number, and of the mean at 32."""
+        matrices = (1 if self.metric is None else 2) * self.basis.numel()
+        return matrices + self.centering.n_bytes
+
+    @property
+    def static_mean(self) -> Tensor | None:
+        """Mean [H, D] of a "token_mean" centering."""
+        return self.centering.mean
+
+    @classmethod
+    def fit(cls, calibration: CalibrationSet, config: CalibrationConfig) -> Self:
+        """Fit nothing: `RotationQuantizer` and `LatticeQuantizer` say how a basis is learned."""
+        raise NotImplementedError(f"{cls.__name__}.fit: use a subclass that learns its basis")
+
+    @property
     def n_heads(self) -> int:
         """KV heads."""
         return len(self.basis)
@@ -127,50 +138,41 @@ class SignQuantizer:
         Without a metric it is that to the sign lattice, ‖y‖₁ / (√D ‖y‖₂), whose mean is β.
         """
         _, along, length, energy = self._nearest(keys[None])
-        sizes = _sizes(length, energy).clamp_min(torch.finfo(energy.dtype).tiny)
+        sizes = norm_product(length, energy).clamp_min(torch.finfo(energy.dtype).tiny)
         return (along.abs() / sizes)[0]
 
-    def encode(self, keys: Tensor) -> SignKeys:
+    def encode(self, keys: Tensor) -> PackedKeys:
         """Pack keys [B, H, T, D]. Raises ``InputError`` on another shape or on NaN or infinity."""
-        expected = (self.n_heads, self.head_dim)
-        if keys.ndim != 4 or (keys.shape[1], keys.shape[3]) != expected:
-            raise InputError(
-                f"keys of shape {list(keys.shape)}: "
-                f"this codec takes [B, {expected[0]}, T, {expected[1]}]"
-            )
-        if not torch.isfinite(keys).all():
-            raise InputError("keys hold NaN or infinite values: check the model's precision")
-        return self.coded(keys)
+        self._check_keys(keys)
+        return self.encode_unchecked(keys)
 
-    def coded(self, keys: Tensor) -> SignKeys:
-        """`encode` without a look at the keys, for which the host would wait for a GPU."""
-        words, along, length, energy = self._nearest(keys)
+    def encode_unchecked(self, keys: Tensor) -> PackedKeys:
+        """Pack keys as `encode` does, without the checks, for which a GPU would have to be waited for."""
+        codes, along, length, energy = self._nearest(keys)
         scale = scale_of(along, length, energy, self.scale_rule)
         if self.temperature is not None:
             scale = scale * self.temperature[:, None]
         dc = None
         if self.centering.method == "dc":
-            dc = (keys.float().sum(-1) / self.head_dim**0.5).half()
-        most = torch.finfo(torch.float16).max
-        return SignKeys(words, scale.clamp(-most, most).half(), dc)
+            dc = to_half(keys.float().sum(-1) / self.head_dim**0.5)
+        return PackedKeys(codes, to_half(scale), dc)
 
-    def decode(self, packed: SignKeys) -> Tensor:
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """Encode and decode, see `Quantizer.reconstruct`."""
+        return self.decode(self.encode_unchecked(vectors))
+
+    def decode(self, packed: PackedKeys) -> Tensor:
         """The keys that the bits stand for, fp32 [B, H, T, D]."""
         y = unpack_signs(packed.words) * packed.scale.float().unsqueeze(-1)
         return self.centering.join(y @ self.basis, self._offset(packed))
 
-    def scores(self, query: Tensor, packed: SignKeys) -> Tensor:
+    def scores(self, query: Tensor, packed: PackedKeys) -> Tensor:
         """Inner products of queries [B, Hq, Tq, D] with packed keys, fp32 [B, Hq, Tq, T].
 
         The query is taken along the basis, the keys stay signs. Heads are grouped as in GQA: query
         head g reads KV head g // (Hq / H). Raises ``InputError`` if H does not divide Hq.
         """
-        groups, rest = divmod(query.shape[1], self.n_heads)
-        if rest or query.shape[-1] != self.head_dim:
-            raise InputError(
-                f"queries of shape {list(query.shape)} do not fit {self.n_heads} KV heads of "
-                f"{self.head_dim}"
-            )
+        groups = self._groups(query)
         query = query.float().unflatten(1, (self.n_heads, groups))  # [B, H, G, Tq, D]
         along_basis = query @ self.basis.mT.unsqueeze(1)
         signs = unpack_signs(packed.words).unsqueeze(2)  # [B, H, 1, T, D]
@@ -183,9 +185,62 @@ class SignQuantizer:
             scores = scores + query @ mean  # the same for every key
         return scores.flatten(1, 2)
 
-    def rounded(self) -> SignQuantizer:
-        """The code that a file of eight bits to a number gives back (`KeyCodec.save`)."""
-        return _restored(_stored(self, bits=8), self.scale_rule, self.centering.method)
+    def tensors(self, bits: int) -> dict[str, Tensor]:
+        """Return basis, metric, mean and temperature as a codec file stores them.
+
+        At eight bits a number a basis has a step for each of its vectors. A metric is stored as its
+        Cholesky factor, row by row, so that whatever is read is one.
+        """
+        tensors = {"basis": self.basis}
+        mean = self.centering.mean
+        if self.metric is not None:
+            try:
+                tensors["metric"] = torch.linalg.cholesky(self.metric.double()).float()
+            except torch.linalg.LinAlgError as error:
+                raise InputError(f"metric is not positive definite: {error}") from None
+        if bits == 8:
+            for name in tuple(tensors):
+                tensors[name], tensors[f"{name}_step"] = _to_int8(tensors[name])
+            mean = None if mean is None else mean.half()
+        if "metric" in tensors:
+            if bits == 8:  # or the metric that is read may have no factor
+                tensors["metric"].diagonal(dim1=-2, dim2=-1).clamp_(min=1)
+            rows, columns = torch.tril_indices(self.head_dim, self.head_dim)
+            tensors["metric"] = tensors["metric"][:, rows, columns]
+        if mean is not None:
+            tensors["mean"] = mean
+        if self.temperature is not None:
+            tensors["temperature"] = self.temperature
+        return tensors
+
+    def settings(self) -> dict[str, Any]:
+        """Return the scale rule and the method of centering."""
+        return {"scale_rule": self.scale_rule, "centering": self.centering.method}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
+        """Restore a code from `tensors` of either width. Raises ``InputError`` on bad ones."""
+        basis = _from_int8(tensors, "basis", tensors["basis"])
+        if basis.ndim != 3 or not len(basis):
+            raise InputError(f"basis of shape {list(basis.shape)}: expected [H, D, D]")
+        metric = None
+        if "metric" in tensors:
+            factor = _from_int8(tensors, "metric", _unfolded(tensors["metric"], basis))
+            metric = factor @ factor.mT
+        mean, temperature = (
+            None if name not in tensors else _from_int8(tensors, name, tensors[name])
+            for name in ("mean", "temperature")
+        )
+        named = {"basis": basis, "metric": metric, "mean": mean, "temperature": temperature}
+        for name, tensor in named.items():
+            if tensor is not None and not (tensor.abs() <= LARGEST).all():
+                raise InputError(f"{name} holds NaN, infinite or far too large values")
+        centering = Centering(settings["centering"], mean)
+        code = cls(basis, centering, settings["scale_rule"], temperature, metric)
+        eye = torch.eye(code.head_dim, device=basis.device)
+        if metric is None and (basis @ basis.mT - eye).abs().max() > 0.1:
+            raise InputError("a basis that is no rotation, and no metric")
+        return code
 
     @cached_property
     def _gram(self) -> Tensor:
@@ -202,7 +257,7 @@ class SignQuantizer:
         found = nearest_signs((weighted @ self.basis.mT).contiguous(), self._gram)
         return *found, (weighted * x).sum(-1).clamp_min(0)
 
-    def _offset(self, packed: SignKeys) -> Tensor:
+    def _offset(self, packed: PackedKeys) -> Tensor:
         if packed.dc is not None:
             return packed.dc.float().unsqueeze(-1) / self.head_dim**0.5
         if self.centering.method == "token_mean":
@@ -210,77 +265,25 @@ class SignQuantizer:
         return torch.zeros(())
 
 
-# Files. A basis of eight bits has a step for each of its vectors; a metric is kept as its Cholesky
-# factor, row by row, so that whatever is read is one.
-
-
-def _stored(layer: SignQuantizer, bits: int) -> dict[str, Tensor]:
-    mean, temperature = layer.centering.mean, layer.temperature
-    tensors = {"basis": layer.basis}
-    if layer.metric is not None:
-        try:
-            tensors["metric"] = torch.linalg.cholesky(layer.metric.double()).float()
-        except torch.linalg.LinAlgError as error:
-            raise InputError(f"metric is not positive definite: {error}") from None
-    if bits == 8:
-        for name in tuple(tensors):
-            tensors[name], tensors[f"{name}_step"] = _bytes_of(tensors[name])
-        mean = None if mean is None else mean.half()
-    if "metric" in tensors:
-        if bits == 8:  # or the metric that is read may have no factor
-            tensors["metric"].diagonal(dim1=-2, dim2=-1).clamp_(min=1)
-        rows, columns = torch.tril_indices(layer.head_dim, layer.head_dim)
-        tensors["metric"] = tensors["metric"][:, rows, columns]
-    if mean is not None:
-        tensors["mean"] = mean
-    if temperature is not None:
-        tensors["temperature"] = temperature
-    return tensors
-
-
-def _bytes_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes [H, D, D] and a step for every row, fp16 [H, D]."""
     step = (matrix.abs().amax(-1) / 127).half()
     each = step.float().clamp_min(torch.finfo(torch.float16).smallest_normal / 1024)[..., None]
     return (matrix / each).round().clamp(-127, 127).to(torch.int8), step
 
 
-def _restored(tensors: Mapping[str, Tensor], rule: str, method: str) -> SignQuantizer:
-    """The code that tensors of either width stand for. Raises what is wrong with them."""
-    basis = _wide(tensors, "basis", tensors["basis"])
-    if basis.ndim != 3 or not len(basis):
-        raise InputError(f"basis of shape {list(basis.shape)}: expected [H, D, D]")
-    metric = None
-    if "metric" in tensors:
-        d = basis.shape[-1]
-        triangle = tensors["metric"]
-        if triangle.shape != (len(basis), d * (d + 1) // 2):
-            raise InputError(f"metric of shape {list(triangle.shape)} with a head size of {d}")
-        rows, columns = torch.tril_indices(d, d)
-        factor = triangle.new_zeros(len(basis), d, d)
-        factor[:, rows, columns] = triangle
-        factor = _wide(tensors, "metric", factor)
-        metric = factor @ factor.mT
-    mean, temperature = (
-        None if name not in tensors else _wide(tensors, name, tensors[name])
-        for name in ("mean", "temperature")
-    )
-    for name, tensor in (
-        ("basis", basis),
-        ("metric", metric),
-        ("mean", mean),
-        ("temperature", temperature),
-    ):
-        if tensor is not None and not (tensor.abs() <= LARGEST).all():
-            raise InputError(f"{name} holds NaN, infinite or far too large values")
-    code = SignQuantizer(basis, Centering(method, mean), rule, temperature, metric)
-    eye = torch.eye(code.head_dim, device=basis.device)
-    if metric is None and (basis @ basis.mT - eye).abs().max() > 0.1:
-        raise InputError("a basis that is no rotation, and no metric")
-    return code
+def _unfolded(triangle: Tensor, basis: Tensor) -> Tensor:
+    """Lower triangles [H, D, D] from their rows [H, D (D + 1) / 2]."""
+    n_heads, d = len(basis), basis.shape[-1]
+    if triangle.shape != (n_heads, d * (d + 1) // 2):
+        raise InputError(f"metric of shape {list(triangle.shape)} with a head size of {d}")
+    rows, columns = torch.tril_indices(d, d)
+    factor = triangle.new_zeros(n_heads, d, d)
+    factor[:, rows, columns] = triangle
+    return factor
 
 
-def _wide(tensors: Mapping[str, Tensor], name: str, numbers: Tensor) -> Tensor:
+def _from_int8(tensors: Mapping[str, Tensor], name: str, numbers: Tensor) -> Tensor:
     """Numbers as they are, or codes of eight bits with a step to each row."""
     step = tensors.get(f"{name}_step")
     if step is None:

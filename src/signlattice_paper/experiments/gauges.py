@@ -40,7 +40,6 @@ from signlattice.quantizers.gauge import (
 )
 from signlattice.quantizers.scales import SCALE_RULES
 from signlattice.quantizers.sign import SignQuantizer
-from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.factory import rotate_heads
 from signlattice.rotations.learned import learn_matrices
@@ -291,16 +290,11 @@ class _GaugeCodes:
     def codes(self, case: Case) -> dict[int, Quantizer]:
         """The code of each layer. Raises ``InputError`` on an unknown gauge or rotation."""
         if (case.gauge, case.rotation) == LATTICE:
-            return {
-                i: SignReconstruction(replace(code, scale_rule=case.rule))
-                for i, code in self._lattice().items()
-            }
+            return {i: replace(code, scale_rule=case.rule) for i, code in self._lattice().items()}
         if case.rotation == "searched":
             return {
-                i: SignReconstruction(
-                    SignQuantizer(
-                        rotation, self._centering[i], case.rule, metric=self.moments[i][0].float()
-                    )
+                i: SignQuantizer(
+                    rotation, self._centering[i], case.rule, metric=self.moments[i][0].float()
                 )
                 for i, rotation in self._rotations(case.gauge, "learned").items()
             }

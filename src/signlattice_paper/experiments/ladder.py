@@ -31,7 +31,6 @@ from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.sign import SignQuantizer
-from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.factory import rotate_heads
 from signlattice_paper.baselines.peers import (
     QJL,
@@ -361,10 +360,8 @@ def _cached(
         codec, static = None, 0
         if signs is not None:
             codec = calibrated.codec(signs)
-            codes = [
-                SignReconstruction(code, learned=signs != "srht") for code in codec.layers.values()
-            ]
-            static = sum(code.static_bytes for code in codes)
+            for code in codec.layers.values():  # a matrix of a seed is not stored
+                static += code.centering.n_bytes if signs == "srht" else code.static_bytes
         return EntryCaches(lambda: SignKeyCache(calibrated.loaded, codec, cache), static)
 
     return LadderEntry(name, family, source, "our cache", make, sum(kept))

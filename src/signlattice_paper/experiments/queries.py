@@ -32,7 +32,6 @@ from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.levels import LevelQuantizer, gaussian_levels
 from signlattice.quantizers.scales import ScaleRule
 from signlattice.quantizers.sign import SignQuantizer
-from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.factory import rotate_heads
 from signlattice.rotations.learned import learn_matrices
@@ -238,12 +237,10 @@ class Frames:
             return {}
         if case.keys == "lattice":
             return {
-                index: SignReconstruction(
-                    SignQuantizer(
-                        basis,
-                        self.comparison.key_centerings[index],
-                        metric=self.comparison.query_metrics[index].float(),
-                    )
+                index: SignQuantizer(
+                    basis,
+                    self.comparison.key_centerings[index],
+                    metric=self.comparison.query_metrics[index].float(),
                 )
                 for index, basis in self._lattices.items()
             }

@@ -29,7 +29,6 @@ from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.levels import LevelQuantizer
 from signlattice.quantizers.scales import token_scale
-from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.factory import rotate_heads
 from signlattice_paper.experiments.solvers import Progress, tell
 from signlattice_paper.records import Row
@@ -372,9 +371,7 @@ def value_rows(
             codes = {
                 layer: _value_code(calibrated, layer, 1, rule) for layer in calibrated.value_mean
             }
-            coded_keys = (
-                {} if codec is None else {i: SignReconstruction(c) for i, c in codec.layers.items()}
-            )
+            coded_keys = {} if codec is None else {i: c for i, c in codec.layers.items()}
             with quantized_attention(loaded, coded_keys, codes):
                 losses = token_losses(loaded, pieces)
             rows.append({"coded": coded, "value_rule": rule} | _gap(losses, exact))

@@ -21,7 +21,6 @@ from torch import Tensor
 from signlattice import __version__
 from signlattice.cache.sign_key_cache import CacheConfig
 from signlattice.calibration import (
-    CODES,
     CalibrationConfig,
     coded_layers,
     learn_codec,
@@ -49,6 +48,9 @@ ALL = "all"
 
 PROSE = "docstrings"
 """The docstrings of a side of the text, among the domains."""
+
+LEARNED = ("lattice", "rotation")
+"""Codes that are learned; a random rotation stands beside them."""
 
 POOL = 8
 """Tokens of a domain that are read for each one that is sampled, where it has as many."""
@@ -508,7 +510,7 @@ class _Lab:
     @cached_property
     def _base(self) -> dict[str, _Learned]:
         """The base case's codes, the best first."""
-        return {code: self._calibrated(code) for code in CODES} | {
+        return {code: self._calibrated(code) for code in LEARNED} | {
             "srht": self._random(self.config.calibrate.seed)
         }
 
@@ -542,7 +544,7 @@ class _Lab:
         """Both codes of one sample, of so many tokens for each coordinate of a head."""
         n_keys = per_dim * self.d
         bank = cache(lambda: source.sample(n_keys, seed))
-        for code in CODES:
+        for code in LEARNED:
             name = f"{source.name}: {code}, N/d {per_dim}, seed {seed}"
             file = self.kept.file(name, ".safetensors")
             config = replace(self.config.calibrate, code=code, keys_per_dim=per_dim, seed=seed)

@@ -34,7 +34,6 @@ from signlattice.models.states import compressible_layers
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering
 from signlattice.quantizers.levels import LevelQuantizer
 from signlattice.quantizers.scales import SCALE_RULES
-from signlattice.quantizers.sign_code import SignReconstruction
 from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.factory import rotate_heads
 from signlattice.rotations.learned import learn_matrices
@@ -401,7 +400,7 @@ class _Study:
         """The one-bit keys: the codec beside the model, or one that is learned if there is none."""
         kept = self._scratch.file("lattice", ".safetensors")
         codec = shipped_lattice(self._loaded, self._text, self.config.calibrate, kept)
-        return {layer: SignReconstruction(code) for layer, code in codec.layers.items()}
+        return {layer: code for layer, code in codec.layers.items()}
 
     def _cosines(self, spec: LevelSpec) -> dict[int, Tensor]:
         """Mean cosine [H] of held-out centred values to their code, by layer."""

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from signlattice.bits import pack_signs
 from signlattice.kernels.layout import PackedKeys
-
-RULES = ("mse", "norm", "unbiased")
+from signlattice.quantizers.scales import clamp_to_half, token_scale
 
 
 def pack_into(
@@ -24,7 +23,7 @@ def pack_into(
 
     Of a key k less its head's static mean, dc = e·k with e = (1, …, 1)/√D, taken off where ``dc``
     is kept; y = R (k − dc·e); the words hold sign(y) as in `bits`, and the scale is τ·α(y) by
-    ``rule``, as in `codec.token_scale`. Key t of sequence b goes to place ``positions[b] + t``.
+    ``rule``, as in `scales.token_scale`; it and dc are kept in half precision, clamped to it. Key t of sequence b goes to place ``positions[b] + t``.
     Computed in fp32, or fp64 for fp64 keys.
 
     Args:
@@ -40,17 +39,12 @@ def pack_into(
     if packed.dc is not None:
         x = x - x.mean(-1, keepdim=True)
     y = x @ rotation.to(x).mT
-    total, energy = y.abs().sum(-1), y.square().sum(-1)
-    alpha = {
-        "mse": total / d,
-        "norm": (energy / d).sqrt(),
-        "unbiased": energy / total.clamp_min(torch.finfo(y.dtype).tiny),
-    }[rule]
+    alpha = token_scale(y, rule)
     if temperature is not None:
         alpha = alpha * temperature.to(alpha)[:, None]
     for b, at in enumerate(positions.tolist()):
         place = slice(at, at + x.shape[2])
         packed.words[b, :, place] = pack_signs(y[b])
-        packed.scale[b, :, place] = alpha[b].to(packed.scale.dtype)
+        packed.scale[b, :, place] = clamp_to_half(alpha[b]).to(packed.scale.dtype)
         if packed.dc is not None:
-            packed.dc[b, :, place] = along[b].to(packed.dc.dtype)
+            packed.dc[b, :, place] = clamp_to_half(along[b]).to(packed.dc.dtype)

@@ -10,6 +10,11 @@ from torch import Tensor
 from signlattice.kernels.layout import PackedKeys
 from signlattice.kernels.runtime import INTERPRETED, Launch, interpreter_view, n_programs, padded
 
+HALF_MAX = tl.constexpr(65504.0)
+"""Largest number of half precision, in which scales are stored."""
+
+KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
+
 
 @triton.jit
 def _pack(
@@ -90,9 +95,12 @@ def _pack(
         fits = there & (to >= 0) & (to < capacity)  # never outside the cache, whatever a position
         into = words + cell[:, None] * W + w[None, :]
         tl.store(into, packed.to(tl.uint8), mask=fits[:, None] & (w < W)[None, :])
+        alpha = tl.minimum(alpha, HALF_MAX, propagate_nan=KEEP_NAN)
         tl.store(scale + cell, alpha.to(scale.dtype.element_ty), mask=fits)
         if DC:
-            tl.store(dc + cell, (along * (D**-0.5)).to(dc.dtype.element_ty), mask=fits)
+            mean_part = tl.maximum(along * (D**-0.5), -HALF_MAX, propagate_nan=KEEP_NAN)
+            mean_part = tl.minimum(mean_part, HALF_MAX, propagate_nan=KEEP_NAN)
+            tl.store(dc + cell, mean_part.to(dc.dtype.element_ty), mask=fits)
 
 
 def pack_into(

@@ -9,10 +9,12 @@ from typing import Literal
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -74,6 +76,15 @@ def refusals(name: str, revision: str | None = None) -> Iterator[None]:
     except RepositoryNotFoundError:
         hint = "" if get_token() else ", or log in with `hf auth login` if it is private"
         raise InputError(f"no {name!r} on the hub: check its spelling{hint}") from None
+    except LocalEntryNotFoundError:
+        raise Unreachable(
+            f"{name} is not in the cache and the hub is not to be asked, or out of reach: "
+            "go online once, unset HF_HUB_OFFLINE, or give a folder"
+        ) from None
+    except EntryNotFoundError as error:
+        raise InputError(
+            f"{name} lacks a file that is needed: {str(error).splitlines()[0]}"
+        ) from None
     except HFValidationError:
         raise InputError(
             f"{name!r} is neither a folder nor a name on the hub: give <owner>/<name>"
