@@ -20,7 +20,7 @@ STAMP    := .venv/.installed
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 BENCHES  := $(sort $(wildcard benchmarks/bench_*.py))
 
-.PHONY: help book html pdf records lab estimate test test-gpu test-browser cross-compile twice bench clean
+.PHONY: help book html pdf records lab estimate lint test test-gpu test-browser cross-compile twice bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -78,7 +78,7 @@ bench: $(STAMP) ## time the solvers, and the kernels on the device at hand
 	@set -e; for bench in $(BENCHES); do echo "== $$bench"; $(BIN)/python $$bench; done
 
 clean: ## remove what a build leaves; the environment goes with: rm -r .venv
-	rm -rf _build .pytest_cache .hypothesis
+	rm -rf _build build .pytest_cache .hypothesis .ruff_cache .import_linter_cache
 	find src tests book benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamp is made last, so that an interrupted installation is taken up again.
@@ -89,3 +89,9 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
+
+lint: $(STAMP) ## style, types, and who imports whom: what the hooks before a commit check, too
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports

@@ -1,4 +1,4 @@
-"""Where the repository's files are, and how one of them is written."""
+"""Where the project's files are, and how one of them is written."""
 
 from __future__ import annotations
 
@@ -19,12 +19,52 @@ from signlattice.errors import InputError, IntegrityError
 Progress = Callable[[str], object]
 """Called with a phrase each time that a part of some longer work is done."""
 
-PROJECT = Path(__file__).resolve().parents[2]
-"""Root of the source tree: it holds ``models/``, ``results/``, ``book/`` and ``claims.yml``."""
+HOME_VARIABLE = "SIGNLATTICE_HOME"
+"""Environment variable that names another folder with ``models/`` and ``results/``."""
+
+
+def project_folder() -> Path:
+    """Find the folder that holds ``models/`` and ``results/``.
+
+    It is the one that ``SIGNLATTICE_HOME`` names, else the source tree that this file is part of,
+    else the data that were installed with the package.
+
+    Raises ``InputError`` if ``SIGNLATTICE_HOME`` names no folder.
+    """
+    if named := os.environ.get(HOME_VARIABLE):
+        folder = Path(named).expanduser().absolute()
+        if not folder.is_dir():
+            raise InputError(
+                f"{HOME_VARIABLE}={named!r} is no folder: name a checkout of signlattice, "
+                "or unset it to use the installed models and records"
+            )
+        return folder
+    package = Path(__file__).resolve().parent
+    checkout = package.parents[1]
+    is_checkout = (checkout / "pyproject.toml").is_file() and (checkout / "models").is_dir()
+    return checkout if is_checkout else package / "home"  # setup.py copies the data to home/
+
+
+PROJECT = project_folder()
+"""Holds ``models/`` and ``results/``; in a checkout ``book/``, ``claims.yml`` and the tests, too."""
+
+
+def require_checkout(path: Path) -> Path:
+    """Return a path inside the project that a checkout has and an installation does not.
+
+    Raises ``InputError`` if it is not there.
+    """
+    path = Path(path)
+    if not path.exists() and path.absolute().is_relative_to(PROJECT):
+        raise InputError(
+            f"{path.name} is not in {PROJECT}: it is part of the source tree, not of an "
+            f"installation; set {HOME_VARIABLE} to a checkout of signlattice"
+        )
+    return path
 
 
 def display_path(path: Path) -> str:
-    """A path as messages show it: relative to the source tree where it lies inside."""
+    """Show a path in a message: relative to the project where it lies inside."""
     full = Path(path).absolute()
     return full.relative_to(PROJECT).as_posix() if full.is_relative_to(PROJECT) else str(path)
 

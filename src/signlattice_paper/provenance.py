@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from signlattice.errors import InputError
-from signlattice.io import PROJECT
+from signlattice.io import PROJECT, require_checkout
 from signlattice.models.loading import weights_hash
 from signlattice_paper import notebooks, records
 from signlattice_paper.claims import load_claims
@@ -52,7 +52,7 @@ def faults(project: Path = PROJECT, *, before_run: bool = False) -> list[str]:
     """
     project = Path(project)
     found = []
-    labs = sorted((project / "book" / "lab").glob("*.ipynb"))
+    labs = sorted((require_checkout(project / "book") / "lab").glob("*.ipynb"))
     minis = sorted(file.parent.name for file in (project / "models").glob("*/config.json"))
     for lab in labs:
         owed = minis if lab.stem in EVERY_MODEL else _named_model(lab)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-from playwright.sync_api import Browser
-
-# the browser is one of the book's own tools, which are no package
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "book" / "_ext"))
 
 import chromium
+import pytest
 from offline_assets import CDN
+from playwright.sync_api import Browser
 from visit import Opened, opening
 
 
