@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from signlattice import __version__, calibration, cli
 from signlattice.cache import storage
@@ -47,13 +46,7 @@ def misused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     return capsys.readouterr().err
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small steps, of which two threads on busy cores would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

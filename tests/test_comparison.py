@@ -1,4 +1,4 @@
-"""What compares codes: that it sees nothing where nothing changed, and the right error elsewhere."""
+"""Codes compared: nothing is lost where nothing changed, and errors are the right ones elsewhere."""
 
 from __future__ import annotations
 

@@ -21,12 +21,14 @@ from transformers import (
 )
 
 from signlattice import hub
+from signlattice.cli import main
 from signlattice.errors import InputError, IntegrityError
 from signlattice.hub import Repository, Unreachable
 from signlattice.models import full_size
-from signlattice.models.full_size import FULL, load_full, main, preflight, record_name
+from signlattice.models.full_size import load_full, preflight, record_name
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import weights_hash
+from signlattice.models.minis import REPOSITORIES
 
 SHA = "c0ffee" + "0" * 34
 IDS = torch.arange(3, 23)[None]
@@ -158,7 +160,9 @@ def test_the_estimate_counts_what_the_model_has(kind, tmp_path, olmoe_folder):
     found = preflight(str(saved(model, tmp_path, olmoe_folder)), context=64)
     assert found.parameters == model.num_parameters()
     owned = [layer for layer in attention_layers(model).values() if layer.owns_keys]
-    assert sum(n * h * d for n, h, d in found.keys) == sum(l.n_heads * l.head_dim for l in owned)
+    assert sum(n * h * d for n, h, d in found.keys) == sum(
+        each.n_heads * each.head_dim for each in owned
+    )
 
 
 def test_olmoe_is_as_large_as_its_paper_says():
@@ -353,8 +357,17 @@ def test_without_a_network_the_cache_does_if_it_is_whole(on_hub, checkpoint, mon
         load("owner/other")
 
 
-def test_the_command_prints_the_estimate_and_fetches_nothing(on_hub, capsys):
-    arguments = ["owner/tiny", "--revision", "v1", "--context", "64", "--tokens", "1000"]
+def test_estimate_prints_what_a_model_takes_and_fetches_nothing(on_hub, capsys):
+    arguments = [
+        "estimate",
+        "owner/tiny",
+        "--revision",
+        "v1",
+        "--context",
+        "64",
+        "--tokens",
+        "1000",
+    ]
     assert main(arguments) == 0
     told = capsys.readouterr().out
     assert f"owner/tiny@{SHA}" in told and "2 layers of 4 heads of 16" in told
@@ -362,13 +375,13 @@ def test_the_command_prints_the_estimate_and_fetches_nothing(on_hub, capsys):
     assert [file.name for file in on_hub.iterdir()] == ["config.json"]
 
 
-def test_the_command_tells_why_not(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 2
+def test_estimate_says_why_not(tmp_path, capsys):
+    assert main(["estimate", str(tmp_path)]) == 1
     assert "not a transformers checkpoint" in capsys.readouterr().err
 
 
 def test_record_names_are_words():
-    assert [record_name(name) for name in FULL] == list(FULL)
+    assert [record_name(name) for name in REPOSITORIES] == list(REPOSITORIES)
     assert record_name("meta-llama/Llama-3.1-8B") == "meta-llama--Llama-3.1-8B"
     assert record_name("/data/my models/tiny/") == "tiny"
     with pytest.raises(InputError, match="give a name"):

@@ -14,7 +14,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from signlattice.errors import InputError, IntegrityError
-from signlattice_paper import notebooks
+from signlattice_paper import cli, notebooks
 from signlattice_paper.notebooks import NotebookError, normalise, to_text
 from signlattice_paper.records import RunRecord
 
@@ -85,7 +85,7 @@ def test_a_run_may_go_elsewhere_and_leave_the_notebook(tmp_path: Path) -> None:
     path = write(tmp_path / "a.ipynb", "print(model)", parameters="model = 'a'")
     before = path.read_bytes()
     command = ["run", str(path), "-p", "model", "b", "--out", str(tmp_path / "out" / "b")]
-    assert notebooks.main(command) == 0
+    assert cli.main(command) == 0
     assert path.read_bytes() == before
     assert outputs(tmp_path / "out" / "b" / "a.ipynb")[-1] == "b\n"
 
@@ -102,7 +102,7 @@ def test_a_failing_cell_is_one_line_and_leaves_the_file(
     assert message.endswith("""cell 2 ("print('before')"): ValueError: first line""")
     assert "\n" not in message and str(path) in message
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.ipynb"]
-    assert notebooks.main(["run", str(path)]) == 1
+    assert cli.main(["run", str(path)]) == 1
     assert "ValueError: first line\n" in capsys.readouterr().err
 
 
@@ -131,7 +131,7 @@ def test_wrong_arguments_are_one_line_before_anything_runs(
 ) -> None:
     defaults = "model = 'a'\nsteps = 3\nlr = 0.1\non = True"
     path = write(tmp_path / "a.ipynb", "1 / 0", parameters=defaults)
-    assert notebooks.main(["run", str(path), *arguments]) == 1
+    assert cli.main(["run", str(path), *arguments]) == 1
     error = capsys.readouterr().err
     assert told in error and error.startswith("error: ") and error.count("\n") == 1
 
@@ -267,11 +267,11 @@ def test_normalise_and_check_on_the_command_line(
 ) -> None:
     path = tmp_path / "a.ipynb"
     nbformat.write(executed(ran("a", count=5)), path)
-    assert notebooks.main(["check", str(path)]) == 1
+    assert cli.main(["check", str(path)]) == 1
     assert "not normalised" in capsys.readouterr().out
-    assert notebooks.main(["normalise", str(path)]) == 0
-    assert notebooks.main(["check", str(path)]) == 0
-    assert notebooks.main(["normalise", str(path)]) == 0
+    assert cli.main(["normalise", str(path)]) == 0
+    assert cli.main(["check", str(path)]) == 0
+    assert cli.main(["normalise", str(path)]) == 0
     assert capsys.readouterr().out.endswith("unchanged\n")
 
 
@@ -280,12 +280,12 @@ def test_times_are_kept_of_a_whole_run(tmp_path: Path, monkeypatch) -> None:
     paths = [write(tmp_path / f"{name}.ipynb", "print(1)") for name in ("one", "two")]
     kept: list[RunRecord] = []
     monkeypatch.setattr(RunRecord, "save", lambda record: kept.append(record) or tmp_path)
-    assert notebooks.main(["run", *map(str, paths), "--times"]) == 0
+    assert cli.main(["run", *map(str, paths), "--times"]) == 0
     rows = kept[0].table("notebooks")
     assert [row["notebook"] for row in rows] == [str(path) for path in paths]
     assert all(0 < row["seconds"] <= kept[0].seconds for row in rows)
     assert kept[0].metric("environment_gigabytes").value == 2.5
-    assert notebooks.main(["run", str(paths[0])]) == 0 and len(kept) == 1
+    assert cli.main(["run", str(paths[0])]) == 0 and len(kept) == 1
 
 
 def test_an_environment_is_as_large_as_its_files(tmp_path: Path) -> None:

@@ -1,13 +1,11 @@
 """Models of full size, by their name on the hub or by their folder, and what they will take.
 
-Everything is told before a weight is fetched: ``python -m signlattice.models.full_size Gemma-4-E2B`` prints
-the estimate. Only safetensors are read, and no code of a repository is run. Of a model that also
+Everything is told before a weight is fetched: ``signlattice estimate Gemma-4-E2B`` prints it. Only safetensors are read, and no code of a repository is run. Of a model that also
 sees or hears, the text decoder alone is loaded.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -37,15 +35,8 @@ from signlattice.io import display_path
 from signlattice.models import cost
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel, no_progress_bar, weights_hash
+from signlattice.models.minis import REPOSITORIES
 from signlattice.rotations.config import LearnConfig
-
-FULL = {
-    "OLMoE-1B-7B": "allenai/OLMoE-1B-7B-0924",
-    "Gemma-4-E2B": "google/gemma-4-E2B",
-    "Gemma-4-E4B": "google/gemma-4-E4B",
-    "Gemma-4-26B-A4B": "google/gemma-4-26B-A4B",
-}
-"""Repositories of the paper's four models. Their sizes are read from their ``config.json``."""
 
 CONTEXT = 2048
 """Tokens of a window, unless another number is asked for or the model reads fewer."""
@@ -138,7 +129,7 @@ def _hours(active: int, groups: list[cost.Keys], machine: cost.Machine, n_gpus: 
 
 def record_name(name: str) -> str:
     """A word for the record of a model, from its name or folder: letters, digits, ``._-``."""
-    if name in FULL:
+    if name in REPOSITORIES:
         return name
     word = re.sub(r"[^\w.-]+", "--", name.strip().rstrip("/").removeprefix("./")).strip("-.")
     if not word:
@@ -158,7 +149,7 @@ def preflight(
     fetched.
 
     Args:
-        name: one of `FULL`, another name on the hub, or the folder of a checkpoint.
+        name: one of the paper's models (`minis.PAPER_MODELS`), another name on the hub, or the folder of a checkpoint.
         revision: branch, tag or commit; it is resolved to a commit. Not for folders.
         dtype: "auto" is that of the checkpoint; "float32", "bfloat16", "float16" or a torch dtype.
         context: tokens of the windows that will be read; None is what the model reads, at most
@@ -171,7 +162,7 @@ def preflight(
             little disk or memory, with the estimate.
         IntegrityError: a shard that is missing or damaged, in a folder or in the cache.
     """
-    source = Path(name) if Path(name).is_dir() else FULL.get(name, name)
+    source = Path(name) if Path(name).is_dir() else REPOSITORIES.get(name, name)
     if isinstance(source, Path):
         if revision is not None:
             raise InputError(
@@ -479,30 +470,3 @@ def _free_memory(device_map: str) -> int:
     if key not in free:
         raise InputError(f"device_map={device_map!r}: there is no such device, use 'auto'")
     return free[key]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Print what a model will take. Returns 2, the reason on stderr, if it cannot be had."""
-    parser = argparse.ArgumentParser("python -m signlattice.models.full_size", description=__doc__)
-    parser.add_argument("name", help=f"{', '.join(FULL)}, a name on the hub, or a folder")
-    parser.add_argument("--revision", help="branch, tag or commit")
-    parser.add_argument("--context", type=int, help=f"tokens of a window, {CONTEXT} unless given")
-    parser.add_argument("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="calibration tokens")
-    given = parser.parse_args(arguments)
-    try:
-        found = preflight(
-            given.name, revision=given.revision, dtype=given.dtype, context=given.context
-        )
-        rows = found.table(given.tokens)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    width = max(len(label) for label, _ in rows)
-    for label, value in rows:
-        print(f"{label:<{width}}  {value}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

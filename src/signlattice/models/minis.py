@@ -135,3 +135,24 @@ def spec(name: str) -> ModelSpec:
             f"unknown model {name!r}: choose one of {', '.join(MINIS)}, or give a folder"
         )
     return MINIS[name]
+
+
+@dataclass(frozen=True)
+class PaperModel:
+    """A model of the paper: its short name, its repository on the hub, and the mini like it."""
+
+    name: str
+    repository: str
+    mini: str
+
+
+PAPER_MODELS = (
+    PaperModel("OLMoE-1B-7B", "allenai/OLMoE-1B-7B-0924", OLMOE_MINI.name),
+    PaperModel("Gemma-4-E2B", "google/gemma-4-E2B", GEMMA4_E2B_MINI.name),
+    PaperModel("Gemma-4-E4B", "google/gemma-4-E4B", GEMMA4_E4B_MINI.name),
+    PaperModel("Gemma-4-26B-A4B", "google/gemma-4-26B-A4B", GEMMA4_MOE_MINI.name),
+)
+"""The paper's four models, in its order: the only place that lists them."""
+
+REPOSITORIES = {model.name: model.repository for model in PAPER_MODELS}
+"""Repositories of the paper's models on the hub, by short name."""

@@ -21,6 +21,7 @@ from signlattice.bits import sign
 from signlattice.errors import InputError
 from signlattice.evaluation.bootstrap import Interval, bootstrap
 from signlattice.evaluation.perplexity import TokenLosses, perplexity, perplexity_gap, token_losses
+from signlattice.io import Progress, no_progress
 from signlattice.models.hooks import attention_layers, score_scaling
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage
@@ -32,7 +33,6 @@ from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.levels import LevelQuantizer
 from signlattice.quantizers.scales import token_scale
 from signlattice.rotations.factory import rotate_heads
-from signlattice_paper.experiments.solvers import Progress, tell
 from signlattice_paper.records import Row
 
 SIDES = ("keys", "queries", "both")
@@ -147,7 +147,7 @@ def calibrate(
     pieces: Sequence[Passage],
     codec: KeyCodec,
     config: ScoresConfig,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Calibrated:
     """Fit means of keys and values, and five rotations of keys and queries.
 
@@ -171,7 +171,7 @@ def calibrate(
             ("learned_both", both, "annealed"),
         ):
             rotations[name][layer] = rotate_heads(vectors, kind, config.seed)
-        tell(progress)
+        progress(f"learned rotations of layer {layer}")
     value_mean = {layer: states.values.mean(1) for layer, states in calibration.items()}
     return Calibrated(key_mean, value_mean, rotations)
 
@@ -182,7 +182,7 @@ def score_rows(
     calibrated: Calibrated,
     pieces: Sequence[Passage],
     config: ScoresConfig,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> tuple[list[Row], list[Row]]:
     """Measure what signing each side does to scores: a row per head, and one per mean over heads.
 
@@ -200,7 +200,7 @@ def score_rows(
                 )
                 for side, figures in measured.items():
                     found.setdefault((rotation, side, layer), []).append(figures)
-        tell(progress)
+        progress("compared the scores of a passage")
     return _head_rows(found, pieces), _mean_rows(found, pieces)
 
 
@@ -326,7 +326,7 @@ def perplexity_rows(
     pieces: Sequence[Passage],
     exact: TokenLosses,
     config: ScoresConfig,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> list[Row]:
     """Measure perplexity with keys, queries or both signed: a row per rotation and side."""
     rows: list[Row] = []
@@ -335,7 +335,7 @@ def perplexity_rows(
             keys, queries = signed_codes(calibrated.rotations[rotation], calibrated.key_mean, side)
             losses = token_losses(loaded, pieces, keys=keys, queries=queries)
             rows.append({"rotation": rotation, "side": side} | _gap(losses, exact))
-            tell(progress)
+            progress(f"read with {rotation}, {side} signed")
     return rows
 
 
@@ -345,7 +345,7 @@ def value_rows(
     keys: KeyCodec,
     pieces: Sequence[Passage],
     exact: TokenLosses,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> list[Row]:
     """Measure perplexity with one-bit values after an SRHT, by scale rule: a first look.
 
@@ -359,7 +359,7 @@ def value_rows(
             }
             losses = token_losses(loaded, pieces, codec, values=codes)
             rows.append({"coded": coded, "value_rule": rule} | _gap(losses, exact))
-            tell(progress)
+            progress(f"read with coded {coded}, {rule}")
     return rows
 
 
