@@ -1,4 +1,4 @@
-"""Codes compared: nothing is lost where nothing changed, and errors are the right ones elsewhere."""
+"""Codes compared: nothing is lost where nothing changed, and errors are right elsewhere."""
 
 from __future__ import annotations
 

@@ -81,22 +81,22 @@ class StateBank:
         buffer = self._open.setdefault(name, [])
         buffer.append(rows.detach().to("cpu", self.dtype))
         if self.folder is not None and sum(len(rows) for rows in buffer) >= self.shard_tokens:
-            self._flush(name)
+            self._flush(name, self.folder)
 
     def close(self) -> None:
         """Write what is still in memory, and the index that `open_bank` reads, to the folder."""
         if self.folder is None:
             return
         for name in list(self._open):
-            self._flush(name)
+            self._flush(name, self.folder)
         index = {"stage": self.stage, "lengths": self.lengths, "shards": self._shards}
         write_text(self.folder / "index.json", json.dumps(index))
 
-    def _flush(self, name: str) -> None:
+    def _flush(self, name: str, folder: Path) -> None:
         rows = self._open.pop(name)
         written = self._shards.setdefault(name, [])
         file = f"{name}.{len(written):05d}.safetensors"
-        write_tensors(self.folder / file, {"rows": torch.cat(rows)})
+        write_tensors(folder / file, {"rows": torch.cat(rows)})
         written.append(file)
 
     def _layers_with(self, kind: StateKind) -> list[int]:
@@ -198,8 +198,9 @@ def capture(
         folder.mkdir(parents=True, exist_ok=True)
     bank = StateBank(stage, folder, shard_tokens, dtype)
     recorder = _Recorder(bank, layers)
-    at_attention = set(states) if stage == "post_rope" else set(states) & {"values"}
-    at_projection = set(states) - at_attention
+    kinds = [kind for kind in STATE_KINDS if kind in states]
+    at_projection = [kind for kind in kinds if stage == "pre_rope" and kind != "values"]
+    at_attention = [kind for kind in kinds if kind not in at_projection]
     with ExitStack() as contexts:
         contexts.enter_context(recorder.watch_inputs(model))
         if at_attention:
@@ -226,7 +227,7 @@ class _Recorder:
 
     bank: StateBank
     layers: Collection[int] | None = None
-    is_token: Tensor | None = None  # bool [B, T] of the running forward pass: false is padding
+    is_token: Tensor = field(init=False)  # bool [B, T] of the running pass: false is padding
 
     @contextmanager
     def watch_inputs(self, model: PreTrainedModel) -> Iterator[None]:
@@ -243,9 +244,10 @@ class _Recorder:
         owners = {index for index, layer in attention_layers(model).items() if layer.owns_keys}
 
         def record(layer: int, query: Tensor, key: Tensor, value: Tensor) -> AttentionInputs:
-            for kind, states in (("keys", key), ("queries", query), ("values", value)):
-                if kind in kinds and (kind == "queries" or layer in owners):
-                    self._record(kind, layer, states)
+            inputs: dict[StateKind, Tensor] = {"keys": key, "queries": query, "values": value}
+            for kind in kinds:
+                if kind == "queries" or layer in owners:
+                    self._record(kind, layer, inputs[kind])
             return query, key, value
 
         with attention_hook(model, record):
@@ -262,9 +264,8 @@ class _Recorder:
             )
         handles = []
         for layer in layers:
-            for kind, letter in (("keys", "k"), ("queries", "q")):
-                if kind not in kinds:
-                    continue
+            for kind in kinds:
+                letter = kind[0]  # k_norm and k_proj for keys, q_norm and q_proj for queries
                 source = getattr(layer, f"{letter}_norm", None) or getattr(layer, f"{letter}_proj")
 
                 def record(module, args, output, *, kind=kind, layer=layer):
