@@ -8,10 +8,13 @@ PROFILE ?= mini
 CLOSELY := $(if $(filter olmoe-mini,$(MODEL)),ablation solvers convergence scores kernels)
 OPEN    := $(if $(filter olmoe-mini,$(MODEL)),values queries second sensitivity) gauge ladder
 LAB    ?= $(if $(filter full,$(PROFILE)),,train $(CLOSELY)) architectures $(if $(filter full,$(PROFILE)),,cache $(OPEN))
-LAB_OPTIONS = -p model "$(MODEL)" $(if $(filter-out mini,$(PROFILE)),-p profile $(PROFILE)) \
-  $(if $(TEXT),-p text "$(TEXT)") $(if $(CONTEXT),-p context $(CONTEXT)) \
-  $(if $(REVISION),-p revision $(REVISION)) \
-  $(if $(filter olmoe-mini,$(MODEL)),,--out "_build/labs/$(notdir $(MODEL:%/=%))")
+# What is given on the command line reaches the shell as one word, whatever is in it.
+quote = '$(subst ','\'',$(1))'
+LAB_OPTIONS = -p model $(call quote,$(MODEL)) \
+  $(if $(filter-out mini,$(PROFILE)),-p profile $(call quote,$(PROFILE))) \
+  $(if $(TEXT),-p text $(call quote,$(TEXT))) $(if $(CONTEXT),-p context $(call quote,$(CONTEXT))) \
+  $(if $(REVISION),-p revision $(call quote,$(REVISION))) \
+  $(if $(filter olmoe-mini,$(MODEL)),,--out $(call quote,_build/labs/$(notdir $(MODEL:%/=%))))
 
 BIN      := .venv/bin
 STAMP    := .venv/.installed
@@ -26,31 +29,32 @@ help: ## this list
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-21s %s\n", $$1, $$2}'
 	@echo
-	@echo "  MODEL=$(MODEL)   LAB=\"$(strip $(LAB))\"   PYTHON=$(PYTHON)"
+	@echo '  MODEL='$(call quote,$(MODEL))'   LAB="'$(call quote,$(strip $(LAB)))'"   PYTHON='$(call quote,$(PYTHON))
 	@echo
 	@echo "A model of full size, by its name on the hub or its folder; TEXT is wikitext, c4 or a file:"
 	@echo "  make lab MODEL=OLMoE-1B-7B PROFILE=full [TEXT=…] [CONTEXT=…] [REVISION=…]"
 
 book: $(STAMP) ## execute the chapters and build the book: _build/html/index.html
-	$(BIN)/python -m signlattice_paper.provenance --before-run
-	$(BIN)/python -m signlattice_paper.notebooks run $(if $(TIMES),--times) $(CHAPTERS)
-	$(if $(TIMES),$(BIN)/python -m signlattice_paper.notebooks run book/reproduce.ipynb)
+	$(BIN)/python -m signlattice_paper records --before-run
+	$(BIN)/python -m signlattice_paper run $(if $(TIMES),--times) $(CHAPTERS)
+	$(if $(TIMES),$(BIN)/python -m signlattice_paper run book/reproduce.ipynb)
 	$(MAKE) --no-print-directory html
 
 html: $(STAMP) records ## build the book from the outputs that are in the notebooks
 	$(BIN)/jupyter-book build . --all -W -n --keep-going
 
 records: $(STAMP) ## check that every record is the one that its lab would make now
-	$(BIN)/python -m signlattice_paper.provenance
+	$(BIN)/python -m signlattice_paper records
 
 pdf: $(STAMP) ## print the built book with Chromium: _build/signlattice.pdf
 	$(BIN)/python book/_ext/print_book.py
 
 lab: $(STAMP) ## the heavy notebooks: make lab MODEL=<mini> [LAB=ablation]
-	$(BIN)/python -m signlattice_paper.notebooks run $(LAB:%=book/lab/%.ipynb) $(LAB_OPTIONS)
+	$(BIN)/python -m signlattice_paper run $(foreach lab,$(LAB),$(call quote,book/lab/$(lab).ipynb)) $(LAB_OPTIONS)
 
-estimate: $(STAMP) ## what a full-size model takes: make estimate MODEL=<name or path>
-	$(BIN)/python -m signlattice.models.full_size "$(MODEL)" $(if $(REVISION),--revision $(REVISION)) $(if $(CONTEXT),--context $(CONTEXT))
+estimate: $(STAMP) ## what a model takes: make estimate MODEL=<name or path>
+	$(BIN)/python -m signlattice estimate $(call quote,$(MODEL)) \
+	  $(if $(REVISION),--revision $(call quote,$(REVISION))) $(if $(CONTEXT),--context $(call quote,$(CONTEXT)))
 
 test: $(STAMP) ## unit, property, equation and style tests, then the chapters' outputs
 	$(BIN)/python -m pytest tests --ignore=tests/browser $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg

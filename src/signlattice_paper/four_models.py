@@ -13,19 +13,15 @@ from pathlib import Path
 from IPython.display import Markdown
 
 from signlattice.errors import InputError
+from signlattice.models.minis import PAPER_MODELS
 from signlattice_paper import records
 from signlattice_paper.records import RunRecord
 from signlattice_paper.tables import select, table
 
 LAB = "architectures"
 
-PAIRS = {
-    "OLMoE-1B-7B": "olmoe-mini",
-    "Gemma-4-E2B": "gemma4-e2b-mini",
-    "Gemma-4-E4B": "gemma4-e4b-mini",
-    "Gemma-4-26B-A4B": "gemma4-moe-mini",
-}
-"""The paper's models, and the minis of the same architectures."""
+PAIRS = {name: mini.name for name, mini in PAPER_MODELS.items()}
+"""The paper's models, and the minis of the same architectures, by name."""
 
 NOT_RUN = "not run"
 

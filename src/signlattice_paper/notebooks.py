@@ -1,15 +1,10 @@
 """Chapters and labs as files: executed by papermill, written so that a second run changes no byte.
 
-On the command line::
-
-    python -m signlattice_paper.notebooks run book/s1_*.ipynb [-p NAME VALUE] [--out FOLDER] [--times]
-    python -m signlattice_paper.notebooks normalise book/*.ipynb
-    python -m signlattice_paper.notebooks check book/*.ipynb
+``python -m signlattice_paper`` has them as commands: ``run``, ``normalise`` and ``check``.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import copy
 import json
@@ -25,7 +20,6 @@ from typing import Any
 
 import nbformat
 import papermill
-import yaml
 from ipykernel.kernelspec import write_kernel_spec
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
@@ -34,7 +28,7 @@ from papermill.exceptions import PapermillExecutionError
 from signlattice.errors import InputError, IntegrityError
 from signlattice.io import PROJECT, check_writable, display_path, write_text
 from signlattice_paper import records
-from signlattice_paper.records import Metric
+from signlattice_paper.records import Metric, RunRecord
 
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -199,61 +193,20 @@ def problems(path: Path) -> tuple[str, ...]:
     return tuple(f"{display_path(path)}: {line}" for line in found)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: ``run``, ``normalise`` or ``check`` notebooks; 0 if all went well, 1 if not."""
-    parser = argparse.ArgumentParser(
-        prog="python -m signlattice_paper.notebooks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=("run", "normalise", "check"))
-    parser.add_argument("notebooks", nargs="+", type=Path)
-    parser.add_argument(
-        "--times",
-        action="store_true",
-        help="keep how long each took in results/run_times/book.json",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="put what is run there, and leave the notebooks as they are",
-    )
-    parser.add_argument(
-        "-p",
-        dest="values",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="a parameter of every notebook that is run",
-    )
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "run":
-            values = _values(options.values)
-            return _run_all(options.notebooks, values, options.times, options.out)
-        if options.command == "normalise":
-            for path in options.notebooks:
-                print(
-                    f"{display_path(path)}: {'normalised' if normalise_file(path) else 'unchanged'}"
-                )
-            return 0
-        found = [line for path in options.notebooks for line in problems(path)]
-        print("\n".join(found) or f"{len(options.notebooks)} notebooks ready")
-        return 1 if found else 0
-    except (InputError, NotebookError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: the notebook is as it was before", file=sys.stderr)
-        return 130
+def run_all(
+    paths: Sequence[Path],
+    values: Mapping[str, Any] | None = None,
+    *,
+    out: Path | None = None,
+    times: bool = False,
+) -> RunRecord | None:
+    """Execute notebooks one after the other, as `run` does each.
 
-
-def _run_all(
-    paths: Sequence[Path], values: Mapping[str, Any], times: bool = False, out: Path | None = None
-) -> int:
-    for path in paths:  # a wrong parameter of the last notebook is told before the first one runs
+    ``times`` returns a record of how long each took and of the size of the environment. Raises as
+    `run` does; a wrong parameter of any notebook is found before the first one is executed.
+    """
+    values = dict(values or {})
+    for path in paths:
         _changed_parameters(read(path), values, path)
     timing = records.begin(*TIMES, config=values) if times else None
     rows = []
@@ -261,23 +214,16 @@ def _run_all(
         started = time.perf_counter()
         run(path, values, progress=f"[{number}/{len(paths)}] {display_path(path)}", out=out)
         rows.append({"notebook": display_path(path), "seconds": time.perf_counter() - started})
-    if timing is not None:
-        size = Metric(environment_bytes() / 1e9)
-        print(timing.finish({"notebooks": rows, "environment_gigabytes": size}).save())
-    return 0
+    if timing is None:
+        return None
+    size = Metric(environment_bytes() / 1e9)
+    return timing.finish({"notebooks": rows, "environment_gigabytes": size})
 
 
 def environment_bytes(folder: Path = Path(sys.prefix)) -> int:
     """Bytes of all files of an environment, this interpreter's unless another is given."""
     files = (path for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
     return sum(path.stat().st_size for path in files)
-
-
-def _values(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
-    try:
-        return {name: yaml.safe_load(value) for name, value in pairs}
-    except yaml.YAMLError:
-        raise InputError(f"cannot read the parameters {dict(pairs)}: use plain values") from None
 
 
 def _changed_parameters(nb: NotebookNode, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -448,7 +394,3 @@ def resolve_from_root(name: str) -> str:
     """
     there = PROJECT / name
     return str(there) if name and there.exists() else name
-
-
-if __name__ == "__main__":
-    sys.exit(main())

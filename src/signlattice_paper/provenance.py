@@ -1,24 +1,20 @@
 """Is every record the one that its lab would make now? One line for each that is not.
 
-On the command line, and before every build of the book::
-
-    python -m signlattice_paper.provenance [--before-run]
+``python -m signlattice_paper records`` asks it, and so does every build of the book.
 
 A record is stale if the model's weights, the text, the seeds or the configuration that it names
 are not those that its lab notebook would use; the lab is read for that, not run. Some labs owe a
 record for every model in ``models/``, the others for the one that they name. A claim or a chapter
 that names a record which is not there, and a chapter whose tables are of an earlier run of a lab,
-are told as well; the last not with ``--before-run``, since the chapters are about to be executed.
+are named as well; the last not with ``before_run``, since the chapters are about to be executed.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import builtins
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,26 +93,6 @@ def expected(lab: Path, model: str) -> Expected:
         token_hash=told.get("token_hash"),
         has_weights="weights_hash=" in "".join(sources),
     )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: 0 if every record is as its lab would make it, 1 if not."""
-    parser = argparse.ArgumentParser(
-        prog="python -m signlattice_paper.provenance",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--before-run",
-        action="store_true",
-        help="the chapters will be executed: do not look at what they show",
-    )
-    found = faults(before_run=parser.parse_args(arguments).before_run)
-    for line in found:
-        print(f"error: {line}", file=sys.stderr)
-    if not found:
-        print(f"{len(records.every())} records, each as its lab would make it")
-    return 1 if found else 0
 
 
 def _named_model(lab: Path) -> list[str]:
@@ -271,7 +247,3 @@ def _definitions(node: ast.stmt) -> Iterator[tuple[str, ast.stmt]]:
         for child in (child for target in targets for child in ast.walk(target)):
             if isinstance(child, ast.Name):
                 yield child.id, node
-
-
-if __name__ == "__main__":
-    sys.exit(main())

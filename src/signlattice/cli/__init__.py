@@ -30,7 +30,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; only wrong usage, help and version raise SystemExit."""
+    """Run a command and return its exit code; wrong usage, help and version raise SystemExit."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows no β
@@ -87,7 +87,7 @@ Each command has more to say: signlattice learn --help""",
     )
     top.add_argument("--version", action="version", version=f"signlattice {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_learn, _measure, _evaluate, _generate, _bench, _inspect):
+    for add in (_estimate, _learn, _measure, _evaluate, _generate, _bench, _inspect):
         add(commands)
     return top
 
@@ -105,6 +105,24 @@ def _command(
     command.add_argument("--json", action="store_true", help="print one JSON document")
     command.add_argument("--quiet", action="store_true", help="show no progress")
     return command
+
+
+def _estimate(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "estimate",
+        "estimate what loading a model and learning its codec take; no weights are fetched",
+        "signlattice estimate OLMoE-1B-7B --context 4096",
+    )
+    _add_model_name(command)
+    _add_loading(command)
+    command.add_argument(
+        "--tokens",
+        metavar="N",
+        type=_number(1),
+        default=1_000_000,
+        help="calibration tokens (default: 1000000)",
+    )
 
 
 def _learn(commands: argparse._SubParsersAction) -> None:
@@ -289,14 +307,29 @@ def _inspect(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_model(command: argparse.ArgumentParser, codec: bool = False) -> None:
+    _add_model_name(command)
+    if codec:
+        command.add_argument("codec", metavar="CODEC", type=Path, help="a codec of that model")
+    _add_loading(command)
+    command.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=_number(1),
+        help="windows read at once (default: 16 of a small model of ours, else 1)",
+    )
+    _add_device(command)
+
+
+def _add_model_name(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "model",
         metavar="MODEL",
         help="a small model of ours, such as olmoe-mini; a name on the hub; "
         "or a checkpoint's folder",
     )
-    if codec:
-        command.add_argument("codec", metavar="CODEC", type=Path, help="a codec of that model")
+
+
+def _add_loading(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--context",
         metavar="N",
@@ -305,13 +338,6 @@ def _add_model(command: argparse.ArgumentParser, codec: bool = False) -> None:
     )
     command.add_argument("--dtype", choices=DTYPES, default="auto", help="of the loaded weights")
     command.add_argument("--revision", help="branch, tag or commit of a model on the hub")
-    command.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=_number(1),
-        help="windows read at once (default: 16 of a small model of ours, else 1)",
-    )
-    _add_device(command)
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:

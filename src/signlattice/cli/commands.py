@@ -26,7 +26,7 @@ from signlattice.evaluation.timing import device_name
 from signlattice.io import check_writable, display_path
 from signlattice.models import full_size
 from signlattice.models.hooks import attention_layers
-from signlattice.models.loading import LoadedModel, load_model
+from signlattice.models.loading import MODELS, LoadedModel, load_model
 from signlattice.models.minis import MINIS
 from signlattice.models.passages import passages, spread
 from signlattice.quantizers.codec import KeyCodec
@@ -40,6 +40,34 @@ LARGEST_SHARE = 0.02
 
 OTHERS_BYTES = 2_000_000
 """Of the calibration side, as much as the needles are drawn from."""
+
+
+def estimate(options: argparse.Namespace) -> Result:
+    """``signlattice estimate``: what a model takes, before a weight is fetched."""
+    small = options.model in MINIS
+    model = full_size.preflight(
+        str(MODELS / options.model) if small else options.model,
+        revision=options.revision,
+        dtype="float32" if small and options.dtype == "auto" else options.dtype,  # as `_load` does
+        context=options.context,
+    )
+    document = {
+        "model": options.model if small else model.model_id,
+        "parameters": model.parameters,
+        "active": model.active,
+        "download_bytes": model.download_bytes,
+        "memory_bytes": model.memory_bytes,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "context": model.context,
+        "keys": [{"layers": n, "heads": h, "head_dim": d} for n, h, d in model.keys],
+        "tokens": options.tokens,
+        "key_bytes": model.key_bytes(options.tokens),
+        "hours": [
+            {"device": machine.device.name, "n_gpus": n_gpus, "hours": hours}
+            for machine, n_gpus, hours in model.hours(options.tokens)
+        ],
+    }
+    return plain(document), facts([("model", document["model"]), *model.table(options.tokens)[1:]])
 
 
 def learn(options: argparse.Namespace) -> Result:

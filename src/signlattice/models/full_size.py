@@ -1,13 +1,12 @@
 """Models of full size, by their name on the hub or by their folder, and what they will take.
 
-Everything is told before a weight is fetched: ``python -m signlattice.models.full_size Gemma-4-E2B`` prints
-the estimate. Only safetensors are read, and no code of a repository is run. Of a model that also
-sees or hears, the text decoder alone is loaded.
+Everything is said before a weight is fetched: ``signlattice estimate Gemma-4-E2B`` prints it. Only
+safetensors are read, and no code of a repository is run. Of a model that also sees or hears, the
+text decoder alone is loaded.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -37,15 +36,8 @@ from signlattice.io import display_path
 from signlattice.models import cost
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel, no_progress_bar, weights_hash
+from signlattice.models.minis import PAPER_MODELS
 from signlattice.rotations.config import LearnConfig
-
-FULL = {
-    "OLMoE-1B-7B": "allenai/OLMoE-1B-7B-0924",
-    "Gemma-4-E2B": "google/gemma-4-E2B",
-    "Gemma-4-E4B": "google/gemma-4-E4B",
-    "Gemma-4-26B-A4B": "google/gemma-4-26B-A4B",
-}
-"""Repositories of the paper's four models. Their sizes are read from their ``config.json``."""
 
 CONTEXT = 2048
 """Tokens of a window, unless another number is asked for or the model reads fewer."""
@@ -100,9 +92,21 @@ class Preflight:
         """What a record names as its model: repository and commit, or the folder."""
         return f"{self.repository}@{self.revision}" if self.repository else self.name
 
+    def key_bytes(self, n_tokens: int) -> int:
+        """Count the bytes of the keys of ``n_tokens`` calibration tokens on disk."""
+        return sum(keys.n_bytes() for keys in self._key_groups(n_tokens))
+
+    def hours(self, n_tokens: int) -> tuple[tuple[cost.Machine, int, float], ...]:
+        """Estimate capture and learning from ``n_tokens``: (machine, its GPUs, hours)."""
+        groups = self._key_groups(n_tokens)
+        return tuple(
+            (machine, n_gpus, _hours(self.active, groups, machine, n_gpus))
+            for machine in (cost.A100, cost.H100)
+            for n_gpus in (1, 8)
+        )
+
     def table(self, n_tokens: int = 1_000_000) -> tuple[tuple[str, str], ...]:
-        """The estimate for ``n_tokens`` calibration tokens in rows of (what, how much)."""
-        groups = [cost.Keys(*group, n_tokens) for group in self.keys]
+        """Write the estimate for ``n_tokens`` calibration tokens in rows of (what, how much)."""
         rows = [
             ("model", self.model_id),
             ("parameters", f"{self.parameters / 1e9:.3g} billion, {self.active / 1e9:.3g} active"),
@@ -111,17 +115,19 @@ class Preflight:
             ("context", f"{self.context} tokens"),
         ]
         rows += [("keys", f"{n} layers of {h} heads of {d}") for n, h, d in self.keys]
-        rows += [(f"keys of {n_tokens:,} tokens", f"{_total(groups) / _GB:.3g} GB on disk")]
-        for machine in (cost.A100, cost.H100):
-            for n_gpus in (1, 8):
-                hours = _hours(self.active, groups, machine, n_gpus)
-                label = f"{n_gpus} × {machine.device.name}"
-                rows.append((label, f"{hours:.2g} hours, at {machine.efficiency:.0%} of its rates"))
+        key_bytes = self.key_bytes(n_tokens)
+        rows += [(f"keys of {n_tokens:,} tokens", f"{key_bytes / _GB:.3g} GB on disk")]
+        rows += [
+            (
+                f"{n_gpus} × {machine.device.name}",
+                f"{hours:.2g} hours, at {machine.efficiency:.0%} of its rates",
+            )
+            for machine, n_gpus, hours in self.hours(n_tokens)
+        ]
         return tuple(rows)
 
-
-def _total(groups: list[cost.Keys]) -> int:
-    return sum(keys.n_bytes() for keys in groups)
+    def _key_groups(self, n_tokens: int) -> list[cost.Keys]:
+        return [cost.Keys(*group, n_tokens) for group in self.keys]
 
 
 def _hours(active: int, groups: list[cost.Keys], machine: cost.Machine, n_gpus: int) -> float:
@@ -138,8 +144,6 @@ def _hours(active: int, groups: list[cost.Keys], machine: cost.Machine, n_gpus: 
 
 def record_name(name: str) -> str:
     """A word for the record of a model, from its name or folder: letters, digits, ``._-``."""
-    if name in FULL:
-        return name
     word = re.sub(r"[^\w.-]+", "--", name.strip().rstrip("/").removeprefix("./")).strip("-.")
     if not word:
         raise InputError(f"model {name!r}: give a name on the hub or a folder")
@@ -158,7 +162,7 @@ def preflight(
     fetched.
 
     Args:
-        name: one of `FULL`, another name on the hub, or the folder of a checkpoint.
+        name: one of `minis.PAPER_MODELS`, another name on the hub, or the folder of a checkpoint.
         revision: branch, tag or commit; it is resolved to a commit. Not for folders.
         dtype: "auto" is that of the checkpoint; "float32", "bfloat16", "float16" or a torch dtype.
         context: tokens of the windows that will be read; None is what the model reads, at most
@@ -171,8 +175,8 @@ def preflight(
             little disk or memory, with the estimate.
         IntegrityError: a shard that is missing or damaged, in a folder or in the cache.
     """
-    source = Path(name) if Path(name).is_dir() else FULL.get(name, name)
-    if isinstance(source, Path):
+    source = Path(name)
+    if source.is_dir():
         if revision is not None:
             raise InputError(
                 f"revision={revision!r} of the folder {display_path(source)}: leave it out"
@@ -180,7 +184,7 @@ def preflight(
         where, files, to_fetch = source, check_checkpoint(source), 0
         repository = commit = None
     else:
-        repository = source
+        repository = PAPER_MODELS[name].repository if name in PAPER_MODELS else name
         where, commit, files, to_fetch = _on_hub(repository, revision)
     config = _text_config(where or repository, commit, name)
     context = _context(context, config, name)
@@ -329,7 +333,8 @@ def check_checkpoint(folder: Path) -> tuple[str, ...]:
         for shard in sorted(_indexed(folder / INDEX)):
             if shard not in shards:
                 raise IntegrityError(
-                    f"{display_path(folder / shard)} is missing, which {INDEX} names: fetch it again"
+                    f"{display_path(folder / shard)} is missing, which {INDEX} names: "
+                    "fetch it again"
                 )
     for shard in sorted(shards):
         try:
@@ -454,8 +459,8 @@ def _check_disk(name: str, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise InputError(
-            f"{name} is {needed / _GB:.3g} GB to fetch, {display_path(cache)} has {free / _GB:.3g} GB "
-            "free: make room, or set HF_HUB_CACHE to a larger disk"
+            f"{name} is {needed / _GB:.3g} GB to fetch, {display_path(cache)} has "
+            f"{free / _GB:.3g} GB free: make room, or set HF_HUB_CACHE to a larger disk"
         )
 
 
@@ -479,30 +484,3 @@ def _free_memory(device_map: str) -> int:
     if key not in free:
         raise InputError(f"device_map={device_map!r}: there is no such device, use 'auto'")
     return free[key]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Print what a model will take. Returns 2, the reason on stderr, if it cannot be had."""
-    parser = argparse.ArgumentParser("python -m signlattice.models.full_size", description=__doc__)
-    parser.add_argument("name", help=f"{', '.join(FULL)}, a name on the hub, or a folder")
-    parser.add_argument("--revision", help="branch, tag or commit")
-    parser.add_argument("--context", type=int, help=f"tokens of a window, {CONTEXT} unless given")
-    parser.add_argument("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="calibration tokens")
-    given = parser.parse_args(arguments)
-    try:
-        found = preflight(
-            given.name, revision=given.revision, dtype=given.dtype, context=given.context
-        )
-        rows = found.table(given.tokens)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    width = max(len(label) for label, _ in rows)
-    for label, value in rows:
-        print(f"{label:<{width}}  {value}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
