@@ -8,20 +8,19 @@ PROFILE ?= mini
 CLOSELY := $(if $(filter olmoe-mini,$(MODEL)),ablation solvers convergence scores kernels)
 OPEN    := $(if $(filter olmoe-mini,$(MODEL)),values queries second sensitivity) gauge ladder
 LAB    ?= $(if $(filter full,$(PROFILE)),,train $(CLOSELY)) architectures $(if $(filter full,$(PROFILE)),,cache $(OPEN))
-# What is given on the command line reaches the shell as one word, whatever is in it.
-quote = '$(subst ','\'',$(1))'
-LAB_OPTIONS = -p model $(call quote,$(MODEL)) \
-  $(if $(filter-out mini,$(PROFILE)),-p profile $(call quote,$(PROFILE))) \
-  $(if $(TEXT),-p text $(call quote,$(TEXT))) $(if $(CONTEXT),-p context $(call quote,$(CONTEXT))) \
-  $(if $(REVISION),-p revision $(call quote,$(REVISION))) \
-  $(if $(filter olmoe-mini,$(MODEL)),,--out $(call quote,_build/labs/$(notdir $(MODEL:%/=%))))
+# A variable as one word of the shell, whatever is in it.
+quoted = '$(subst ','\'',$(1))'
+LAB_OPTIONS = -p model $(call quoted,$(MODEL)) $(if $(filter-out mini,$(PROFILE)),-p profile $(call quoted,$(PROFILE))) \
+  $(if $(TEXT),-p text $(call quoted,$(TEXT))) $(if $(CONTEXT),-p context $(call quoted,$(CONTEXT))) \
+  $(if $(REVISION),-p revision $(call quoted,$(REVISION))) \
+  $(if $(filter olmoe-mini,$(MODEL)),,--out $(call quoted,_build/labs/$(notdir $(MODEL:%/=%))))
 
 BIN      := .venv/bin
 STAMP    := .venv/.installed
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
-BENCHES  := $(sort $(wildcard benchmarks/*.py))
+BENCHES  := $(sort $(wildcard benchmarks/bench_*.py))
 
-.PHONY: help book html pdf records lab estimate test test-gpu test-browser cross-compile twice bench clean
+.PHONY: help book html pdf records lab estimate lint test test-gpu test-browser cross-compile twice bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -29,43 +28,42 @@ help: ## this list
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-21s %s\n", $$1, $$2}'
 	@echo
-	@echo '  MODEL='$(call quote,$(MODEL))'   LAB="'$(call quote,$(strip $(LAB)))'"   PYTHON='$(call quote,$(PYTHON))
+	@echo $(call quoted,  MODEL=$(MODEL)   LAB="$(strip $(LAB))"   PYTHON=$(PYTHON))
 	@echo
 	@echo "A model of full size, by its name on the hub or its folder; TEXT is wikitext, c4 or a file:"
 	@echo "  make lab MODEL=OLMoE-1B-7B PROFILE=full [TEXT=…] [CONTEXT=…] [REVISION=…]"
 
 book: $(STAMP) ## execute the chapters and build the book: _build/html/index.html
-	$(BIN)/python -m signlattice_paper records --before-run
-	$(BIN)/python -m signlattice_paper run $(if $(TIMES),--times) $(CHAPTERS)
-	$(if $(TIMES),$(BIN)/python -m signlattice_paper run book/reproduce.ipynb)
+	$(BIN)/signlattice-paper records --before-run
+	$(BIN)/signlattice-paper run $(if $(TIMES),--times) $(CHAPTERS)
+	$(if $(TIMES),$(BIN)/signlattice-paper run book/reproduce.ipynb)
 	$(MAKE) --no-print-directory html
 
 html: $(STAMP) records ## build the book from the outputs that are in the notebooks
 	$(BIN)/jupyter-book build . --all -W -n --keep-going
 
 records: $(STAMP) ## check that every record is the one that its lab would make now
-	$(BIN)/python -m signlattice_paper records
+	$(BIN)/signlattice-paper records
 
 pdf: $(STAMP) ## print the built book with Chromium: _build/signlattice.pdf
 	$(BIN)/python book/_ext/print_book.py
 
 lab: $(STAMP) ## the heavy notebooks: make lab MODEL=<mini> [LAB=ablation]
-	$(BIN)/python -m signlattice_paper run $(foreach lab,$(LAB),$(call quote,book/lab/$(lab).ipynb)) $(LAB_OPTIONS)
+	$(BIN)/signlattice-paper run $(foreach lab,$(LAB),$(call quoted,book/lab/$(lab).ipynb)) $(LAB_OPTIONS)
 
-estimate: $(STAMP) ## what a model takes: make estimate MODEL=<name or path>
-	$(BIN)/python -m signlattice estimate $(call quote,$(MODEL)) \
-	  $(if $(REVISION),--revision $(call quote,$(REVISION))) $(if $(CONTEXT),--context $(call quote,$(CONTEXT)))
+estimate: $(STAMP) ## what a full-size model takes: make estimate MODEL=<name or path>
+	$(BIN)/signlattice estimate $(call quoted,$(MODEL)) $(if $(REVISION),--revision $(call quoted,$(REVISION))) $(if $(CONTEXT),--context $(call quoted,$(CONTEXT)))
 
 test: $(STAMP) ## unit, property, equation and style tests, then the chapters' outputs
 	$(BIN)/python -m pytest tests --ignore=tests/browser $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 
 test-gpu: $(STAMP) ## the kernels' tests on a CUDA device, which must be there
 	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: no CUDA device; make test runs these tests in an interpreter")'
-	$(BIN)/python -m pytest tests/kernels tests/test_learn.py tests/test_spread.py tests/test_kernel_times.py
+	$(BIN)/python -m pytest tests/kernels tests/test_learn.py tests/test_decode_timing.py tests/test_kernel_times.py
 
 cross-compile: $(STAMP) ## compile every variant of every kernel for the A100 and the H100, without one
-	@cd tests/kernels && status=0; for arch in 80 90; do \
-	  ../../$(BIN)/python cross_compile.py $$arch --all || status=1; done; exit $$status
+	@status=0; for arch in 80 90; do \
+	  $(BIN)/python benchmarks/cross_compile.py $$arch --all || status=1; done; exit $$status
 
 test-browser: $(STAMP) ## the built book in headless Chromium, cut off from the network
 	$(BIN)/python -m pytest tests/browser --confcutdir=tests/browser
@@ -80,7 +78,7 @@ bench: $(STAMP) ## time the solvers, and the kernels on the device at hand
 	@set -e; for bench in $(BENCHES); do echo "== $$bench"; $(BIN)/python $$bench; done
 
 clean: ## remove what a build leaves; the environment goes with: rm -r .venv
-	rm -rf _build .pytest_cache .hypothesis
+	rm -rf _build build .pytest_cache .hypothesis .ruff_cache .import_linter_cache
 	find src tests book benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamp is made last, so that an interrupted installation is taken up again.
@@ -91,3 +89,9 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
+
+lint: $(STAMP) ## style, types, and who imports whom: what the hooks before a commit check, too
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports

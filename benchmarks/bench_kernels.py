@@ -1,4 +1,4 @@
-"""The kernels' bars: attention on sign bits beside attention on whole keys, in one run.
+"""The kernels' bars: attention on sign bits beside attention on uncompressed keys, in one run.
 
 Prints a table of each contest, writes ``results/bench_kernels/<cpu or cuda>.json`` and exits with 1
 if a bar is missed. Times are of the machine at hand: run it when it is quiet.
@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from tqdm import tqdm
 
+import kernel_times
+from kernel_times import KernelTimesConfig
 from signlattice.errors import InputError
 from signlattice_paper import records
-from signlattice_paper.experiments import kernel_times
-from signlattice_paper.experiments.kernel_times import KernelTimesConfig
 from signlattice_paper.records import Row
 from signlattice_paper.tables import select
 

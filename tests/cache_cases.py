@@ -179,16 +179,6 @@ def new_cache(model: PreTrainedModel, kind: str = "rotation", **config) -> SignK
     return SignKeyCache(model, codec_for(model, kind), CacheConfig(**config))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Calls on a few tokens: threads would wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
-
-
 def held(layer: PackedLayer) -> dict[str, Tensor]:
     """All tensors of sequences in a layer, by name."""
     found = {}

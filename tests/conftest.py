@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,8 @@ from transformers import (
 from signlattice.data import corpus
 from signlattice.models.loading import LoadedModel, load_model
 
-torch.set_num_threads(2)
+# workers of pytest-xdist share the cores
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 settings.register_profile("patient", deadline=None)  # cores are few and shared
 settings.load_profile("patient")
 
@@ -35,6 +36,14 @@ TEXTS = [
     "class Graph:\n    def __init__(self, edges):\n        self.edges = list(edges)\n" * 4,
     "import math\n\nprint(math.sqrt(2))\n" * 4,
 ]
+
+
+def thinned(cases: Iterable, every: int) -> list:
+    """Mark all cases but one of ``every`` as exhaustive: `make test-all` runs those too."""
+    return [
+        case if number % every == 0 else pytest.param(case, marks=pytest.mark.exhaustive)
+        for number, case in enumerate(cases)
+    ]
 
 
 def documents(side: str, repeat: int = 4) -> tuple[corpus.Document, ...]:
@@ -52,6 +61,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(former)
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Without a graph of gradients."""
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture

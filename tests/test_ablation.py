@@ -8,12 +8,13 @@ import torch
 
 from signlattice.data import corpus
 from signlattice.data.corpus import Document
+from signlattice.data.texts import read_text
 from signlattice.errors import InputError
+from signlattice.evaluation.perplexity import token_losses
 from signlattice.rotations import factory
 from signlattice.rotations.factory import rotate_heads
 from signlattice.rotations.fixed import orthogonality_defect
-from signlattice_paper.experiments import ablation
-from signlattice_paper.experiments.ablation import AblationConfig, run_ablation
+from signlattice_paper.experiments.ablation import AblationConfig, AblationLab, Case
 
 CONFIG = AblationConfig(
     rotations=("identity", "srht"),
@@ -31,51 +32,60 @@ def small_corpus(monkeypatch, texts):
     monkeypatch.setattr(corpus, "documents", lambda split: documents)
 
 
+def lab_of(loaded, folder, config=CONFIG):
+    return AblationLab(loaded, read_text("corpus"), config, folder)
+
+
 def test_every_configuration_has_its_row(olmoe, tmp_path):
-    result = run_ablation(olmoe, CONFIG, tmp_path)
-    assert len(result.rows) == CONFIG.n_runs == 16
-    assert len({(r.rotation, r.centering, r.scale, r.temperature) for r in result.rows}) == 16
-    row = result.row("srht", "token_mean", "mse")
-    assert row.gap_low <= row.gap <= row.gap_high and row.compressed > 0
-    assert result.codecs[("srht", "token_mean", "mse", True)].layers[0].temperature is not None
-    with pytest.raises(InputError, match="no row"):
-        result.row("haar", "none", "mse")
+    lab = lab_of(olmoe, tmp_path)
+    rows = lab.run()["rows"]
+    assert [Case(*(row[f.name] for f in dataclasses.fields(Case))) for row in rows] == lab.cases()
+    assert len(set(lab.cases())) == len(rows) == 16
+    for row in rows:
+        assert row["gap_low"] <= row["gap"] <= row["gap_high"] and row["compressed"] > 0
+    tempered = lab.codec(Case("srht", "token_mean", "mse", True))
+    assert tempered.layers[0].temperature is not None
 
 
 def test_a_fitted_temperature_brings_attention_closer(olmoe, tmp_path):
-    """Both columns are of other text than the temperature saw, so on the whole, not in each row."""
-    rows = run_ablation(olmoe, CONFIG, tmp_path).rows
-    mean = {t: np.mean([r.attention_kl for r in rows if r.temperature is t]) for t in (True, False)}
+    """Both columns are of other text than the temperature's, so on the whole, not in each row."""
+    rows = lab_of(olmoe, tmp_path).run()["rows"]
+    mean = {
+        t: np.mean([row["attention_kl"] for row in rows if row["temperature"] is t])
+        for t in (True, False)
+    }
     assert mean[True] < mean[False]
 
 
 def test_an_interrupted_run_goes_on_where_it_was(olmoe, tmp_path, monkeypatch):
-    whole = run_ablation(olmoe, CONFIG, tmp_path / "whole")
-    seen = []
+    whole = lab_of(olmoe, tmp_path / "whole")
+    tables = whole.run()
+    done = []
 
-    def interrupt(row):
-        seen.append(row)
-        if len(seen) == 5:
+    def interrupt(part):
+        done.append(part)
+        if len(done) == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_ablation(olmoe, CONFIG, tmp_path / "parts", interrupt)
+        lab_of(olmoe, tmp_path / "parts").run(interrupt)
     measured = []
-    original = ablation._row
+    original = AblationLab.measure
     monkeypatch.setattr(
-        ablation, "_row", lambda name, *rest: measured.append(name) or original(name, *rest)
+        AblationLab, "measure", lambda lab, case: measured.append(case) or original(lab, case)
     )
-    parts = run_ablation(olmoe, CONFIG, tmp_path / "parts")
-    assert len(measured) == CONFIG.n_runs - 5
-    assert parts.rows == whole.rows
-    for name in whole.losses:
-        np.testing.assert_array_equal(parts.losses[name].nll, whole.losses[name].nll)
+    parts = lab_of(olmoe, tmp_path / "parts")
+    assert parts.run() == tables
+    assert measured == parts.cases()[5:]
+    for case in parts.cases():
+        losses = token_losses(olmoe, parts.passages, whole.codec(case))
+        np.testing.assert_allclose(parts.losses(case).nll, losses.nll, rtol=1e-6)
 
 
 def test_another_configuration_does_not_read_what_this_one_left(olmoe, tmp_path):
-    run_ablation(olmoe, dataclasses.replace(CONFIG, rotations=("srht",)), tmp_path)
-    other = dataclasses.replace(CONFIG, rotations=("srht",), n_keys=80)
-    run_ablation(olmoe, other, tmp_path)
+    config = dataclasses.replace(CONFIG, rotations=("srht",))
+    lab_of(olmoe, tmp_path, config).run()
+    lab_of(olmoe, tmp_path, dataclasses.replace(config, n_keys=80)).run()
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -93,4 +103,4 @@ def test_bad_settings_are_refused(olmoe, tmp_path):
     with pytest.raises(InputError, match="use 1 or more"):
         AblationConfig(windows=0)
     with pytest.raises(InputError, match="n_keys=99999, but the calibration text has"):
-        run_ablation(olmoe, dataclasses.replace(CONFIG, n_keys=99999), tmp_path)
+        lab_of(olmoe, tmp_path, dataclasses.replace(CONFIG, n_keys=99999)).run()

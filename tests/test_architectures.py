@@ -2,20 +2,23 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import TEXTS
+from processes import run_workers
+from signlattice import hadamard
 from signlattice.alignment import haar_beta
 from signlattice.data.corpus import Document
 from signlattice.data.texts import Text
+from signlattice.distributed.workers import Workers
 from signlattice.errors import InputError, IntegrityError
 from signlattice.models import passages as evaluate
 from signlattice.models.capture import open_bank
 from signlattice.models.loading import LoadedModel, load_model
 from signlattice.models.passages import batches, passages
-from signlattice.rotations import fixed
 from signlattice_paper.experiments import architectures
 from signlattice_paper.experiments.architectures import (
     ArchitectureConfig,
@@ -23,8 +26,11 @@ from signlattice_paper.experiments.architectures import (
     load,
     measure,
     n_parts,
+    prepare,
 )
 from test_fullsize import CONFIGS, built, saved
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = ArchitectureConfig(
     keys_per_dim=20,
@@ -153,8 +159,15 @@ def test_the_identity_on_the_lattice_costs_nothing(olmoe_folder, text, tmp_path,
     assert any(row["gap"] > 0.01 for row in gaps if row["rotation"] == "srht")
 
 
-def test_an_interrupted_run_ends_with_the_same_tables(gemma48, text, tmp_path):
-    whole = measure(gemma48, text, CONFIG, tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(gemma48, text, tmp_path_factory):
+    """What a run without interruption measures, and its scratch folder."""
+    scratch = tmp_path_factory.mktemp("whole")
+    return measure(gemma48, text, CONFIG, scratch), scratch
+
+
+def test_an_interrupted_run_ends_with_the_same_tables(whole, gemma48, text, tmp_path):
+    measured, _ = whole
     n_told = 0
 
     def interrupt(part):
@@ -167,10 +180,26 @@ def test_an_interrupted_run_ends_with_the_same_tables(gemma48, text, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             measure(gemma48, text, CONFIG, tmp_path / "parts", interrupt)
     parts = measure(gemma48, text, CONFIG, tmp_path / "parts", interrupt)
-    assert parts.tables == whole.tables
-    assert (parts.exact, parts.n_compressed) == (whole.exact, whole.n_compressed)
-    for layer, code in whole.codec.layers.items():
+    assert parts.tables == measured.tables
+    assert (parts.exact, parts.n_compressed) == (measured.exact, measured.n_compressed)
+    for layer, code in measured.codec.layers.items():
         assert torch.equal(code.basis, parts.codec.layers[layer].basis)
+
+
+def prepare_share(folder: Path, text: Text, scratch: Path) -> None:
+    with Workers.current() as workers:
+        prepare(short(folder), text, CONFIG, scratch, workers=workers)
+
+
+def test_prepare_by_two_processes_leaves_the_files_of_one(whole, gemma_folder, text, tmp_path):
+    assert run_workers(2, prepare_share, gemma_folder, text, tmp_path) == [0, 0]
+    (alone,), (shared,) = whole[1].iterdir(), tmp_path.iterdir()
+    assert alone.name == shared.name, "measure goes on from there"
+    fits = sorted(file.name for file in alone.glob("*.*.*.*.safetensors"))
+    fits = [name for name in fits if not name.startswith("losses")]
+    assert fits == sorted(file.name for file in shared.glob("*.safetensors"))
+    assert all((alone / name).read_bytes() == (shared / name).read_bytes() for name in fits)
+    assert {part.parent.name for part in shared.glob("keys/*/00000")} == {"calibration", "held_out"}
 
 
 def test_a_finished_part_is_not_made_again_and_a_damaged_one_is_named(
@@ -195,7 +224,7 @@ def test_a_capture_cut_short_is_made_again_and_a_damaged_shard_is_named(gemma48,
 
     with pytest.raises(KeyboardInterrupt):
         measure(gemma48, text, CONFIG, tmp_path, stop)
-    part = next(tmp_path.glob("*/keys/calibration-00000"))
+    part = next(tmp_path.glob("*/keys/calibration/00000"))
     shard = next(part.glob("keys.0.*"))
     shard.write_bytes(shard.read_bytes()[:-5])
     with pytest.raises(IntegrityError, match=f"{shard.name} is damaged or cut short.*capture"):
@@ -220,8 +249,8 @@ def test_what_is_kept_depends_on_model_text_and_configuration(gemma48, olmoe48, 
 def test_a_layer_whose_heads_have_no_hadamard_together_is_measured_by_heads(
     olmoe48, text, tmp_path, monkeypatch
 ):
-    known = fixed.rotations.supported_head_dim
-    monkeypatch.setattr(fixed.rotations, "supported_head_dim", lambda d: d < 64 and known(d))
+    known = hadamard.supported_head_dim
+    monkeypatch.setattr(hadamard, "supported_head_dim", lambda d: d < 64 and known(d))
     rows = measure(olmoe48, text, CONFIG, tmp_path).tables["beta"]
     assert {row["scope"] for row in rows} == {"head"}
 

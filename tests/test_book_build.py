@@ -6,20 +6,15 @@ import base64
 import hashlib
 import io
 import re
-import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import book_repairs
+import launch_buttons
+import offline_assets
 import pytest
 from sphinx.errors import ExtensionError
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "book" / "_ext"))
-
-import book_repairs  # noqa: E402  Sphinx finds its extensions in this folder, too
-import launch_buttons  # noqa: E402
-import offline_assets  # noqa: E402
 
 LOCKED = offline_assets.read_lock()
 

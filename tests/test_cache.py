@@ -26,7 +26,6 @@ from cache_cases import (
     held,
     layer_code,
     new_cache,
-    one_thread,  # noqa: F401
     tiny,
     tokens,
 )
@@ -38,6 +37,8 @@ from signlattice.errors import InputError, IntegrityError
 from signlattice.evaluation.perplexity import quantized_keys
 from signlattice.models.hooks import attention_layers
 from signlattice.quantizers.codec import KeyCodec
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_grad")
 
 EXACT = 1e-5
 """Of ‖got − expected‖ / ‖expected‖ over logits, where nothing is rounded but fp32 itself."""

@@ -31,7 +31,7 @@ from signlattice.models.loading import load_model
 from signlattice.quantizers.basis import LatticeConfig
 from signlattice.rotations.config import LearnConfig
 from signlattice_paper.experiments import caches
-from signlattice_paper.experiments.caches import CacheLabConfig, cases, measure
+from signlattice_paper.experiments.caches import CacheLab, CacheLabConfig, cases
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,7 +129,7 @@ def test_retrieval_counts_first_choices(loaded, pieces):
     assert retrieval(loaded, ids, guess + 1, None, 2) == 0.0
     half = guess.clone()
     half[:, :2] += 1
-    through = lambda: SignKeyCache(loaded, None, WHOLE)  # noqa: E731
+    through = lambda: SignKeyCache(loaded, None, WHOLE)
     assert retrieval(loaded, ids, half, through, 2) == 0.5
 
 
@@ -168,25 +168,25 @@ def test_cases_are_all_different_and_have_the_others_beside(loaded):
 def test_an_interrupted_table_goes_on_and_is_the_same(loaded, text, tmp_path, monkeypatch):
     few = [case for case in cases(loaded, CONFIG) if case.cache.value_format == "int4"][:4]
     monkeypatch.setattr(caches, "cases", lambda *_: few)
-    whole = measure(loaded, text, CONFIG, tmp_path / "whole")
+    whole = CacheLab(loaded, text, CONFIG, tmp_path / "whole").run()
     judged = []
 
     def stop(part: str) -> None:
-        judged.append(part.startswith("judged"))
-        if sum(judged) == 2:
+        judged.append(part)
+        if len(judged) == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure(loaded, text, CONFIG, tmp_path / "cut", stop)
+        CacheLab(loaded, text, CONFIG, tmp_path / "cut").run(stop)
     rows = []
     original = Judge.row
     monkeypatch.setattr(Judge, "row", lambda *a, **k: rows.append(a) or original(*a, **k))
-    again = measure(loaded, text, CONFIG, tmp_path / "cut")
+    again = CacheLab(loaded, text, CONFIG, tmp_path / "cut").run()
     assert len(rows) == len(few) - 2
-    assert again.tables == whole.tables
-    row = again.tables["caches"][0]
+    assert again == whole
+    row = again["caches"][0]
     assert row["n_packed"] > 0 and math.isfinite(row["gap"])
-    calls = again.tables["calls"][0]
+    calls = again["calls"][0]
     assert calls["bytes"] == pytest.approx(calls["expected_bytes"], rel=0.02)
     assert calls["n_packed_at_once"] == calls["n_packed_token_by_token"] > 0
     assert through_cache.DEPTHS == (0.1, 0.5, 0.9)

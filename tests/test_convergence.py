@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from signlattice.alignment import cosine, residual_energy
+from signlattice.data.texts import read_text
 from signlattice.errors import InputError
 from signlattice.rotations import fixed, synthetic
 from signlattice.rotations.config import SOLVERS, TracePoint
@@ -30,7 +32,8 @@ SMALL = ConvergenceConfig(
 @pytest.fixture
 def heads(olmoe, small_corpus):
     small_corpus(repeat=3)
-    return convergence.model_heads(olmoe, ConvergenceConfig(layers=(0, 1), scan_keys=96))
+    config = ConvergenceConfig(layers=(0, 1), scan_keys=96)
+    return convergence.model_heads(olmoe, read_text("corpus"), config)
 
 
 def test_heads_side_by_side_are_the_same_tokens(heads):
@@ -47,10 +50,11 @@ def test_a_layer_with_too_few_heads_is_told(heads):
 
 
 def test_a_run_says_when_it_passed_its_marks():
-    rows, traces = convergence.runs(convergence.planted_sets(SMALL), SOLVERS, SMALL)
-    assert [row["solver"] for row in rows] == list(SOLVERS)
-    for row in rows:
-        points = {p["step"]: p for p in traces if p["solver"] == row["solver"]}
+    (keys,) = convergence.planted_sets(SMALL)
+    for solver in SOLVERS:
+        row, trace = convergence.run(keys, solver, SMALL)
+        points = {point["step"]: point for point in trace}
+        assert row["solver"] == solver and max(points) == row["steps"]
         assert row["train_50"] == points[50]["train_beta"] if 50 in points else True
         assert row["to_target"] <= row["to_target_held_out"]
         before = [p for step, p in points.items() if step < row["to_target"]]
@@ -59,12 +63,11 @@ def test_a_run_says_when_it_passed_its_marks():
         late = [p["train_beta"] for step, p in points.items() if step >= row["to_99"]]
         assert late[-1] == pytest.approx(row["train"], abs=1e-4)
         assert min(late) > row["start"] + 0.9 * lift
-    assert max(p["step"] for p in traces) == max(row["steps"] for row in rows)
 
 
 def test_no_lift_has_no_hundredth_of_it():
     flat = synthetic.noise_keys(16, 4096)
-    (row,), _ = convergence.runs([flat], ("gradient",), SMALL)
+    row, _ = convergence.run(flat, "gradient", SMALL)
     assert row["train"] - row["start"] < convergence.LEFT
     assert row["to_99"] is None and row["to_left"] is None and row["to_target"] is None
 
@@ -77,9 +80,8 @@ def test_the_first_step_at_a_target():
 
 
 def test_the_plateau_ends_at_the_target_or_is_given_up():
-    rows = {row["solver"]: row for row in convergence.plateau(SMALL)}
-    assert rows["gradient"]["to_left"] is None and rows["gradient"]["steps"] == 10
-    annealed = rows["annealed"]
+    slow, annealed = (convergence.plateau(16, 0, s, SMALL) for s in ("gradient", "annealed"))
+    assert slow["to_left"] is None and slow["steps"] == 10
     assert 0 < annealed["to_left"] <= annealed["to_target"] == annealed["steps"]
 
 
@@ -93,8 +95,8 @@ def test_a_median_counts_runs_that_never_got_there_as_late():
 
 
 def test_two_gradients_agree_as_little_as_is_expected():
-    config = ConvergenceConfig(signal_dims=(16, 32), signal_draws=12)
-    for row in convergence.agreement(config):
+    config = ConvergenceConfig(signal_draws=12)
+    for row in (convergence.agreement(d, config) for d in (16, 32)):
         assert row["cosine"] == pytest.approx(row["expected"], abs=4 * row["error"])
     assert convergence.expected_agreement(64, 10**9) > 0.999
     assert convergence.expected_agreement(128, 2 * 128**3) == pytest.approx(0.5, abs=0.01)
@@ -124,10 +126,9 @@ def test_a_scan_tells_a_lattice_from_noise(heads):
     config = ConvergenceConfig(layers=(0, 1), scan_dim=16, scan_keys=20_000)
     points = convergence.scan_points(heads, config)
     assert len(points) == 6 + 3 * 2
-    calls = []
-    rows, spectra = convergence.scan(points[:6], config, lambda: calls.append(1))
-    assert len(calls) == len(rows) == 6 * len(config.temperatures)
-    assert len(spectra) == 32 * len(rows)
+    scans = [convergence.scan(point, t) for point in points[:6] for t in config.temperatures]
+    assert all(len(spectrum) == 32 for _, spectrum in scans)
+    rows = [summary for summary, _ in scans]
     seen = {(row["keys"], row["point"]): row for row in rows if row["temperature"] > 0}
     null = seen["noise", "any rotation"]
     assert abs(null["lowest"]) < 0.1 and abs(null["highest"]) < 0.1
@@ -170,16 +171,12 @@ def test_wrong_settings_are_told_in_one_line(wrong):
     assert "\n" not in str(told.value)
 
 
-def test_progress_is_told_as_often_as_said(heads):
-    calls = []
-
-    def tell():
-        calls.append(1)
-
-    sets = [*convergence.planted_sets(SMALL), *convergence.model_sets(heads, SMALL)]
-    convergence.runs(sets, SOLVERS, SMALL, tell)
-    convergence.runs(convergence.noise_sets(SMALL), ("gradient",), SMALL, tell)
-    convergence.plateau(SMALL, tell)
-    convergence.agreement(SMALL, tell)
-    convergence.scan(convergence.scan_points(heads, SMALL), SMALL, tell)
-    assert len(calls) == SMALL.n_runs
+def test_lab_has_every_run(olmoe, small_corpus, tmp_path):
+    small_corpus(repeat=3)
+    config = replace(SMALL, scan_keys=96, temperatures=(0.1,))
+    tables = convergence.ConvergenceLab(olmoe, read_text("corpus"), config, tmp_path).run()
+    n_sets, n_points = len(SMALL.planted) + 2 * len(SMALL.model), 6 + 3 * 2
+    assert len(tables["runs"]) == n_sets * len(SOLVERS) + len(SMALL.noise)
+    assert len({row["keys"] for row in tables["traces"]}) == n_sets  # and not of noise
+    assert len(tables["plateau"]) == len(SOLVERS) and len(tables["agreement"]) == 1
+    assert len(tables["hessian"]) == n_points and len(tables["spectra"]) == 32 * n_points

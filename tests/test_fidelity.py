@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from signlattice.data import corpus
+from signlattice.errors import InputError, IntegrityError
 from signlattice.models import passages as evaluate
 from signlattice.rotations import fixed
 from signlattice_paper.experiments import fidelity, scores
@@ -48,3 +51,26 @@ def test_worst_is_the_largest_of_each_group():
 
 def test_nan_is_no_small_error():
     assert fidelity.relative_error(torch.tensor([torch.nan, 1.0]), torch.ones(2)) == torch.inf
+
+
+def test_compiled_rows_have_a_row_for_each_launch(tmp_path):
+    program = tmp_path / "compile.py"
+    program.write_text(
+        "import json, os, sys\n"
+        "assert 'TRITON_INTERPRET' not in os.environ\n"
+        "launch = {'kernel': '_pack_kernel', 'registers': 7, 'spilled': 0, 'shared': 16}\n"
+        "print(json.dumps({'case': 'pack, d=16', 'launches': [launch]}))\n"
+        "if sys.argv[1] == '90':\n"
+        "    print(json.dumps({'case': 'nearest, d=16', 'error': 'refused'}))\n",
+        encoding="utf-8",
+    )
+    (row,) = fidelity.compiled_rows(program, 80)
+    assert row["kernel"] == "pack: pack kernel" and row["case"] == "pack, d=16"
+    assert (row["arch"], row["registers"], row["spilled"], row["shared"]) == (80, 7, 0, 16)
+    with pytest.raises(IntegrityError, match="sm_90, nearest, d=16: refused"):
+        fidelity.compiled_rows(program, 90)
+
+
+def test_compiled_rows_want_a_program():
+    with pytest.raises(InputError, match="nowhere.py"):
+        fidelity.compiled_rows(Path("nowhere.py"), 80)

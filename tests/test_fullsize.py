@@ -28,7 +28,7 @@ from signlattice.models import full_size
 from signlattice.models.full_size import load_full, preflight, record_name
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import weights_hash
-from signlattice.models.minis import PAPER_MODELS
+from signlattice.models.minis import REPOSITORIES
 
 SHA = "c0ffee" + "0" * 34
 IDS = torch.arange(3, 23)[None]
@@ -160,8 +160,9 @@ def test_the_estimate_counts_what_the_model_has(kind, tmp_path, olmoe_folder):
     found = preflight(str(saved(model, tmp_path, olmoe_folder)), context=64)
     assert found.parameters == model.num_parameters()
     owned = [layer for layer in attention_layers(model).values() if layer.owns_keys]
-    coordinates = sum(layer.n_heads * layer.head_dim for layer in owned)
-    assert sum(n * h * d for n, h, d in found.keys) == coordinates
+    assert sum(n * h * d for n, h, d in found.keys) == sum(
+        each.n_heads * each.head_dim for each in owned
+    )
 
 
 def test_olmoe_is_as_large_as_its_paper_says():
@@ -333,8 +334,8 @@ def test_only_what_is_needed_counts_as_to_fetch(on_hub, checkpoint):
 
 
 def test_too_little_disk_is_told_before_anything_is_fetched(on_hub, monkeypatch):
-    usage = shutil._ntuple_diskusage(100, 99, 1)
-    monkeypatch.setattr(full_size.shutil, "disk_usage", lambda folder: usage)
+    full = lambda folder: shutil._ntuple_diskusage(100, 99, 1)
+    monkeypatch.setattr(full_size.shutil, "disk_usage", full)
     with pytest.raises(InputError, match="GB to fetch.*GB free: make room.*HF_HUB_CACHE"):
         load("owner/tiny", revision="v1")
     assert [file.name for file in on_hub.iterdir()] == ["config.json"]
@@ -356,13 +357,27 @@ def test_without_a_network_the_cache_does_if_it_is_whole(on_hub, checkpoint, mon
         load("owner/other")
 
 
-def test_estimate_fetches_nothing_but_the_configuration(on_hub, capsys):
-    options = ["--revision", "v1", "--context", "64", "--tokens", "1000"]
-    assert main(["estimate", "owner/tiny", *options]) == 0
-    lines = capsys.readouterr().out
-    assert f"owner/tiny@{SHA}" in lines and "2 layers of 4 heads of 16" in lines
-    assert "keys of 1,000 tokens" in lines and "8 × H100 SXM" in lines
+def test_estimate_prints_what_a_model_takes_and_fetches_nothing(on_hub, capsys):
+    arguments = [
+        "estimate",
+        "owner/tiny",
+        "--revision",
+        "v1",
+        "--context",
+        "64",
+        "--tokens",
+        "1000",
+    ]
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert f"owner/tiny@{SHA}" in told and "2 layers of 4 heads of 16" in told
+    assert "keys of 1,000 tokens" in told and "8 × H100 SXM" in told
     assert [file.name for file in on_hub.iterdir()] == ["config.json"]
+
+
+def test_estimate_says_why_not(tmp_path, capsys):
+    assert main(["estimate", str(tmp_path)]) == 1
+    assert "not a transformers checkpoint" in capsys.readouterr().err
 
 
 def test_preflight_knows_the_papers_models_by_their_short_names(monkeypatch):
@@ -370,13 +385,13 @@ def test_preflight_knows_the_papers_models_by_their_short_names(monkeypatch):
         raise InputError(f"asked for {name}")
 
     monkeypatch.setattr(hub, "resolve", resolve)
-    for name, spec in PAPER_MODELS.items():
-        with pytest.raises(InputError, match=f"asked for {spec.repository}$"):
+    for name, repository in REPOSITORIES.items():
+        with pytest.raises(InputError, match=f"asked for {repository}$"):
             preflight(name)
 
 
 def test_record_names_are_words():
-    assert [record_name(name) for name in PAPER_MODELS] == list(PAPER_MODELS)
+    assert [record_name(name) for name in REPOSITORIES] == list(REPOSITORIES)
     assert record_name("meta-llama/Llama-3.1-8B") == "meta-llama--Llama-3.1-8B"
     assert record_name("/data/my models/tiny/") == "tiny"
     with pytest.raises(InputError, match="give a name"):

@@ -12,7 +12,6 @@ from signlattice.calibration import CalibrationConfig
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import QualityConfig
-from signlattice.io import Scratch
 from signlattice.models.loading import load_model
 from signlattice.quantizers.basis import LatticeConfig
 from signlattice.quantizers.gauge import (
@@ -23,16 +22,14 @@ from signlattice.quantizers.gauge import (
     sign_reconstruct,
 )
 from signlattice.rotations.config import LearnConfig
-from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig
+from signlattice_paper.experiments.comparison import ComparisonConfig
 from signlattice_paper.experiments.gauges import (
     LATTICE,
     WINDOWED,
     Case,
     GaugeConfig,
-    _GaugeCodes,
+    GaugeLab,
     cases,
-    measure,
-    n_parts,
 )
 from signlattice_paper.figures.gauge import fig_gauge_gap, fig_gauges
 from signlattice_paper.records import begin
@@ -57,22 +54,14 @@ TEXT = Text("tiny", "none", documents("calibration"), documents("evaluation"))
 @pytest.fixture(scope="module", params=["llama_folder", "gemma_folder"])
 def measured(request, tmp_path_factory):
     loaded = load_model(request.getfixturevalue(request.param))
-    told, scratch = [], tmp_path_factory.mktemp("gauge")
-    tables = measure(loaded, TEXT, CONFIG, scratch, told.append)
-    return loaded, tables, told, scratch
-
-
-def shelf_of(loaded, folder):
-    kept = Scratch(folder)
-    comparison = Comparison(loaded, TEXT, CONFIG.comparison, kept)
-    return _GaugeCodes(loaded, TEXT, CONFIG, kept, comparison.fit), comparison
+    scratch = tmp_path_factory.mktemp("gauge")
+    return loaded, GaugeLab(loaded, TEXT, CONFIG, scratch).run(), scratch
 
 
 def test_every_case_is_a_row_and_rows_are_means_of_heads(measured):
-    loaded, tables, told, _ = measured
+    _, tables, _ = measured
     wanted = cases(CONFIG)
     assert len(set(wanted)) == len(wanted) == len(tables["rows"])
-    assert len(told) == n_parts(loaded, CONFIG)
     assert {Case(row["gauge"], row["rotation"], row["rule"]) for row in tables["rows"]} == set(
         wanted
     )
@@ -83,7 +72,7 @@ def test_every_case_is_a_row_and_rows_are_means_of_heads(measured):
         heads = select(tables["heads"], gauge=row["gauge"], rotation=row["rotation"])
         for name in ("score_error", "attention_kl"):
             assert row[name] == pytest.approx(fmean(head[name] for head in heads))
-    assert {(row["gauge"], row["rotation"]) for row in tables["windowed"]} == set(WINDOWED)
+    assert [(row["gauge"], row["rotation"]) for row in tables["windowed"]] == list(WINDOWED)
     for row in tables["heads"]:
         if row["gauge"] in ("identity", "lattice"):
             assert row["predicted"] == (1 if row["gauge"] == "identity" else None)
@@ -92,7 +81,7 @@ def test_every_case_is_a_row_and_rows_are_means_of_heads(measured):
 
 
 def test_winners_have_the_least_of_their_head_over_all_that_read_it(measured):
-    _, tables, _, _ = measured
+    _, tables, _ = measured
     heads = {(row["source"], row["head"]) for row in tables["heads"]}
     assert len(tables["winners"]) == 4 * len(heads)
     for row in tables["winners"]:
@@ -111,35 +100,33 @@ def test_winners_have_the_least_of_their_head_over_all_that_read_it(measured):
 
 
 def test_nothing_is_made_twice(measured, monkeypatch):
-    loaded, tables, _, scratch = measured
+    loaded, tables, scratch = measured
     for name in ("learn_matrices", "learn_score_rotation", "weighted_itq", "Judge"):
         monkeypatch.setattr(f"signlattice_paper.experiments.gauges.{name}", lambda *a, **k: 1 / 0)
-    monkeypatch.setattr("signlattice.calibration.learn_codec", lambda *a, **k: 1 / 0)
-    monkeypatch.setattr(
-        "signlattice_paper.experiments.comparison.head_errors", lambda *a, **k: 1 / 0
-    )
-    assert measure(loaded, TEXT, CONFIG, scratch) == tables
+    for name in ("learn_codec", "head_errors"):
+        monkeypatch.setattr(f"signlattice_paper.experiments.comparison.{name}", lambda *a: 1 / 0)
+    assert GaugeLab(loaded, TEXT, CONFIG, scratch).run() == tables
 
 
 def test_codes_are_what_their_names_say(gemma, tmp_path):
-    shelf, comparison = shelf_of(gemma, tmp_path)
-    ((layer, states),) = comparison.fit.items()
+    lab = GaugeLab(gemma, TEXT, CONFIG, tmp_path)
+    ((layer, states),) = lab.comparison.fit.items()
     keys = states.keys - states.keys.mean(1, keepdim=True)
     grouped = torch.cat([q.flatten(0, 1) for q in states.queries.values()]).double()  # one KV head
     assert len(states.queries) == 2
     moment = (grouped.mT @ grouped / len(grouped)).float()
-    assert (shelf.moments[layer][0][0] - moment).norm() < 1e-2 * moment.norm()
+    assert (lab.moments[layer][0][0] - moment).norm() < 1e-2 * moment.norm()
 
     def error(code):
         read = code.reconstruct(states.keys[None])[0] - states.keys.mean(1, keepdim=True)
-        return score_error(keys, read, shelf.moments[layer][0].float())
+        return score_error(keys, read, lab.moments[layer][0].float())
 
-    learned = {g: shelf.codes(Case(g, "learned", "unbiased"))[layer] for g in GAUGES}
+    learned = {g: lab.codes(Case(g, "learned", "unbiased"))[layer] for g in GAUGES}
     for gauge in ("identity", "balanced"):
-        on_scores = shelf.codes(Case(gauge, "score_error", "unbiased"))[layer]
+        on_scores = lab.codes(Case(gauge, "score_error", "unbiased"))[layer]
         assert error(on_scores) <= error(learned[gauge]) * (1 + 1e-4)
         torch.testing.assert_close(on_scores.gauge, learned[gauge].gauge)
-    searched = shelf.codes(Case("identity", "searched", "mse"))[layer]
+    searched = lab.codes(Case("identity", "searched", "mse"))[layer]
     plain = GaugeQuantizer(
         learned["identity"].centering,
         learned["identity"].gauge,
@@ -147,18 +134,18 @@ def test_codes_are_what_their_names_say(gemma, tmp_path):
         "mse",
     )
     assert error(searched) < error(plain)
-    weighted = shelf.codes(Case("identity", "norm_weighted", "unbiased"))[layer].rotation
+    weighted = lab.codes(Case("identity", "norm_weighted", "unbiased"))[layer].rotation
     assert (keys @ weighted.mT).abs().sum() > (keys @ learned["identity"].rotation.mT).abs().sum()
     direct = sign_reconstruct(keys, learned["identity"].rotation, "unbiased")
     torch.testing.assert_close(
-        error(learned["identity"]), score_error(keys, direct, shelf.moments[layer][0].float())
+        error(learned["identity"]), score_error(keys, direct, lab.moments[layer][0].float())
     )
     with pytest.raises(InputError, match="unknown rotation 'best'"):
-        shelf.codes(Case("identity", "best", "mse"))
+        lab.codes(Case("identity", "best", "mse"))
 
 
 def test_figures_show_every_head_and_every_gauge(measured, tmp_path):
-    _, tables, _, _ = measured
+    _, tables, _ = measured
     record = begin("gauge", "tiny", config=CONFIG, results=tmp_path).finish(tables)
     axes = fig_gauges(record).axes[0]
     n_heads = len({(row["layer"], row["head"]) for row in tables["heads"]})

@@ -1,4 +1,4 @@
-"""The ladder: that every rung is weighed and judged alike, and that a run goes on where it was."""
+"""The ladder: that every entry is weighed and judged alike, and that a run goes on where it was."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from signlattice_paper.experiments import ladder
 from signlattice_paper.experiments.ladder import (
     LadderConfig,
     LadderEntry,
+    LadderLab,
     ladder_entries,
-    measure,
     with_pareto,
 )
 from signlattice_paper.figures import ladder as figures
@@ -57,21 +57,21 @@ def text() -> Text:
 
 @pytest.fixture
 def few(loaded, monkeypatch) -> list[LadderEntry]:
-    chosen = [rung for rung in ladder_entries(loaded, CONFIG) if rung.name in FEW]
+    chosen = [entry for entry in ladder_entries(loaded, CONFIG) if entry.name in FEW]
     assert len(chosen) == len(FEW)
     monkeypatch.setattr(ladder, "ladder_entries", lambda *_: chosen)
     return chosen
 
 
-def test_rungs_have_names_and_sources_of_their_own(loaded):
+def test_entries_have_names_and_sources_of_their_own(loaded):
     found = ladder_entries(loaded, CONFIG)
-    assert len({rung.name for rung in found}) == len(found) == ladder.n_parts(loaded, CONFIG)
-    assert all(rung.source for rung in found) and set(FEW) < {rung.name for rung in found}
-    assert {rung.how for rung in found} == {"our cache", "published rule", "transformers' cache"}
-    assert all((rung.step is None) == (rung.how != "transformers' cache") for rung in found)
-    unwindowed = [rung.name for rung in found if rung.whole != 64]
+    assert len({entry.name for entry in found}) == len(found)
+    assert all(entry.source for entry in found) and set(FEW) < {entry.name for entry in found}
+    assert {entry.how for entry in found} == {"our cache", "published rule", "transformers' cache"}
+    assert all((entry.step is None) == (entry.how != "transformers' cache") for entry in found)
+    unwindowed = [entry.name for entry in found if entry.whole != 64]
     assert unwindowed == ["fp16", "FP8"]
-    assert {rung.family for rung in found} == set(figures._FAMILIES)
+    assert {entry.family for entry in found} == set(figures._FAMILIES)
 
 
 def test_an_interrupted_ladder_goes_on_and_weighs_everything(
@@ -93,14 +93,14 @@ def test_an_interrupted_ladder_goes_on_and_weighs_everything(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure(loaded, text, CONFIG, tmp_path, stop)
-    tables = measure(loaded, text, CONFIG, tmp_path)
-    assert judged == [rung.step for rung in few]  # each once
+        LadderLab(loaded, text, CONFIG, tmp_path).run(stop)
+    tables = LadderLab(loaded, text, CONFIG, tmp_path).run()
+    assert judged == [entry.step for entry in few]  # each once
     assert learned == ["lattice"]
-    assert measure(loaded, text, CONFIG, tmp_path) == tables and len(judged) == len(few)
+    assert LadderLab(loaded, text, CONFIG, tmp_path).run() == tables and len(judged) == len(few)
 
     rows = {row["name"]: row for row in tables["ladder"]}
-    assert list(rows) == [rung.name for rung in few]
+    assert list(rows) == [entry.name for entry in few]
     coordinates = 2 * 2 * 2 * 16  # layers, K and V, heads, coordinates: of one token
     for row in rows.values():
         assert row["n_packed"] > 0 and math.isfinite(row["gap"]) and 0 <= row["needle"] <= 1
@@ -143,28 +143,28 @@ def test_pareto_is_what_no_other_beats_in_both():
         ({"window": 50, "sinks": 12}, "window=50 and sinks=12: blocks of 64 .* want 63"),
     ],
 )
-def test_a_ladder_whose_rungs_do_not_stand_is_refused(changes, said):
+def test_a_ladder_whose_entries_do_not_stand_is_refused(changes, said):
     with pytest.raises(InputError, match=said):
         LadderConfig(**changes)
 
 
 def test_a_context_that_is_all_window_is_refused(loaded, text, few, tmp_path):
     wide = replace(CONFIG, window=200)
-    few[:] = [rung for rung in ladder_entries(loaded, wide) if rung.name == "4 bits + Hadamard"]
+    few[:] = [entry for entry in ladder_entries(loaded, wide) if entry.name == "4 bits + Hadamard"]
     with pytest.raises(InputError, match="packed none of 104 tokens"):
-        measure(loaded, text, wide, tmp_path)
+        LadderLab(loaded, text, wide, tmp_path).run()
 
 
-def test_the_figure_has_every_rung_of_every_model(loaded, tmp_path):
+def test_the_figure_has_every_entry_of_every_model(loaded, tmp_path):
     rows = [
         {
-            "family": rung.family,
+            "family": entry.family,
             "bits_8192": 1.5 + 0.5 * i,
             "gap": 20 - i,
             "gap_low": 19.5 - i,
             "gap_high": 21.0 - i,
         }
-        for i, rung in enumerate(ladder_entries(loaded, CONFIG))
+        for i, entry in enumerate(ladder_entries(loaded, CONFIG))
     ]
     run = records.begin("ladder", "tiny", config=CONFIG, results=tmp_path)
     record = run.finish({"ladder": with_pareto(rows)})
@@ -173,6 +173,6 @@ def test_the_figure_has_every_rung_of_every_model(loaded, tmp_path):
         drawn = [len(bars.lines[0].get_xdata()) for bars in axes.containers]
         assert sum(drawn) == len(rows)
     labels = [t.get_text() for t in figure.legends[0].get_texts()]
-    assert {rung.family for rung in ladder_entries(loaded, CONFIG)} < set(labels)
+    assert {entry.family for entry in ladder_entries(loaded, CONFIG)} < set(labels)
     assert len(set(figures._FAMILIES.values())) == len(figures._FAMILIES)
     assert len(figure._repr_png_()[0]) > 10_000

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -41,13 +41,7 @@ SHORT = {
 BY_SOLVER = pytest.mark.parametrize("solver", SOLVERS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices of this size are not worth a second thread, least of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gaussian(n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -426,7 +420,7 @@ def test_heads_learned_at_once_end_where_each_ends_alone(solver, impl):
         assert (learned.n_keys, learned.config) == (alone.n_keys, alone.config)
 
 
-def test_a_head_that_has_settled_moves_no_more():
+def test_a_head_that_has_converged_moves_no_more():
     keys = heads_of(anisotropic, 2100, 16)
     config = LearnConfig(solver="itq", tolerance=1e-4, trace_every=1)
     learned = learn_rotations(keys, config)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 from dataclasses import FrozenInstanceError, replace
 from fractions import Fraction
 
@@ -11,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from signlattice import memory
 from signlattice.errors import InputError
 from signlattice.memory import (
     FP8,
@@ -208,11 +205,3 @@ def test_configurations_are_frozen():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
-
-
-def test_memory_is_a_leaf():
-    """It imports nothing of the package but the errors."""
-    tree = ast.parse(inspect.getsource(memory))
-    modules = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
-    ours = [module for module in modules if module.startswith("signlattice")]
-    assert ours == ["signlattice.errors"]

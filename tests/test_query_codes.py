@@ -1,4 +1,4 @@
-"""Queries of few bits: that frames are whose they say, and that the mean of queries does not cancel."""
+"""Queries of few bits: whose their rotations are, and that their mean does not cancel."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from signlattice.bits import sign
 from signlattice.cache.simulated import quantized_attention
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
-from signlattice.io import Scratch
 from signlattice.models.loading import load_model
 from signlattice.models.states import LayerStates
 from signlattice_paper.experiments import queries as query_codes
 from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig
 from signlattice_paper.experiments.queries import (
     Case,
-    Frames,
     QueriesConfig,
+    QueriesLab,
     mean_rows,
     pooled_queries,
 )
@@ -42,15 +41,15 @@ def gaussian(*shape, seed=0):
 
 
 @pytest.fixture(params=["llama_folder", "gemma_folder"])
-def frames(request, tmp_path):
+def lab(request, tmp_path):
     """Grouped queries, and a layer that reads the keys of another."""
     loaded = load_model(request.getfixturevalue(request.param))
-    return Frames(Comparison(loaded, TEXT, CONFIG.comparison, Scratch(tmp_path)))
+    return QueriesLab(loaded, TEXT, CONFIG, tmp_path)
 
 
-def test_every_layer_that_asks_has_a_frame_for_each_query_head(frames):
-    fit = frames.comparison.fit
-    own = frames.rotations("own")
+def test_every_layer_that_asks_has_a_frame_for_each_query_head(lab):
+    fit = lab.comparison.fit
+    own = lab.rotations("own")
     assert set(own) == {reader for states in fit.values() for reader in states.queries}
     for states in fit.values():
         for reader, queries in states.queries.items():
@@ -60,30 +59,30 @@ def test_every_layer_that_asks_has_a_frame_for_each_query_head(frames):
             torch.testing.assert_close(own[reader] @ own[reader].mT, eye, atol=1e-4, rtol=0)
 
 
-def test_a_frame_of_its_own_is_nearer_to_the_queries_that_it_was_learned_on(frames):
+def test_a_frame_of_its_own_is_nearer_to_the_queries_that_it_was_learned_on(lab):
     """On calibration queries the mean cosine of each head is highest in the frame of that head."""
-    for index, states in frames.comparison.fit.items():
+    for index, states in lab.comparison.fit.items():
         for reader, queries in states.queries.items():
 
             def cosine(rotation):
                 y = queries @ rotation.repeat_interleave(len(queries) // len(rotation), 0).mT
                 return (y.abs().sum(-1) / y.norm(dim=-1)).mean(-1) / y.shape[-1] ** 0.5
 
-            own = cosine(frames.rotations("own")[reader])
+            own = cosine(lab.rotations("own")[reader])
             for frame in ("srht", "keys"):
-                assert (own > cosine(frames.rotations(frame)[index]) + 0.01).all()
+                assert (own > cosine(lab.rotations(frame)[index]) + 0.01).all()
 
 
-def test_a_signed_query_is_its_signs_turned_back_in_the_frame_that_was_asked_for(frames):
-    index, states = next(iter(frames.comparison.fit.items()))
+def test_a_signed_query_is_its_signs_turned_back_in_the_frame_that_was_asked_for(lab):
+    index, states = next(iter(lab.comparison.fit.items()))
     reader, queries = list(states.queries.items())[-1]
     groups = len(queries) // len(states.keys)
     for frame in ("keys", "own"):
         for mean in ("in", "kept"):
-            code = frames.queries(Case("whole", frame, mean=mean))[reader]
+            code = lab.queries(Case("whole", frame, mean=mean))[reader]
             read = code(queries[None])[0]
             for head in range(len(queries)):
-                turn = frames.rotations(frame, mean == "kept")
+                turn = lab.rotations(frame, mean == "kept")
                 turn = turn[reader][head] if frame == "own" else turn[index][head // groups]
                 offset = queries[head].mean(0) * (mean == "kept")
                 y = (queries[head] - offset) @ turn.T
@@ -92,16 +91,16 @@ def test_a_signed_query_is_its_signs_turned_back_in_the_frame_that_was_asked_for
                 torch.testing.assert_close(read[head], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_scores_of_two_frames_go_through_the_matrix_between_them(frames):
-    index, states = next(iter(frames.comparison.fit.items()))
+def test_scores_of_two_frames_go_through_the_matrix_between_them(lab):
+    index, states = next(iter(lab.comparison.fit.items()))
     reader, queries = next(iter(states.queries.items()))
     case = Case("rotation", "own")
-    query = frames.queries(case)[reader](queries[None])[0, 0]
-    centering = frames.comparison.key_centerings[index]
-    key = frames.keys(case)[index].reconstruct(states.keys[None])[0, 0] - centering.mean[0]
-    between = frames.rotations("own")[reader][0] @ frames.rotations("keys")[index][0].T
-    turned = queries[0] @ frames.rotations("own")[reader][0].T
-    centred = (states.keys[0] - centering.mean[0]) @ frames.rotations("keys")[index][0].T
+    query = lab.queries(case)[reader](queries[None])[0, 0]
+    centering = lab.comparison.key_centerings[index]
+    key = lab.keys(case)[index].reconstruct(states.keys[None])[0, 0] - centering.mean[0]
+    between = lab.rotations("own")[reader][0] @ lab.rotations("keys")[index][0].T
+    turned = queries[0] @ lab.rotations("own")[reader][0].T
+    centred = (states.keys[0] - centering.mean[0]) @ lab.rotations("keys")[index][0].T
     scales = [y.square().sum(-1) / y.abs().sum(-1) for y in (turned, centred)]
     expected = torch.outer(*scales) * (sign(turned) @ between @ sign(centred).T)
     torch.testing.assert_close(query @ key.T, expected, rtol=1e-3, atol=1e-2)
@@ -109,10 +108,10 @@ def test_scores_of_two_frames_go_through_the_matrix_between_them(frames):
     assert not Case("rotation", "keys", 4).counted and not Case("whole", "keys").counted
 
 
-def test_a_mean_of_queries_that_is_left_out_is_missed_and_one_that_is_kept_is_not(frames):
+def test_a_mean_of_queries_that_is_left_out_is_missed_and_one_that_is_kept_is_not(lab):
     """Unlike a mean of keys, which softmax does not see."""
-    comparison = frames.comparison
-    dropped = frames.queries(Case("whole", mean="dropped"))
+    comparison = lab.comparison
+    dropped = lab.queries(Case("whole", mean="dropped"))
     ids = comparison.exact.pieces[0].ids[None]
     model = comparison.loaded.model
     shifted = {
@@ -162,7 +161,7 @@ def test_pooled_queries_are_of_every_head_and_layer_that_reads():
 
 
 def test_the_lab_measures_every_case_and_goes_on_where_it_was(gemma, tmp_path, monkeypatch):
-    every, told = query_codes.cases(CONFIG), []
+    every = query_codes.cases(CONFIG)
     assert len(set(every)) == len(every)
     wanted = [
         case
@@ -173,8 +172,7 @@ def test_the_lab_measures_every_case_and_goes_on_where_it_was(gemma, tmp_path, m
         or case == Case("frame", "srht")
     ]
     monkeypatch.setattr(query_codes, "cases", lambda config: wanted)
-    tables = query_codes.measure(gemma, TEXT, CONFIG, tmp_path, told.append)
-    assert len(told) == query_codes.n_parts(gemma, CONFIG) == len(wanted) + 1
+    tables = QueriesLab(gemma, TEXT, CONFIG, tmp_path).run()
     assert len(wanted) == len(tables["rows"])
     for name, rows in tables.items():
         assert len({tuple(row) for row in rows}) == 1, name
@@ -197,7 +195,7 @@ def test_the_lab_measures_every_case_and_goes_on_where_it_was(gemma, tmp_path, m
     )
     monkeypatch.setattr("signlattice_paper.experiments.queries.learn_matrices", lambda *args: 1 / 0)
     monkeypatch.setattr(Comparison, "exact_row", lambda self: {"perplexity": 1.0})
-    again = query_codes.measure(gemma, TEXT, CONFIG, tmp_path)
+    again = QueriesLab(gemma, TEXT, CONFIG, tmp_path).run()
     assert again["rows"] == tables["rows"] and again["heads"] == tables["heads"]
 
 

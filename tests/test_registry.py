@@ -27,6 +27,7 @@ from signlattice.data.texts import Text
 from signlattice.models.passages import passages
 from signlattice.quantizers import registry
 from signlattice.quantizers.base import CalibrationSet, StoredQuantizer
+from signlattice_paper.experiments.ladder import LadderConfig, ladder_entries
 
 
 @dataclass(frozen=True)
@@ -126,3 +127,8 @@ def test_registered_quantizer_is_known_to_the_command_line(
     assert main(["inspect", str(output), "--json"]) == 0
     layers = json.loads(capsys.readouterr().out)["layers"]
     assert {layer["code"] for layer in layers} == {"three_levels"}
+
+
+def test_registered_quantizer_gets_a_row_of_the_ladder(registered, olmoe_folder):
+    names = [entry.name for entry in ladder_entries(load_model(olmoe_folder), LadderConfig())]
+    assert "three_levels, V 4" in names and len(set(names)) == len(names)

@@ -21,7 +21,7 @@ from signlattice_paper.experiments import comparison
 from signlattice_paper.experiments import second as second_code
 from signlattice_paper.experiments.comparison import ComparisonConfig
 from signlattice_paper.experiments.convergence import code_errors
-from signlattice_paper.experiments.second import SecondConfig
+from signlattice_paper.experiments.second import SecondConfig, SecondLab
 from signlattice_paper.figures.second_code import fig_second
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -191,9 +191,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_the_lab_measures_every_case_once_and_goes_on_where_it_was(gemma, tmp_path, monkeypatch):
-    loaded, told = gemma, []
-    tables = second_code.measure(loaded, TEXT, CONFIG, tmp_path, told.append)
-    assert len(told) == second_code.n_parts(loaded, CONFIG)
+    tables = SecondLab(gemma, TEXT, CONFIG, tmp_path).run()
     wanted = second_code.cases(CONFIG)
     assert len(set(wanted)) == len(wanted) == len(tables["rows"])
     assert len(tables["windowed"]) == sum(case.windowed for case in wanted)
@@ -222,7 +220,7 @@ def test_the_lab_measures_every_case_once_and_goes_on_where_it_was(gemma, tmp_pa
     )
     monkeypatch.setattr("signlattice_paper.experiments.second.learn_matrices", lambda *args: 1 / 0)
     monkeypatch.setattr(comparison.Comparison, "exact_row", lambda self: {"perplexity": 1.0})
-    again = second_code.measure(loaded, TEXT, CONFIG, tmp_path)
+    again = SecondLab(gemma, TEXT, CONFIG, tmp_path).run()
     assert again["rows"] == tables["rows"] and again["windowed"] == tables["windowed"]
 
 

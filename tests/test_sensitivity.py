@@ -23,10 +23,10 @@ from signlattice_paper.experiments.sensitivity import (
     ALL,
     PROSE,
     SensitivityConfig,
+    SensitivityLab,
     docstrings,
     domains,
     exemptions,
-    measure,
     summary,
 )
 from signlattice_paper.figures import sensitivity as figures
@@ -87,7 +87,6 @@ class Ran:
 
     folder: Path
     tables: dict[str, list[Row]] = field(default_factory=dict)
-    told: list[str] = field(default_factory=list)
     learned: list[tuple[int, ...]] = field(default_factory=list)
     n_judged: int = 0
     read: dict[str, set[str]] = field(default_factory=lambda: {"learned": set(), "judged": set()})
@@ -125,8 +124,8 @@ def ran(loaded, text, tmp_path_factory, one_thread) -> Ran:
         patch.setattr(sensitivity, "learn_layers", learned)
         patch.setattr(Judge, "row", judged)
         with pytest.raises(KeyboardInterrupt):
-            measure(loaded, text, CONFIG, run.folder, stop)
-        run.tables = measure(loaded, text, CONFIG, run.folder, run.told.append)
+            SensitivityLab(loaded, text, CONFIG, run.folder).run(stop)
+        run.tables = SensitivityLab(loaded, text, CONFIG, run.folder).run()
     return run
 
 
@@ -213,7 +212,7 @@ def test_as_many_keys_are_used_as_are_told(ran):
 
 
 def test_a_smaller_sample_is_part_of_a_larger(loaded, text, tmp_path):
-    lab = sensitivity._Lab(loaded, text, CONFIG, tmp_path, lambda part: None)
+    lab = SensitivityLab(loaded, text, CONFIG, tmp_path)
     whole, few = lab.source.bank, lab.source.sample(20, 0)
     more, other = lab.source.sample(40, 0), lab.source.sample(20, 1)
     for kind in ("keys", "queries"):
@@ -242,8 +241,8 @@ def test_seeds_differ_and_are_the_same_again(loaded, text, tables, tmp_path):
         rows = rows_of(tables, "seeds", code=code)
         assert [row["setting"] for row in rows] == ["0", "1"]
         assert rows[0]["gap"] != rows[1]["gap"] and rows[0]["beta"] != rows[1]["beta"]
-    lab = sensitivity._Lab(loaded, text, CONFIG, tmp_path, lambda part: None)
-    assert list(lab.seeds()) == tables["seeds"]
+    lab = SensitivityLab(loaded, text, CONFIG, tmp_path)
+    assert [row for seed in (0, 1) for row in lab.seeds(seed)] == tables["seeds"]
     bases = [
         head for seed in (0, 1) for c in lab._random(seed).codec.layers.values() for head in c.basis
     ]
@@ -279,7 +278,6 @@ def test_contexts_keep_a_number_or_a_share(tables):
 def test_an_interrupted_run_goes_on(ran, text, loaded, monkeypatch):
     """Each code is learned once and each cache judged once, and a third run does neither."""
     n_rows = sum(len(rows) for name, rows in ran.tables.items() if name != "summary")
-    assert len(ran.told) == n_rows
     assert len(ran.learned) == 4 + 2 * 3 + 2 * 2  # calibration, domains, seeds
     same = 5  # the base case: no layer exempt; the longest context of three codes; a seed of SRHT
     assert ran.n_judged == n_rows - same
@@ -289,7 +287,7 @@ def test_an_interrupted_run_goes_on(ran, text, loaded, monkeypatch):
 
     for name in ("learn_layers", "learn_codec", "capture_passages", "null_betas", "Judge"):
         monkeypatch.setattr(sensitivity, name, never)
-    assert measure(loaded, text, CONFIG, ran.folder) == ran.tables
+    assert SensitivityLab(loaded, text, CONFIG, ran.folder).run() == ran.tables
 
 
 # Summary
@@ -412,4 +410,4 @@ def test_a_bad_configuration_is_refused_by_name(changes, said):
 )
 def test_what_does_not_fit_model_or_text_is_refused(loaded, text, tmp_path, changes, said):
     with pytest.raises(InputError, match=said):
-        measure(loaded, text, replace(CONFIG, **changes), tmp_path)
+        SensitivityLab(loaded, text, replace(CONFIG, **changes), tmp_path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from signlattice.alignment import beta
+from signlattice.data.texts import read_text
 from signlattice.errors import InputError
 from signlattice.rotations import synthetic
 from signlattice.rotations.config import SOLVERS
@@ -24,7 +25,7 @@ SMALL = solvers.SolverConfig(
 @pytest.fixture
 def heads(olmoe, small_corpus):
     small_corpus()
-    return solvers.head_keys(olmoe, SMALL)
+    return solvers.head_keys(olmoe, read_text("corpus"), SMALL)
 
 
 def test_planted_keys_are_at_their_optimum_only_in_the_frame_they_were_planted_in():
@@ -44,22 +45,17 @@ def test_every_head_has_keys_centred_by_its_calibration_mean(heads):
     torch.testing.assert_close(judged_offset, offset[:1].expand_as(judged_offset))
 
 
-def test_traces_tell_every_solver_on_every_set(heads):
+def test_traced_sets_are_planted_noise_and_heads(heads):
     sets = solvers.traced_sets(heads, SMALL)
     assert [keys.kind for keys in sets] == ["planted", "noise", *["none"] * 2, *["token_mean"] * 2]
     assert [row["optimum"] is None for row in solvers.describe(sets)] == [False] + [True] * 5
-    calls = []
-    rows = solvers.traces(sets[:2], SMALL, lambda: calls.append(1))
-    assert len(calls) == 2 * len(SOLVERS)
-    assert {(row["keys"], row["solver"]) for row in rows} == {
-        (keys.name, solver) for keys in sets[:2] for solver in SOLVERS
+    assert {0, 50, 200, 500} <= {
+        row["step"] for row in solvers.trace_rows(sets[1], "gradient", SMALL)
     }
-    gradient = [row["step"] for row in rows if row["solver"] == "gradient"]
-    assert {0, 50, 200, 500} <= set(gradient)
 
 
 def test_the_bar_compares_held_out_betas(heads):
-    row = solvers.bar(heads[:1], SMALL)[0]
+    row = solvers.bar_row(heads[0], SMALL)
     assert row["difference"] == pytest.approx(row["annealed"] - row["itq"])
     assert row["time_ratio"] == pytest.approx(row["annealed_seconds"] / row["itq_seconds"])
 
@@ -67,19 +63,25 @@ def test_the_bar_compares_held_out_betas(heads):
 def test_noise_is_over_fitted_the_less_the_more_keys_there_are():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rows = solvers.noise_nulls(SMALL)
-    few, many = ([row for row in rows if row["keys_per_dim"] == ratio] for ratio in (1, 16))
-    for small, large in zip(few, many, strict=True):
+        rows = [
+            [solvers.null_row(16, ratio, solver, 0) for ratio in (1, 16)]
+            for solver in SMALL.null_solvers
+        ]
+    for small, large in rows:
         assert small["in_sample"] > large["in_sample"] > large["held_out"]
 
 
-def test_progress_is_told_once_per_run(heads):
-    calls = []
-    count = SMALL.n_runs(n_heads=4)
-    solvers.traces(solvers.traced_sets(heads, SMALL), SMALL, lambda: calls.append(1))
-    solvers.noise_nulls(SMALL, lambda: calls.append(1))
-    solvers.bar(heads, SMALL, lambda: calls.append(1))
-    assert len(calls) == count
+def test_lab_has_every_solver_on_every_set(olmoe, small_corpus, tmp_path):
+    small_corpus()
+    lab, parts = solvers.SolverLab(olmoe, read_text("corpus"), SMALL, tmp_path), []
+    tables = lab.run(parts.append)
+    assert len(parts) == len(lab.cases()) == 6 * len(SOLVERS) + 4 + len(lab.heads)
+    assert [row["keys"] for row in tables["sets"]] == list(lab.sets)
+    assert {(row["keys"], row["solver"]) for row in tables["traces"]} == {
+        (name, solver) for name in lab.sets for solver in SOLVERS
+    }
+    assert [row["keys"] for row in tables["bar"]] == list(lab.heads)
+    assert len(tables["null"]) == 4
 
 
 @pytest.mark.parametrize(
@@ -93,4 +95,5 @@ def test_wrong_settings_are_told_in_one_line(wrong):
 
 def test_layers_that_the_model_lacks_are_named(olmoe, texts, heads):
     with pytest.raises(InputError, match=r"layers \[7\]"):
-        solvers.head_keys(olmoe, solvers.SolverConfig(n_keys=64, layers=(0, 7)))
+        config = solvers.SolverConfig(n_keys=64, layers=(0, 7))
+        solvers.head_keys(olmoe, read_text("corpus"), config)

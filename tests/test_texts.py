@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import sys
 from pathlib import Path
 
 import pandas
@@ -194,6 +195,14 @@ def test_lines_of_wikitext_become_articles(wikitext, commits, tmp_path):
         ARTICLES[2] + " third \n",
     ]
     assert [d.text for d in text.evaluation] == [ARTICLES[3] + " fourth \n"]
+
+
+def test_a_text_of_the_hub_without_datasets_names_the_extra(
+    wikitext, commits, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r'pip install "signlattice\[texts\]"'):
+        read_text("wikitext", cache=tmp_path / "kept")
 
 
 def test_c4_is_read_no_further_than_asked(c4, commits, tmp_path):

@@ -30,6 +30,7 @@ from signlattice_paper.experiments.scores import with_absorbed_rotations
 from signlattice_paper.experiments.values import (
     SideCase,
     ValuesConfig,
+    ValuesLab,
     best,
     learned_rotations,
     needed_bits,
@@ -76,15 +77,12 @@ def lab(request, tmp_path_factory):
     """Grouped queries in two layers, and a layer whose keys and values another one reads."""
     place = tmp_path_factory.mktemp("lab")
     folder = shutil.copytree(request.getfixturevalue(request.param), place / "model")
-    loaded, told = load_model(folder), []
+    loaded = load_model(folder)
     sign_codec(loaded).save(folder / "lattice.safetensors")
-    tables = values.measure(loaded, TEXT, CONFIG, place, told.append)
-    return SimpleNamespace(loaded=loaded, tables=tables, told=told)
+    return SimpleNamespace(loaded=loaded, tables=ValuesLab(loaded, TEXT, CONFIG, place).run())
 
 
-def test_every_part_is_told_and_every_table_is_flat(lab):
-    assert len(lab.told) == values.n_parts(lab.loaded, CONFIG)
-    assert sum(map(len, lab.tables.values())) == len(lab.told) + 1
+def test_every_table_is_flat(lab):
     for name, rows in lab.tables.items():
         assert len({tuple(row) for row in rows}) == 1, name
         kinds = {type(value) for row in rows for value in row.values()}
@@ -227,8 +225,8 @@ def test_a_lattice_beside_the_model_is_taken_and_that_of_another_is_not(
 
     def basis(codec):
         codec.save(folder / "lattice.safetensors")
-        study = values._Study(loaded, TEXT, CONFIG, Scratch(tmp_path))
-        return study._codes("keys", "lattice")[0].basis
+        lab = ValuesLab(loaded, TEXT, CONFIG, tmp_path)
+        return lab._codes("keys", "lattice")[0].code.basis
 
     own = sign_codec(loaded, seed=9)
     torch.testing.assert_close(basis(own), own.layers[0].basis)

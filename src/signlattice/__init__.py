@@ -73,7 +73,34 @@ _EXPORTS = {
     "read_text": "data.texts",
 }
 
-__all__ = sorted([*_EXPORTS, "__version__"])
+__all__ = [
+    "CacheConfig",
+    "CalibrationConfig",
+    "Centering",
+    "InputError",
+    "IntegrityError",
+    "Judge",
+    "KeyCodec",
+    "LearnConfig",
+    "LoadedModel",
+    "QualityConfig",
+    "SignKeyCache",
+    "SignQuantizer",
+    "__version__",
+    "beta",
+    "capture",
+    "cosine",
+    "elliptical_ceiling",
+    "haar_beta",
+    "learn_codec",
+    "learn_rotation",
+    "learn_rotations",
+    "load_full",
+    "load_model",
+    "measure_codec",
+    "moment_ratio",
+    "read_text",
+]
 
 
 def __getattr__(name: str) -> Any:

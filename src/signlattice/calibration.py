@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -12,10 +12,12 @@ import torch
 
 from signlattice import __version__
 from signlattice.data.texts import Text
+from signlattice.distributed.capture import capture_parts, split_batches
+from signlattice.distributed.workers import Workers
 from signlattice.errors import InputError
 from signlattice.evaluation.heads import HeadQuality, fit_temperature, head_quality
 from signlattice.kernels import HEAD_DIMS
-from signlattice.models.capture import KeyBank, capture_passages, open_bank
+from signlattice.models.capture import KeyBank, capture_passages
 from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage, passages, take_tokens
@@ -110,13 +112,38 @@ def learn_codec(
 
     Raises ``InputError`` as `coded_layers`, and on a text too short for the head sizes.
     """
+    codec = learn_codec_shared(Workers(), loaded, text, config, scratch, progress)
+    assert codec is not None  # a process alone leads
+    return codec
+
+
+def learn_codec_shared(
+    workers: Workers,
+    loaded: LoadedModel,
+    text: Text,
+    config: CalibrationConfig = CalibrationConfig(),
+    scratch: Path | None = None,
+    progress: Progress | None = None,
+) -> KeyCodec | None:
+    """Learn as `learn_codec` does, passages and layers shared out among ``workers``.
+
+    All of them call this with one ``scratch`` folder. The process that leads gets the codec, which
+    is the same however many they are, given as many threads to each; the others get None. The keys
+    of one layer at a time are in memory.
+
+    Raises ``InputError`` as `learn_codec`, and on several workers without ``scratch``.
+    """
+    _check_shared(scratch, workers)
     tell = progress or (lambda part: None)
     layers = coded_layers(loaded, config)
     if scratch is not None:
         scratch = scratch / _identity(loaded, text, config)
     fit, judged = _passages(loaded, text, layers, config)
-    bank = _captured(loaded, fit, config, scratch, tell)
-    codes = learn_layers(loaded, bank, config, scratch, tell)
+    bank = _captured(loaded, fit, config, scratch, workers)
+    tell("captured")
+    codes = learn_layers(loaded, bank, config, scratch, tell, workers)
+    if not workers.leads:
+        return None
     held_out = capture_passages(loaded, judged, queries=False, batch_size=config.batch_size)
     beta = {
         index: tuple(code.cosines(held_out.keys(index)).double().mean(-1).tolist())
@@ -145,24 +172,41 @@ def learn_layers(
     config: CalibrationConfig = CalibrationConfig(),
     scratch: Path | None = None,
     progress: Progress | None = None,
+    workers: Workers = Workers(),
 ) -> dict[int, StoredQuantizer]:
-    """The codes that `learn_codec` learns, of keys and queries that are captured already.
+    """Learn the codes of `learn_codec` from keys and queries that are captured already.
 
     Keys are a sample by the seed, ``keys_per_dim`` of them if the bank has more; the metric is of
-    all its queries. Raises ``InputError`` as `coded_layers`.
+    all its queries. Several ``workers`` share the layers through the files in ``scratch``: the one
+    that leads gets all codes, the others those that they have learned.
+
+    Raises ``InputError`` as `coded_layers`, and on several workers without ``scratch``.
     """
-    readers = _readers(loaded)
+    _check_shared(scratch, workers)
+    readers, layers = _readers(loaded), coded_layers(loaded, config)
     codes = {}
-    for index, layer in coded_layers(loaded, config).items():
-        file = None if scratch is None else scratch / f"layer-{index}.safetensors"
-        codes[index] = _learned(bank, layer, readers[index], config, file)
-        if progress is not None:
-            progress(f"learned layer {index}")
-    return codes
+
+    def learn(indices: Iterable[int]) -> None:
+        for index in indices:
+            file = None if scratch is None else scratch / f"layer-{index}.safetensors"
+            codes[index] = _learned(bank, layers[index], readers[index], config, file)
+            if progress is not None:
+                progress(f"learned layer {index}")
+
+    learn(workers.share(list(layers)))
+    workers.barrier()
+    if workers.leads:
+        learn(index for index in layers if index not in codes)  # from the files of the others
+    return dict(sorted(codes.items()))
+
+
+def _check_shared(scratch: Path | None, workers: Workers) -> None:
+    if scratch is None and workers.count > 1:
+        raise InputError(f"{workers.count} processes share their work in a folder: give scratch")
 
 
 def n_parts(loaded: LoadedModel, config: CalibrationConfig) -> int:
-    """How often `learn_codec` tells of its progress."""
+    """Count how often `learn_codec` reports progress."""
     return len(coded_layers(loaded, config)) + 2
 
 
@@ -206,15 +250,13 @@ def _captured(
     fit: Sequence[Passage],
     config: CalibrationConfig,
     scratch: Path | None,
-    tell: Progress,
+    workers: Workers,
 ) -> KeyBank:
-    folder = None if scratch is None else scratch / "keys"
-    if folder is not None and (folder / "index.json").is_file():
-        bank = open_bank(folder)
-    else:
-        bank = capture_passages(loaded, fit, folder=folder, batch_size=config.batch_size)
-    tell("captured")
-    return bank
+    size = config.batch_size
+    if scratch is None:
+        return capture_passages(loaded, fit, batch_size=size)
+    parts = split_batches(fit, size)
+    return capture_parts(loaded, parts, scratch / "keys", workers, batch_size=size)
 
 
 def _readers(loaded: LoadedModel) -> dict[int, list[int]]:
@@ -268,7 +310,7 @@ def _hash(pieces: Sequence[Passage]) -> str:
 
 
 def _identity(loaded: LoadedModel, text: Text, config: CalibrationConfig) -> str:
-    """What kept results depend on: the model, the text, the library and the configuration."""
+    """Hash what kept results depend on: the model, the text, the library and the configuration."""
     sides = [
         hashlib.sha256("".join(d.text for d in side).encode()).hexdigest()
         for side in (text.calibration, text.evaluation)

@@ -1,4 +1,4 @@
-"""Where the repository's files are, and how one of them is written."""
+"""Where the project's files are, and how one of them is written."""
 
 from __future__ import annotations
 
@@ -16,12 +16,55 @@ from torch import Tensor
 
 from signlattice.errors import InputError, IntegrityError
 
-PROJECT = Path(__file__).resolve().parents[2]
-"""Root of the source tree: it holds ``models/``, ``results/``, ``book/`` and ``claims.yml``."""
+Progress = Callable[[str], object]
+"""Called with a phrase each time that a part of some longer work is done."""
+
+HOME_VARIABLE = "SIGNLATTICE_HOME"
+"""Environment variable that names another folder with ``models/`` and ``results/``."""
+
+
+def project_folder() -> Path:
+    """Find the folder that holds ``models/`` and ``results/``.
+
+    It is the one that ``SIGNLATTICE_HOME`` names, else the source tree that this file is part of,
+    else the data that were installed with the package.
+
+    Raises ``InputError`` if ``SIGNLATTICE_HOME`` names no folder.
+    """
+    if named := os.environ.get(HOME_VARIABLE):
+        folder = Path(named).expanduser().absolute()
+        if not folder.is_dir():
+            raise InputError(
+                f"{HOME_VARIABLE}={named!r} is no folder: name a checkout of signlattice, "
+                "or unset it to use the installed models and records"
+            )
+        return folder
+    package = Path(__file__).resolve().parent
+    checkout = package.parents[1]
+    is_checkout = (checkout / "pyproject.toml").is_file() and (checkout / "models").is_dir()
+    return checkout if is_checkout else package / "home"  # setup.py copies the data to home/
+
+
+PROJECT = project_folder()
+"""Holds ``models/`` and ``results/``; in a checkout ``book/``, ``claims.yml`` and the tests, too."""
+
+
+def require_checkout(path: Path) -> Path:
+    """Return a path inside the project that a checkout has and an installation does not.
+
+    Raises ``InputError`` if it is not there.
+    """
+    path = Path(path)
+    if not path.exists() and path.absolute().is_relative_to(PROJECT):
+        raise InputError(
+            f"{path.name} is not in {PROJECT}: it is part of the source tree, not of an "
+            f"installation; set {HOME_VARIABLE} to a checkout of signlattice"
+        )
+    return path
 
 
 def display_path(path: Path) -> str:
-    """A path as messages show it: relative to the source tree where it lies inside."""
+    """Show a path in a message: relative to the project where it lies inside."""
     full = Path(path).absolute()
     return full.relative_to(PROJECT).as_posix() if full.is_relative_to(PROJECT) else str(path)
 
@@ -65,39 +108,52 @@ def write_tensors(
         building.unlink(missing_ok=True)
 
 
-def load_or_compute(file: Path, make: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:
-    """Tensors by number, read from ``file`` if an earlier run got that far, else made and kept.
+def no_progress(part: str) -> None:
+    """Ignore that a part of the work is done: the `Progress` of work that nobody watches."""
+
+
+def load_or_compute(
+    file: Path, compute: Callable[..., Mapping[int, Tensor]], *arguments: object
+) -> dict[int, Tensor]:
+    """Load the tensors of an earlier run by their numbers, or compute and write them.
 
     Raises ``IntegrityError`` if the file is damaged.
     """
     if not file.exists():
-        write_tensors(file, {str(number): tensor for number, tensor in make().items()})
+        computed = compute(*arguments)
+        write_tensors(file, {str(number): tensor for number, tensor in computed.items()})
     try:
-        found = {int(number): tensor for number, tensor in load_file(file).items()}
+        loaded = {int(number): tensor for number, tensor in load_file(file).items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise IntegrityError(
             f"{display_path(file)} is damaged ({error}): delete it and run again"
         ) from None
-    return dict(sorted(found.items()))
+    return dict(sorted(loaded.items()))
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """What an interrupted run leaves behind, by name: the next one does not make it again."""
+    """A folder of results by name: a run that goes on after an interruption loads them."""
 
     folder: Path
 
     @classmethod
     def of(cls, root: Path, *known: object) -> Scratch:
-        """A folder under ``root`` for results that depend on what is ``known``, as JSON writes it."""
+        """Name a folder under ``root`` by a hash of all that its results depend on.
+
+        ``known`` is written as JSON: hashes of weights and text, the version, the configuration.
+        """
         digest = hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
         return cls(Path(root) / digest[:16])
 
-    def row(self, name: str, make: Callable[[], dict]) -> dict:
-        """A row of a table, as JSON. Raises ``IntegrityError`` if what was kept is damaged."""
+    def row(self, name: str, compute: Callable[..., dict], *arguments: object) -> dict:
+        """Load what an earlier run computed by that name, or compute it and write it as JSON.
+
+        Raises ``IntegrityError`` if the file is damaged.
+        """
         file = self.file(name, ".json")
         if not file.exists():
-            write_text(file, json.dumps(make()))
+            write_text(file, json.dumps(compute(*arguments)))
         try:
             return json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -105,12 +161,14 @@ class Scratch:
                 f"{display_path(file)} is damaged ({error}): delete it and run again"
             ) from None
 
-    def tensors(self, name: str, make: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:
-        """As `load_or_compute`."""
-        return load_or_compute(self.file(name, ".safetensors"), make)
+    def tensors(
+        self, name: str, compute: Callable[..., Mapping[int, Tensor]], *arguments: object
+    ) -> dict[int, Tensor]:
+        """Load or compute tensors by number, as `load_or_compute` does."""
+        return load_or_compute(self.file(name, ".safetensors"), compute, *arguments)
 
     def file(self, name: str, suffix: str) -> Path:
-        """Where what has that name is kept."""
+        """Name the file that keeps a result of that name."""
         return self.folder / (hashlib.sha256(name.encode()).hexdigest()[:16] + suffix)
 
 

@@ -320,8 +320,8 @@ def crossover_length(
         bits = sum(sum(_kv_bits(group, fmt, length, batch)) for group in groups)
         return bits >= 8 * weight_bytes
 
-    windows = [group.sliding_window for group in groups]
-    if None not in windows and not reaches(max(windows)):
+    windows = [group.sliding_window for group in groups if group.sliding_window is not None]
+    if len(windows) == len(groups) and not reaches(max(windows)):
         return None
     high = 1
     while not reaches(high):

@@ -15,7 +15,7 @@ import yaml
 from IPython.display import Markdown
 
 from signlattice.errors import InputError, IntegrityError
-from signlattice.io import PROJECT, display_path
+from signlattice.io import PROJECT, display_path, require_checkout
 from signlattice_paper.records import Metric, RunRecord
 from signlattice_paper.tables import anchor, provenance
 
@@ -105,7 +105,7 @@ def read_entries(path: Path, name: str) -> list[Any]:
     Raises ``InputError`` if it cannot be read, ``IntegrityError`` if it is not YAML or no list.
     """
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entries = yaml.safe_load(require_checkout(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"cannot read the {name} {display_path(path)} ({error.strerror})"

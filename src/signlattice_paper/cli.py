@@ -1,12 +1,13 @@
-"""The paper's command line: execute and check its notebooks, and check its records.
+"""The command line of the paper: execute notebooks, check them, and check the records.
 
 ::
 
-    python -m signlattice_paper run book/s1_*.ipynb
-    python -m signlattice_paper records
+    signlattice-paper run book/s1_*.ipynb [-p NAME VALUE] [--out FOLDER] [--times]
+    signlattice-paper normalise book/*.ipynb
+    signlattice-paper check book/*.ipynb
+    signlattice-paper records [--before-run]
 
-Exit codes: 0 success, 1 an error or something that is not as it should be, 2 wrong usage, 130
-interrupted.
+Exit codes: 0 success, 1 an error that is told in a line each, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,23 +16,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from signlattice.errors import InputError
 from signlattice.io import display_path
-from signlattice_paper import notebooks, provenance
-from signlattice_paper import records as run_records
-from signlattice_paper.notebooks import NotebookError
+from signlattice_paper import notebooks, provenance, records
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; wrong usage and help raise SystemExit."""
+    """Run a command and return its exit code."""
     options = parser().parse_args(argv)
     try:
         return options.run(options)
-    except (InputError, NotebookError) as error:
+    except (InputError, notebooks.NotebookError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -39,73 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def run(options: argparse.Namespace) -> int:
-    """Execute notebooks."""
-    values = parse_values(options.values)
-    timing = notebooks.run_all(options.notebooks, values, out=options.out, times=options.times)
-    if timing is not None:
-        print(timing.save())
-    return 0
-
-
-def normalise(options: argparse.Namespace) -> int:
-    """Normalise notebooks in place."""
-    for path in options.notebooks:
-        changed = notebooks.normalise_file(path)
-        print(f"{display_path(path)}: {'normalised' if changed else 'unchanged'}")
-    return 0
-
-
-def check(options: argparse.Namespace) -> int:
-    """Print what keeps notebooks from being published."""
-    problems = [line for path in options.notebooks for line in notebooks.problems(path)]
-    print("\n".join(problems) or f"{len(options.notebooks)} notebooks ready")
-    return 1 if problems else 0
-
-
-def records(options: argparse.Namespace) -> int:
-    """Print which records are not those that their labs would make now."""
-    faults = provenance.faults(before_run=options.before_run)
-    for line in faults:
-        print(f"error: {line}", file=sys.stderr)
-    if not faults:
-        print(f"{len(run_records.every())} records, each as its lab would make it")
-    return 1 if faults else 0
-
-
-def parse_values(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Parse (name, value as YAML) pairs. Raises ``InputError`` on a value that is no YAML."""
-    try:
-        return {name: yaml.safe_load(value) for name, value in pairs}
-    except yaml.YAMLError:
-        raise InputError(f"cannot read the parameters {dict(pairs)}: use plain values") from None
-
-
 def parser() -> argparse.ArgumentParser:
     """Build the parser of all commands."""
     top = argparse.ArgumentParser(
-        "signlattice-paper", description="Execute and check the paper's notebooks and records."
+        "signlattice-paper",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    _add_run(commands)
-    for command, what in (
-        (normalise, "take out of notebooks what differs between two equal runs"),
-        (check, "say what keeps notebooks from being published"),
-    ):
-        _add_notebooks(_add_command(commands, command, what))
-    command = _add_command(commands, records, "check that records are those that labs would make")
-    command.add_argument(
-        "--before-run",
-        action="store_true",
-        help="the chapters will be executed: do not look at what they show",
+    run = commands.add_parser("run", help="execute notebooks and normalise them")
+    run.add_argument("notebooks", nargs="+", type=Path)
+    run.add_argument(
+        "--times", action="store_true", help="record how long each took, in results/run_times"
     )
-    return top
-
-
-def _add_run(commands: argparse._SubParsersAction) -> None:
-    command = _add_command(commands, run, "execute notebooks and normalise them")
-    _add_notebooks(command)
-    command.add_argument(
+    run.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write there, and leave the notebooks alone"
+    )
+    run.add_argument(
         "-p",
         dest="values",
         nargs=2,
@@ -114,26 +60,48 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         metavar=("NAME", "VALUE"),
         help="a parameter of every notebook that is run",
     )
-    command.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="put what is run there, and leave the notebooks as they are",
-    )
-    command.add_argument(
-        "--times",
+    run.set_defaults(run=_run)
+    normalise = commands.add_parser("normalise", help="write notebooks in their canonical form")
+    normalise.add_argument("notebooks", nargs="+", type=Path)
+    normalise.set_defaults(run=_normalise)
+    check = commands.add_parser("check", help="say what keeps notebooks from being published")
+    check.add_argument("notebooks", nargs="+", type=Path)
+    check.set_defaults(run=_check)
+    stale = commands.add_parser("records", help="check that records are as their labs would be now")
+    stale.add_argument(
+        "--before-run",
         action="store_true",
-        help="keep how long each took in results/run_times/book.json",
+        help="the chapters will be executed: do not look at what they show",
     )
+    stale.set_defaults(run=_records)
+    return top
 
 
-def _add_command(commands: argparse._SubParsersAction, run: Any, what: str) -> Any:
-    command = commands.add_parser(
-        run.__name__, help=what, description=f"{what[0].upper()}{what[1:]}."
-    )
-    command.set_defaults(run=run)
-    return command
+def _run(options: argparse.Namespace) -> int:
+    values = notebooks.parse_values(options.values)
+    timing = notebooks.run_all(options.notebooks, values, times=options.times, out=options.out)
+    if timing is not None:
+        print(timing.save())
+    return 0
 
 
-def _add_notebooks(command: argparse.ArgumentParser) -> None:
-    command.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")
+def _normalise(options: argparse.Namespace) -> int:
+    for path in options.notebooks:
+        changed = notebooks.normalise_file(path)
+        print(f"{display_path(path)}: {'normalised' if changed else 'unchanged'}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    faults = [line for path in options.notebooks for line in notebooks.problems(path)]
+    print("\n".join(faults) or f"{len(options.notebooks)} notebooks ready")
+    return 1 if faults else 0
+
+
+def _records(options: argparse.Namespace) -> int:
+    faults = provenance.faults(before_run=options.before_run)
+    for line in faults:
+        print(f"error: {line}", file=sys.stderr)
+    if not faults:
+        print(f"{len(records.every())} records, each as its lab would make it")
+    return 1 if faults else 0

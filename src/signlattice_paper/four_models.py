@@ -20,8 +20,8 @@ from signlattice_paper.tables import select, table
 
 LAB = "architectures"
 
-PAIRS = {name: mini.name for name, mini in PAPER_MODELS.items()}
-"""The paper's models, and the minis of the same architectures, by name."""
+PAIRS = {model.name: model.mini for model in PAPER_MODELS}
+"""The paper's models, and the minis of the same architectures."""
 
 NOT_RUN = "not run"
 

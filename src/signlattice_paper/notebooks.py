@@ -1,7 +1,4 @@
-"""Chapters and labs as files: executed by papermill, written so that a second run changes no byte.
-
-``python -m signlattice_paper`` has them as commands: ``run``, ``normalise`` and ``check``.
-"""
+"""Chapters and labs as files: executed, and written so that a second run changes no byte."""
 
 from __future__ import annotations
 
@@ -20,6 +17,7 @@ from typing import Any
 
 import nbformat
 import papermill
+import yaml
 from ipykernel.kernelspec import write_kernel_spec
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
@@ -224,6 +222,14 @@ def environment_bytes(folder: Path = Path(sys.prefix)) -> int:
     """Bytes of all files of an environment, this interpreter's unless another is given."""
     files = (path for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
     return sum(path.stat().st_size for path in files)
+
+
+def parse_values(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Read parameters from pairs of name and YAML. Raises ``InputError`` on what is no YAML."""
+    try:
+        return {name: yaml.safe_load(value) for name, value in pairs}
+    except yaml.YAMLError:
+        raise InputError(f"cannot read the parameters {dict(pairs)}: use plain values") from None
 
 
 def _changed_parameters(nb: NotebookNode, values: Mapping[str, Any], path: Path) -> dict[str, Any]:

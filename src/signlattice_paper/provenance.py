@@ -1,12 +1,12 @@
 """Is every record the one that its lab would make now? One line for each that is not.
 
-``python -m signlattice_paper records`` asks it, and so does every build of the book.
+``signlattice-paper records [--before-run]`` asks, and so does every build of the book.
 
 A record is stale if the model's weights, the text, the seeds or the configuration that it names
 are not those that its lab notebook would use; the lab is read for that, not run. Some labs owe a
 record for every model in ``models/``, the others for the one that they name. A claim or a chapter
 that names a record which is not there, and a chapter whose tables are of an earlier run of a lab,
-are named as well; the last not with ``before_run``, since the chapters are about to be executed.
+are told as well; the last not with ``--before-run``, since the chapters are about to be executed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from signlattice.errors import InputError
-from signlattice.io import PROJECT
+from signlattice.io import PROJECT, require_checkout
 from signlattice.models.loading import weights_hash
 from signlattice_paper import notebooks, records
 from signlattice_paper.claims import load_claims
@@ -52,7 +52,7 @@ def faults(project: Path = PROJECT, *, before_run: bool = False) -> list[str]:
     """
     project = Path(project)
     found = []
-    labs = sorted((project / "book" / "lab").glob("*.ipynb"))
+    labs = sorted((require_checkout(project / "book") / "lab").glob("*.ipynb"))
     minis = sorted(file.parent.name for file in (project / "models").glob("*/config.json"))
     for lab in labs:
         owed = minis if lab.stem in EVERY_MODEL else _named_model(lab)

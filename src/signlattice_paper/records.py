@@ -41,7 +41,8 @@ DIGITS = 8
 
 PACKAGES = ("torch", "transformers", "tokenizers", "triton", "numpy", "scipy", "signlattice")
 
-Row = Mapping[str, "str | int | float | bool | None"]
+Row = Mapping[str, Any]
+"""A row of a table: each column a string, a number, a truth value or None."""
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
+import chromium
 import pytest
+from offline_assets import CDN
 from playwright.sync_api import Browser
-
-# the browser is one of the book's own tools, which are no package
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "book" / "_ext"))
-
-import chromium  # noqa: E402
-from offline_assets import CDN  # noqa: E402
-from visit import Opened, opening  # noqa: E402
+from visit import Opened, opening
 
 
 @pytest.fixture(scope="session")

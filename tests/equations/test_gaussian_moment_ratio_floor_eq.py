@@ -30,7 +30,7 @@ def test_the_moment_ratio_has_another_floor():
 @pytest.mark.parametrize("d", [3, 16, 64, 128, 2048])
 def test_finite_dimension_by_integration(d):
     """E c = sqrt(d) E|x|, x a coordinate of a uniform direction: density (1 - x^2)^((d-3)/2)."""
-    shape = lambda x: (1 - x * x) ** ((d - 3) / 2)  # noqa: E731
+    shape = lambda x: (1 - x * x) ** ((d - 3) / 2)
     edge = min(1, 12 / math.sqrt(d))
     mass = integrate.quad(shape, 0, edge)[0]
     mean = integrate.quad(lambda x: x * shape(x), 0, edge)[0] / mass

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from accuracy import DEVICE, assert_accurate, plain_attention, relative_error
+from accuracy import DEVICE, assert_accurate, attention_tolerance, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,8 +18,6 @@ from signlattice.kernels.attention import reference
 from signlattice.kernels.attention import triton as triton_attention
 from signlattice.kernels.layout import FullPrecisionTokens, PackedKeys, PackedValues
 from signlattice.kernels.unpack import reference as unpack
-
-ATOL = {torch.float16: 1e-5, torch.bfloat16: 1e-4, torch.float32: 1e-6}
 
 
 @pytest.fixture(autouse=True)
@@ -139,10 +137,8 @@ def _exact(x: Inputs) -> Tensor:
 
 
 def _judge(got: Tensor, x: Inputs) -> None:
-    plain = plain_attention(*x.astuple())
-    assert plain.isfinite().all(), "nothing is shown by doing better than NaN"
     assert got.dtype == x.query.dtype
-    assert_accurate(got, plain, _exact(x), ATOL[got.dtype])
+    assert_accurate(got, _exact(x), attention_tolerance(*x.astuple()))
 
 
 def _check(case: Case, seed: int = 0) -> None:
@@ -188,7 +184,7 @@ DRAWN = {
     "d": st.sampled_from((16, 32, 64, 80, 112, 128)),
     "dv": st.sampled_from((None, 16, 96)),
     "group": st.integers(1, 32),
-    "dtype": st.sampled_from(tuple(ATOL)),
+    "dtype": st.sampled_from((torch.float16, torch.bfloat16, torch.float32)),
     "bits": st.sampled_from((16, 8, 4, 2)),
     "softcap": st.sampled_from((None, 1.0, 50.0)),
     "dc": st.booleans(),

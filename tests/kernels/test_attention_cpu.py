@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accuracy import assert_accurate, plain_attention, relative_error
+from accuracy import assert_accurate, attention_tolerance, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba.core.registry import cpu_target
 from torch import Tensor
 
 from signlattice import kernels
-from signlattice.kernels.attention import bf16_loop, cpu, cpu_loop, reference, vectors
+from signlattice.kernels.attention import cpu, cpu_loop, reference, vectors
 from signlattice.kernels.layout import FullPrecisionTokens, PackedKeys, PackedValues
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -98,27 +98,9 @@ def _exact(arguments: tuple) -> Tensor:
     return reference.decode_attention(query.double(), keys, rotation.double(), *rest)
 
 
-def _clean(arguments: tuple) -> tuple:
-    """The same without NaN: what plain torch, which masks afterwards, is given."""
-    query, keys, rotation, values, *rest, whole = arguments
-    dc = None if keys.dc is None else keys.dc.nan_to_num(0.0)
-    keys = PackedKeys(keys.words, keys.scale.nan_to_num(0.0), dc)
-    if isinstance(values, PackedValues):
-        scale, zero = values.scale.nan_to_num(0.0), values.zero.nan_to_num(0.0)
-        values = PackedValues(values.words, scale, zero, values.bits)
-    if whole is not None:
-        kept = whole.keys.nan_to_num(0.0), whole.values.nan_to_num(0.0)
-        whole = FullPrecisionTokens(*kept, whole.length)
-    return query, keys, rotation, values, *rest, whole
-
-
 def _assert_right(arguments: tuple) -> None:
-    assert_accurate(
-        cpu.decode_attention(*arguments),
-        plain_attention(*_clean(arguments)),
-        _exact(arguments),
-        atol=2e-7,
-    )
+    got, exact = cpu.decode_attention(*arguments), _exact(arguments)
+    assert_accurate(got, exact, attention_tolerance(*arguments))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -225,20 +207,6 @@ def test_pieces_cover_every_token_once_and_are_equal(
     sizes = [sum(b - a for _, _, a, b in part.tolist()) for part in pieces]
     assert max(sizes) - min(sizes) <= 1
     assert len(pieces) <= n_threads * cpu_loop.PIECES_PER_THREAD
-
-
-def test_the_control_is_right() -> None:
-    _seeded()
-    group = 6
-    arguments = _arguments((64, group, BF16, 16, None, False), 333, [5], [330])
-    query, _, _, values, start, length, scaling, _, _ = arguments
-    keys = torch.randn(values.shape).bfloat16()
-    keys[:, :, :5] = keys[:, :, 330:] = torch.nan
-    got = bf16_loop.decode_attention(query.float(), keys, values, start, length, scaling)
-    q = query.double().unflatten(1, (2, group))
-    weights = (scaling * q @ keys[:, :, 5:330].double().mT).softmax(-1)
-    exact = (weights @ values[:, :, 5:330].double()).flatten(1, 2)
-    assert relative_error(got, exact) < 1e-6
 
 
 def test_the_cpu_path_is_what_a_cpu_runs() -> None:

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cases
 import pytest
 
+import kernel_cases
+
 ARCHITECTURES = (80, 90)
-SCRIPT = Path(__file__).with_name("cross_compile.py")
+SCRIPT = Path(kernel_cases.__file__).with_name("cross_compile.py")
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +36,21 @@ def compiled() -> dict[int, dict[str, dict]]:
     }
 
 
-@pytest.mark.parametrize("name", cases.DEFAULT)
+@pytest.mark.parametrize("name", kernel_cases.DEFAULT)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_kernel_compiles_without_spills_in_the_shared_memory_there_is(compiled, arch, name):
+def test_cross_compile_has_no_spills_and_fits_shared_memory(compiled, arch, name):
     line = compiled[arch][name]
     assert line.get("launches"), line.get("error", "nothing was launched")
     assert line["fits"], line["launches"]
 
 
-@pytest.mark.parametrize("kernel", sorted({name.partition(",")[0] for name in cases.CASES}))
-def test_default_cases_have_every_kernel(kernel):
-    assert any(name.startswith(f"{kernel}, ") for name in cases.DEFAULT)
+@pytest.mark.parametrize("kernel", sorted({name.partition(",")[0] for name in kernel_cases.CASES}))
+def test_kernel_cases_by_default_have_every_kernel(kernel):
+    assert any(name.startswith(f"{kernel}, ") for name in kernel_cases.DEFAULT)
 
 
-def test_a_kernel_that_does_not_compile_is_reported_and_fails_the_run(tmp_path):
-    broken = tmp_path / "cases.py"
+def test_cross_compile_reports_a_kernel_that_does_not_compile_and_fails(tmp_path):
+    broken = tmp_path / "kernel_cases.py"
     broken.write_text(
         "import torch\n"
         "from signlattice import kernels\n"

@@ -37,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             options = parser().parse_args(argv)
-            document, lines = _run(options)
+            result = _run(options)
+            if result is None:  # another process reports
+                return 0
+            document, lines = result
             if options.json:
                 print(json.dumps(document, indent=1, allow_nan=False))
             else:
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace) -> tuple[dict, list[str]]:
+def _run(options: argparse.Namespace) -> tuple[dict, list[str]] | None:
     if options.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the hub's client is imported
     if options.command == "inspect":
@@ -87,7 +90,7 @@ Each command has more to say: signlattice learn --help""",
     )
     top.add_argument("--version", action="version", version=f"signlattice {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_estimate, _learn, _measure, _evaluate, _generate, _bench, _inspect):
+    for add in (_learn, _measure, _evaluate, _generate, _bench, _inspect, _estimate):
         add(commands)
     return top
 
@@ -105,24 +108,6 @@ def _command(
     command.add_argument("--json", action="store_true", help="print one JSON document")
     command.add_argument("--quiet", action="store_true", help="show no progress")
     return command
-
-
-def _estimate(commands: argparse._SubParsersAction) -> None:
-    command = _command(
-        commands,
-        "estimate",
-        "estimate what loading a model and learning its codec take; no weights are fetched",
-        "signlattice estimate OLMoE-1B-7B --context 4096",
-    )
-    _add_model_name(command)
-    _add_loading(command)
-    command.add_argument(
-        "--tokens",
-        metavar="N",
-        type=_number(1),
-        default=1_000_000,
-        help="calibration tokens (default: 1000000)",
-    )
 
 
 def _learn(commands: argparse._SubParsersAction) -> None:
@@ -306,30 +291,41 @@ def _inspect(commands: argparse._SubParsersAction) -> None:
     command.add_argument("codec", metavar="CODEC", type=Path, help="a codec file")
 
 
-def _add_model(command: argparse.ArgumentParser, codec: bool = False) -> None:
-    _add_model_name(command)
-    if codec:
-        command.add_argument("codec", metavar="CODEC", type=Path, help="a codec of that model")
-    _add_loading(command)
+def _estimate(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "estimate",
+        "estimate what a model takes, in bytes, memory and hours, before a weight is fetched",
+        "signlattice estimate OLMoE-1B-7B",
+    )
     command.add_argument(
-        "--batch-size",
+        "model",
+        metavar="MODEL",
+        help="a model of the paper, a small one of ours, a name on the hub, or a folder",
+    )
+    command.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+    command.add_argument(
+        "--context", metavar="N", type=_number(2), help="tokens of a window (default: at most 2048)"
+    )
+    command.add_argument("--dtype", choices=DTYPES, default="auto", help="of the loaded weights")
+    command.add_argument(
+        "--tokens",
         metavar="N",
         type=_number(1),
-        help="windows read at once (default: 16 of a small model of ours, else 1)",
+        default=1_000_000,
+        help="calibration tokens (default: 1000000)",
     )
-    _add_device(command)
 
 
-def _add_model_name(command: argparse.ArgumentParser) -> None:
+def _add_model(command: argparse.ArgumentParser, codec: bool = False) -> None:
     command.add_argument(
         "model",
         metavar="MODEL",
         help="a small model of ours, such as olmoe-mini; a name on the hub; "
         "or a checkpoint's folder",
     )
-
-
-def _add_loading(command: argparse.ArgumentParser) -> None:
+    if codec:
+        command.add_argument("codec", metavar="CODEC", type=Path, help="a codec of that model")
     command.add_argument(
         "--context",
         metavar="N",
@@ -338,6 +334,13 @@ def _add_loading(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--dtype", choices=DTYPES, default="auto", help="of the loaded weights")
     command.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+    command.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=_number(1),
+        help="windows read at once (default: 16 of a small model of ours, else 1)",
+    )
+    _add_device(command)
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:

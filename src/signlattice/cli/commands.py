@@ -16,11 +16,13 @@ from tqdm import tqdm
 
 from signlattice import kernels
 from signlattice.cache.sign_key_cache import CacheConfig, CacheStats, SignKeyCache
-from signlattice.calibration import CalibrationConfig, learn_codec, measure_codec, n_parts
+from signlattice.calibration import CalibrationConfig, learn_codec_shared, measure_codec, n_parts
 from signlattice.cli.contents import layer_row
 from signlattice.cli.show import facts, plain, size, span, table
 from signlattice.data.texts import Text, read_text
+from signlattice.distributed.workers import Workers
 from signlattice.errors import InputError
+from signlattice.evaluation.decode_timing import DecodeCase, decode_rows
 from signlattice.evaluation.through_cache import Judge, QualityConfig
 from signlattice.evaluation.timing import device_name
 from signlattice.io import check_writable, display_path
@@ -30,7 +32,6 @@ from signlattice.models.loading import MODELS, LoadedModel, load_model
 from signlattice.models.minis import MINIS
 from signlattice.models.passages import passages, spread
 from signlattice.quantizers.codec import KeyCodec
-from signlattice_paper.experiments.kernel_times import Decode, KernelTimesConfig, decode_rows
 
 Result = tuple[dict, list[str]]
 OutOfMemory = (MemoryError, torch.OutOfMemoryError)
@@ -42,36 +43,11 @@ OTHERS_BYTES = 2_000_000
 """Of the calibration side, as much as the needles are drawn from."""
 
 
-def estimate(options: argparse.Namespace) -> Result:
-    """``signlattice estimate``: what a model takes, before a weight is fetched."""
-    small = options.model in MINIS
-    model = full_size.preflight(
-        str(MODELS / options.model) if small else options.model,
-        revision=options.revision,
-        dtype="float32" if small and options.dtype == "auto" else options.dtype,  # as `_load` does
-        context=options.context,
-    )
-    document = {
-        "model": options.model if small else model.model_id,
-        "parameters": model.parameters,
-        "active": model.active,
-        "download_bytes": model.download_bytes,
-        "memory_bytes": model.memory_bytes,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "context": model.context,
-        "keys": [{"layers": n, "heads": h, "head_dim": d} for n, h, d in model.keys],
-        "tokens": options.tokens,
-        "key_bytes": model.key_bytes(options.tokens),
-        "hours": [
-            {"device": machine.device.name, "n_gpus": n_gpus, "hours": hours}
-            for machine, n_gpus, hours in model.hours(options.tokens)
-        ],
-    }
-    return plain(document), facts([("model", document["model"]), *model.table(options.tokens)[1:]])
+def learn(options: argparse.Namespace) -> Result | None:
+    """Run ``signlattice learn``: a model in, a codec file out.
 
-
-def learn(options: argparse.Namespace) -> Result:
-    """``signlattice learn``: a model in, a codec file out."""
+    Processes that ``torchrun`` started share the work; those that do not lead return None.
+    """
     output = options.output
     if output.is_dir():
         raise InputError(f"-o {display_path(output)} is a folder: name a file in it")
@@ -89,20 +65,27 @@ def learn(options: argparse.Namespace) -> Result:
         batch_size=_batch_size(options),
     )
     start = time.perf_counter()
-    loaded = _load(options)
-    text = read_text(name)
-    try:
-        with _bar(options, n_parts(loaded, config)) as bar:
+    with Workers.current() as workers:
+        if workers.count > 1:
+            options.device = workers.device if options.device == "auto" else options.device
+            options.quiet = options.quiet or not workers.leads
+        loaded = _load(options)
+        text = read_text(name)
+        try:
+            with _bar(options, n_parts(loaded, config)) as bar:
 
-            def tell(part: str) -> None:
-                bar.set_postfix_str(part, refresh=False)
-                bar.update()
+                def tell(part: str) -> None:
+                    bar.set_postfix_str(part, refresh=False)
+                    bar.update()
 
-            codec = learn_codec(loaded, text, config, parts, tell)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"what is done is kept in {display_path(parts)}; the same command goes on from there"
-        ) from None
+                codec = learn_codec_shared(workers, loaded, text, config, parts, tell)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"what is done is kept in {display_path(parts)}; "
+                "the same command goes on from there"
+            ) from None
+    if codec is None:
+        return None
     codec.save(output, bits=8)
     shutil.rmtree(parts, ignore_errors=True)
     return _learned(loaded, codec, output, time.perf_counter() - start)
@@ -397,7 +380,7 @@ def _stats_facts(stats: CacheStats) -> list[tuple[str, str]]:
 
 
 def bench(options: argparse.Namespace) -> Result:
-    """``signlattice bench``: one new token's attention on packed keys, beside torch's."""
+    """Time one new token's attention on packed keys beside PyTorch's: ``signlattice bench``."""
     device = _device(options.device)
     if options.head_dim not in kernels.HEAD_DIMS:
         sizes = ", ".join(map(str, kernels.HEAD_DIMS))
@@ -405,17 +388,20 @@ def bench(options: argparse.Namespace) -> Result:
     if options.group > kernels.MAX_GROUP:
         raise InputError(f"--group {options.group}: use {kernels.MAX_GROUP} or fewer")
     cases = tuple(
-        Decode(tokens, options.head_dim, options.heads, options.group, options.batch)
+        DecodeCase(tokens, options.head_dim, options.heads, options.group, options.batch)
         for tokens in options.tokens
     )
-    config = KernelTimesConfig(
-        device, cases, (), (), gpu=device != "cpu", rounds=options.rounds, peers=False
-    )
-    with _bar(options, config.n_rounds) as bar:
-        rows = decode_rows(config, bar.update)
+    with _bar(options, len(cases) * options.rounds) as bar:
+        rows = decode_rows(
+            cases,
+            device=device,
+            impl="cpu" if device == "cpu" else "triton",
+            rounds=options.rounds,
+            progress=bar.update,
+        )
     shape = {name: getattr(options, name) for name in ("heads", "head_dim", "group", "batch")}
     document = {"device": device_name(device), **shape, "rounds": options.rounds, "rows": rows}
-    told = [
+    shown = [
         row
         | {
             "ms": 1e3 * row["seconds"],
@@ -429,7 +415,7 @@ def bench(options: argparse.Namespace) -> Result:
         "contender": ("cache", ""),
         "ms": ("ms", ".3f"),
         "ms_range": ("quartiles", ""),
-        "speed_up": ("times quicker", ".2f"),
+        "speed_up": ("times faster", ".2f"),
         "range": ("quartiles", ""),
         "over": ("than", ""),
         "bandwidth": ("GB/s", ".1f"),
@@ -444,7 +430,35 @@ def bench(options: argparse.Namespace) -> Result:
             ),
         ]
     )
-    return plain(document), [*lines, "", *table(told, columns)]
+    return plain(document), [*lines, "", *table(shown, columns)]
+
+
+def estimate(options: argparse.Namespace) -> Result:
+    """Run ``signlattice estimate``: what a model will take, before a weight is fetched."""
+    small = options.model in MINIS
+    model = full_size.preflight(
+        str(MODELS / options.model) if small else options.model,
+        revision=options.revision,
+        dtype="float32" if small and options.dtype == "auto" else options.dtype,  # as `_load` does
+        context=options.context,
+    )
+    document = {
+        "model": options.model if small else model.model_id,
+        "parameters": model.parameters,
+        "active": model.active,
+        "download_bytes": model.download_bytes,
+        "memory_bytes": model.memory_bytes,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "context": model.context,
+        "keys": [{"layers": n, "heads": h, "head_dim": d} for n, h, d in model.keys],
+        "tokens": options.tokens,
+        "key_bytes": model.key_bytes(options.tokens),
+        "hours": [
+            {"device": machine.device.name, "n_gpus": n_gpus, "hours": hours}
+            for machine, n_gpus, hours in model.hours(options.tokens)
+        ],
+    }
+    return plain(document), facts([("model", document["model"]), *model.table(options.tokens)[1:]])
 
 
 # What the commands have in common.

@@ -1,4 +1,4 @@
-"""The text: Python source that every install of ``requirements.txt`` holds.
+"""The text: Python source that an installation with the extra ``corpus`` holds.
 
 Six pure-Python packages, pinned by version and by the hash of what is read, in a fixed order.
 Each file goes whole to one side of the split, by the hash of its content, so that equal files
@@ -77,7 +77,7 @@ def read_package(package: Package) -> tuple[Document, ...]:
 
     Raises ``IntegrityError`` if the package is missing, of another version, or its text differs.
     """
-    remedy = "install the pinned version with: pip install -r requirements.txt"
+    remedy = 'install the pinned version with: pip install "signlattice[corpus]"'
     try:
         installed = distribution(package.name)
     except PackageNotFoundError:

@@ -168,8 +168,13 @@ def _documents(text: HubText, side: Split, commit: str) -> Iterator[Document]:
 
 
 def _rows(text: HubText, split: str, commit: str) -> Iterator[str]:
-    from datasets import load_dataset  # slow to import, and needed here alone
-
+    try:
+        from datasets import load_dataset  # slow to import, and needed here alone
+    except ImportError:
+        raise InputError(
+            f"{text.repository} is read with the package datasets, which is not installed: "
+            'pip install "signlattice[texts]"'
+        ) from None
     rows = load_dataset(text.repository, text.config, split=split, streaming=True, revision=commit)
     return (row["text"] for row in rows)
 

@@ -1,1 +1,1 @@
-"""Learning over processes."""
+"""Work shared out among processes."""

@@ -1,8 +1,8 @@
 """Times side by side: the contenders take turns, so that a noisy machine disturbs all alike.
 
-Every round has an order of its own, drawn from a seed, and before each call memory that no
-contender knows is read: none finds in the cache what another has left there. In a model it is the
-other layers that are read in between.
+Every round has an order of its own, drawn from a seed. Before each call other memory is read, so
+that no contender profits from what another has left in the processor's caches; in a model, the
+other layers are read in between.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ FLUSHED = 1 << 29
 
 @dataclass(frozen=True)
 class Quartiles:
-    """The median of ``n`` rounds, and their quartiles."""
+    """Median and quartiles of ``n`` rounds."""
 
     value: float
     low: float
     high: float
     n: int
+
+    def columns(self, name: str) -> dict[str, float]:
+        """Return the columns of a row: ``name``, ``name``_low and ``name``_high."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,9 @@ class Times:
         return _spread(self.seconds)
 
     def speed_up_over(self, other: Times, work: float = 1) -> Quartiles:
-        """How many times quicker than ``other``, round by round: median and quartiles.
+        """Compute how many times faster it was than ``other``, round by round.
 
-        ``work`` is how many times as much as the other was done in these seconds.
+        ``work`` is how many times as much work as the other's was done in these seconds.
         """
         return _spread(work * np.divide(other.seconds, self.seconds))
 
@@ -95,7 +99,7 @@ def side_by_side(
             seconds[name].append(time.perf_counter() - start)
         if progress is not None:
             progress()
-    return {name: Times(tuple(found)) for name, found in seconds.items()}
+    return {name: Times(tuple(taken)) for name, taken in seconds.items()}
 
 
 def _spread(numbers) -> Quartiles:
@@ -104,7 +108,7 @@ def _spread(numbers) -> Quartiles:
 
 
 def device_name(device: str | torch.device = "cpu") -> str:
-    """What the hardware calls itself: the GPU's name, or the processor's with torch's threads."""
+    """Return the GPU's name, or the processor's and torch's number of threads."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

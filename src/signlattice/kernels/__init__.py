@@ -237,11 +237,11 @@ def _check_attention(
 ) -> None:
     batch, n_queries, d = query.shape
     n_heads, room = keys.words.shape[1:3]
-    packed = values if isinstance(values, PackedValues) else None
-    _check_rank("values", packed.words if packed else values, "[B, H, C, Dv]")
-    if packed and packed.bits not in VALUE_BITS:
-        raise InputError(f"values at {packed.bits!r} bits: use 2, 4 or 8")
-    dv = packed.head_dim if packed else values.shape[-1]
+    packed = isinstance(values, PackedValues)
+    _check_rank("values", values.words if packed else values, "[B, H, C, Dv]")
+    if packed and values.bits not in VALUE_BITS:
+        raise InputError(f"values at {values.bits!r} bits: use 2, 4 or 8")
+    dv = values.head_dim if packed else values.shape[-1]
     _check_head_dim(d)
     _check_head_dim(dv)
     if n_queries not in {n_heads * group for group in range(1, MAX_GROUP + 1)}:
@@ -257,14 +257,14 @@ def _check_attention(
         ("start", start, (batch,), (torch.int32,)),
         ("length", length, (batch,), (torch.int32,)),
     ]
-    if packed is None:
-        expected.append(("values", values, (*cells, dv), _FLOATS))
-    else:
+    if packed:
         expected += [
-            ("value words", packed.words, (*cells, dv * packed.bits // 8), byte),
-            ("value scale", packed.scale, cells, half),
-            ("value zero", packed.zero, cells, half),
+            ("value words", values.words, (*cells, dv * values.bits // 8), byte),
+            ("value scale", values.scale, cells, half),
+            ("value zero", values.zero, cells, half),
         ]
+    else:
+        expected.append(("values", values, (*cells, dv), _FLOATS))
     if whole is not None:
         _check_rank("whole keys", whole.keys, "[B, H, E, D]")
         more = (batch, n_heads, whole.keys.shape[2])

@@ -1,8 +1,8 @@
-"""What a calibration costs in bytes, operations and hours, before it is run: pure arithmetic.
+"""Estimate what a calibration costs in bytes, operations and hours, before it is run.
 
-A calibration captures the keys of a model, learns a rotation of each of its heads by steps that
-read the keys once, and may share both out among GPUs. All times are rates of data sheets times an
-assumed efficiency, and no measurements.
+A calibration captures the keys of a model and learns a rotation of each of its heads. GPUs can
+share both: the text by passages, the rotations by layers. All times are rates of data sheets times
+an assumed efficiency, and no measurements.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from signlattice.errors import InputError
 from signlattice.kernels import roofline
 
-HALF, SINGLE, DOUBLE = 2, 4, 8
+HALF, SINGLE = 2, 4
 """Bytes of a number."""
 
 POLAR = 56
@@ -30,9 +30,8 @@ KERNEL_DIM = 128
 place of one of fp32 (`kernels.gradient.triton.MAX_DIM`). All other products are torch's, in fp32.
 """
 
-LAID_DOWN = 5
-"""Times that the keys cross to or from the disk before learning reads them: captured, read, dealt
-out at random, read, written in that order (`shards.write_shards`)."""
+CROSSINGS = 2
+"""Times that the keys cross to or from the disk: captured, and read to be learned from."""
 
 MILESTONES = (50, 200, 500)
 """Steps at which a trace always has a point (`learn.LearnConfig.trace_every`)."""
@@ -47,7 +46,6 @@ class Machine:
         fp32: operations per second without tensor cores, torch's way to a product of fp32.
         tf32: operations per second of tensor cores on tf32 (dense).
         memory: bytes.
-        nvlink, pcie: bytes per second in one direction.
         efficiency: assumed share of these rates that is reached.
         disk: assumed bytes per second that one computer reads; an NVMe drive on PCIe 4 has 7e9.
     """
@@ -56,8 +54,6 @@ class Machine:
     fp32: float
     tf32: float
     memory: float
-    nvlink: float
-    pcie: float
     efficiency: float = 0.4
     disk: float = 5e9
 
@@ -71,12 +67,9 @@ class Machine:
         return self.tf32 / 3 if dim <= KERNEL_DIM else self.fp32
 
 
-# NVIDIA A100 80 GB and H100 data sheets, SXM: tf32 is half of the rate given "with sparsity", and
-# NVLink (600 and 900 GB/s) and PCIe (64 and 128 GB/s) count both directions.
-A100 = Machine(roofline.A100, 19.5e12, 156e12, 80e9, 300e9, 32e9)
-H100 = Machine(roofline.H100, 67e12, 494.5e12, 80e9, 450e9, 64e9)
-ETHERNET = 12.5e9
-"""Bytes per second in one direction of 100 Gbit/s."""
+# NVIDIA A100 80 GB and H100 data sheets, SXM: tf32 is half of the rate given "with sparsity".
+A100 = Machine(roofline.A100, 19.5e12, 156e12, 80e9)
+H100 = Machine(roofline.H100, 67e12, 494.5e12, 80e9)
 
 
 @dataclass(frozen=True)
@@ -109,6 +102,11 @@ class Keys:
     def state_bytes(self, itemsize: int = SINGLE) -> int:
         """Bytes of all solvers' states: a rotation and a velocity [d, d] each."""
         return self.rotations * 2 * self.dim**2 * itemsize
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of memory to learn one layer: its keys in fp32, and the solver's state."""
+        return (self.n_bytes(SINGLE) + self.state_bytes()) // self.n_layers
 
 
 @dataclass(frozen=True)
@@ -193,42 +191,18 @@ def training_flops(schedule: Schedule, keys: Keys) -> float:
     return keys.rotations * per_rotation
 
 
-def all_reduce_bytes(dim: int, n_gpus: int, itemsize: int = DOUBLE) -> float:
-    """Bytes that each GPU sends in a step to sum one gradient [d, d] in a ring: 2(n-1)/n of it.
-
-    Patarasuk and Yuan (2009), "Bandwidth optimal all-reduce algorithms".
-    """
-    if n_gpus < 1:
-        raise InputError(f"n_gpus={n_gpus}: use 1 or more")
-    return 2 * (n_gpus - 1) / n_gpus * dim**2 * itemsize
-
-
 @dataclass(frozen=True)
 class Hours:
     """Wall time by part, in hours."""
 
     capture: float
     learning: float
-    communication: float
     disk: float
 
     @property
     def total(self) -> float:
-        """Of all parts, one after another."""
-        return self.capture + self.learning + self.communication + self.disk
-
-
-def heads_at_once(keys: Keys, machine: Machine, n_gpus: int = 1, itemsize: int = HALF) -> int:
-    """Rotations of a layer for which 90 % of the GPUs' memory has room, 0 for none: the tokens are
-    shared out, and the solver's state is on each GPU."""
-    state = 2 * keys.dim**2 * SINGLE
-    each = keys.n_tokens * keys.dim * itemsize / n_gpus + state
-    return min(keys.n_heads, int((_room(keys, machine) + state) // each))
-
-
-def _room(keys: Keys, machine: Machine) -> float:
-    """Bytes for keys on a GPU, beside the state of one rotation."""
-    return 0.9 * machine.memory - 2 * keys.dim**2 * SINGLE
+        """Hours of all parts, one after another."""
+        return self.capture + self.learning + self.disk
 
 
 def hours(
@@ -237,41 +211,32 @@ def hours(
     schedule: Schedule,
     machine: Machine,
     n_gpus: int = 1,
-    link: float | None = None,
     itemsize: int = HALF,
 ) -> Hours:
-    """How long a calibration takes on ``n_gpus`` GPUs of one computer, the tokens shared out.
+    """Estimate how long a calibration takes on ``n_gpus`` GPUs of one computer.
 
-    Learning reads a layer's keys from disk once if all its heads fit into the GPUs' memory, and
-    once for each group of heads if some do. If none does, what exceeds memory is read at each pass.
-    Every GPU does the work on [d, d] matrices itself. The parts come one after another; the latency
-    of links, the launching of kernels and held-out keys are left out.
+    Passages are shared out for capture and layers for learning, so that more GPUs than layers learn
+    no faster. Every layer's keys are taken to fit in memory (`Keys.layer_bytes`). The parts come
+    one after another; the launching of kernels and held-out keys are left out.
 
     Args:
         active: parameters that a token meets.
-        link: bytes per second between GPUs in one direction; NVLink if None.
-        itemsize: bytes of a number of the keys, on disk and in memory. They are computed with in
-            fp32 whatever it is.
+        itemsize: bytes of a number of the keys on disk. They are computed with in fp32 whatever it
+            is.
 
     Raises:
         InputError: on fewer than one GPU.
     """
-    sent = all_reduce_bytes(keys.dim, n_gpus) * keys.rotations * schedule.total
-    read = schedule.keys_read(keys.n_tokens)
-    at_once = heads_at_once(keys, machine, n_gpus, itemsize)
-    each = keys.n_tokens * keys.dim * itemsize / n_gpus
-    kept = min(1.0, max(0.0, _room(keys, machine) / each))
-    again = kept + (1 - kept) * read / keys.n_tokens
-    passes = math.ceil(keys.n_heads / at_once) if at_once else again
-    gradients = gradient_flops(schedule, keys.n_tokens, keys.dim) / n_gpus
-    others = beta_flops(schedule, keys.n_tokens, keys.dim) / n_gpus
-    others += matrix_flops(schedule, keys.dim)
+    if n_gpus < 1:
+        raise InputError(f"n_gpus={n_gpus}: use 1 or more")
+    rotations = math.ceil(keys.n_layers / n_gpus) * keys.n_heads
+    gradients = gradient_flops(schedule, keys.n_tokens, keys.dim)
+    others = beta_flops(schedule, keys.n_tokens, keys.dim) + matrix_flops(schedule, keys.dim)
     arithmetic = gradients / machine.gradient_rate(keys.dim) + others / machine.fp32
-    memory = read * keys.dim * itemsize / n_gpus / machine.device.bandwidth
+    read = schedule.keys_read(keys.n_tokens) * keys.dim * SINGLE
     seconds = (
         capture_flops(active, keys.n_tokens) / (n_gpus * machine.device.flops * machine.efficiency),
-        keys.rotations * max(arithmetic, memory) / machine.efficiency,
-        sent / (link or machine.nvlink),
-        (LAID_DOWN + passes) * keys.n_bytes(itemsize) / machine.disk,
+        rotations * max(arithmetic, read / machine.device.bandwidth) / machine.efficiency,
+        CROSSINGS * keys.n_bytes(itemsize) / machine.disk,
     )
     return Hours(*(value / 3600 for value in seconds))

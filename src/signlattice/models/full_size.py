@@ -36,7 +36,7 @@ from signlattice.io import display_path
 from signlattice.models import cost
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel, no_progress_bar, weights_hash
-from signlattice.models.minis import PAPER_MODELS
+from signlattice.models.minis import REPOSITORIES
 from signlattice.rotations.config import LearnConfig
 
 CONTEXT = 2048
@@ -94,11 +94,11 @@ class Preflight:
 
     def key_bytes(self, n_tokens: int) -> int:
         """Count the bytes of the keys of ``n_tokens`` calibration tokens on disk."""
-        return sum(keys.n_bytes() for keys in self._key_groups(n_tokens))
+        return sum(keys.n_bytes() for keys in self._groups(n_tokens))
 
     def hours(self, n_tokens: int) -> tuple[tuple[cost.Machine, int, float], ...]:
         """Estimate capture and learning from ``n_tokens``: (machine, its GPUs, hours)."""
-        groups = self._key_groups(n_tokens)
+        groups = self._groups(n_tokens)
         return tuple(
             (machine, n_gpus, _hours(self.active, groups, machine, n_gpus))
             for machine in (cost.A100, cost.H100)
@@ -126,7 +126,7 @@ class Preflight:
         ]
         return tuple(rows)
 
-    def _key_groups(self, n_tokens: int) -> list[cost.Keys]:
+    def _groups(self, n_tokens: int) -> list[cost.Keys]:
         return [cost.Keys(*group, n_tokens) for group in self.keys]
 
 
@@ -162,7 +162,8 @@ def preflight(
     fetched.
 
     Args:
-        name: one of `minis.PAPER_MODELS`, another name on the hub, or the folder of a checkpoint.
+        name: one of the paper's models (`minis.PAPER_MODELS`), another name on the hub, or the
+            folder of a checkpoint.
         revision: branch, tag or commit; it is resolved to a commit. Not for folders.
         dtype: "auto" is that of the checkpoint; "float32", "bfloat16", "float16" or a torch dtype.
         context: tokens of the windows that will be read; None is what the model reads, at most
@@ -175,8 +176,8 @@ def preflight(
             little disk or memory, with the estimate.
         IntegrityError: a shard that is missing or damaged, in a folder or in the cache.
     """
-    source = Path(name)
-    if source.is_dir():
+    source = Path(name) if Path(name).is_dir() else REPOSITORIES.get(name, name)
+    if isinstance(source, Path):
         if revision is not None:
             raise InputError(
                 f"revision={revision!r} of the folder {display_path(source)}: leave it out"
@@ -184,7 +185,7 @@ def preflight(
         where, files, to_fetch = source, check_checkpoint(source), 0
         repository = commit = None
     else:
-        repository = PAPER_MODELS[name].repository if name in PAPER_MODELS else name
+        repository = source
         where, commit, files, to_fetch = _on_hub(repository, revision)
     config = _text_config(where or repository, commit, name)
     context = _context(context, config, name)

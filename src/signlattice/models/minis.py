@@ -1,4 +1,4 @@
-"""The catalogue of models: the paper's four, and the small one that is trained after each."""
+"""The four small models that this repository trains, one for each architecture of the paper."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from signlattice.errors import InputError
 class ModelSpec:
     """A small model of a real architecture: its transformers configuration and its context.
 
-    ``model_type`` is transformers' name of the architecture, ``like`` the name of the full-size
-    model whose layout it copies, ``repository`` where the hub has that one, and ``steps`` how long
-    the small one is trained.
+    ``model_type`` is transformers' name of the architecture, ``like`` the full-size model whose
+    layout it copies, ``steps`` how long it is trained (`train.TrainConfig`).
     """
 
     name: str
@@ -25,10 +24,9 @@ class ModelSpec:
     vocab_size: int
     config: dict = field(repr=False)
     steps: int = 1800
-    repository: str | None = None
 
     def build(self) -> PreTrainedModel:
-        """Build the untrained model; its weights follow torch's global seed."""
+        """The untrained model; its weights follow torch's global seed."""
         config = AutoConfig.for_model(
             self.model_type,
             vocab_size=self.vocab_size,
@@ -53,7 +51,6 @@ OLMOE_MINI = ModelSpec(
     name="olmoe-mini",
     model_type="olmoe",
     like="OLMoE-1B-7B",
-    repository="allenai/OLMoE-1B-7B-0924",
     context=512,
     vocab_size=2048,
     config=dict(
@@ -87,8 +84,7 @@ _PER_LAYER = dict(hidden_size_per_layer_input=16, num_kv_shared_layers=2)
 GEMMA4_E2B_MINI = ModelSpec(
     name="gemma4-e2b-mini",
     model_type="gemma4_text",
-    like="Gemma-4-E2B",
-    repository="google/gemma-4-E2B",
+    like="Gemma-4 E2B",
     context=512,
     vocab_size=2048,
     config=_GEMMA4
@@ -99,8 +95,7 @@ GEMMA4_E2B_MINI = ModelSpec(
 GEMMA4_E4B_MINI = ModelSpec(
     name="gemma4-e4b-mini",
     model_type="gemma4_text",
-    like="Gemma-4-E4B",
-    repository="google/gemma-4-E4B",
+    like="Gemma-4 E4B",
     context=512,
     vocab_size=2048,
     config=_GEMMA4 | _PER_LAYER | dict(num_key_value_heads=2, intermediate_size=384),
@@ -110,8 +105,7 @@ GEMMA4_E4B_MINI = ModelSpec(
 GEMMA4_MOE_MINI = ModelSpec(
     name="gemma4-moe-mini",
     model_type="gemma4_text",
-    like="Gemma-4-26B-A4B",
-    repository="google/gemma-4-26B-A4B",
+    like="Gemma-4 26B-A4B",
     context=512,
     vocab_size=2048,
     config=_GEMMA4
@@ -132,16 +126,33 @@ GEMMA4_MOE_MINI = ModelSpec(
 MINIS = {
     spec.name: spec for spec in (OLMOE_MINI, GEMMA4_E2B_MINI, GEMMA4_E4B_MINI, GEMMA4_MOE_MINI)
 }
-"""The minis by name, in the order in which the paper has their models."""
-
-PAPER_MODELS = {spec.like: spec for spec in MINIS.values()}
-"""The minis by the name of the paper's model, whose sizes are read from its ``config.json``."""
 
 
 def spec(name: str) -> ModelSpec:
-    """Look a mini up by its name. Raises ``InputError`` if there is none."""
+    """The mini of that name. Raises ``InputError`` if there is none."""
     if name not in MINIS:
         raise InputError(
             f"unknown model {name!r}: choose one of {', '.join(MINIS)}, or give a folder"
         )
     return MINIS[name]
+
+
+@dataclass(frozen=True)
+class PaperModel:
+    """A model of the paper: its short name, its repository on the hub, and the mini like it."""
+
+    name: str
+    repository: str
+    mini: str
+
+
+PAPER_MODELS = (
+    PaperModel("OLMoE-1B-7B", "allenai/OLMoE-1B-7B-0924", OLMOE_MINI.name),
+    PaperModel("Gemma-4-E2B", "google/gemma-4-E2B", GEMMA4_E2B_MINI.name),
+    PaperModel("Gemma-4-E4B", "google/gemma-4-E4B", GEMMA4_E4B_MINI.name),
+    PaperModel("Gemma-4-26B-A4B", "google/gemma-4-26B-A4B", GEMMA4_MOE_MINI.name),
+)
+"""The paper's four models, in its order: the only place that lists them."""
+
+REPOSITORIES = {model.name: model.repository for model in PAPER_MODELS}
+"""Repositories of the paper's models on the hub, by short name."""

@@ -1,4 +1,4 @@
-"""Checkpoints of `learn`: one safetensors file, matrices as tensors and the rest as JSON in it."""
+"""Checkpoints of a solver: one safetensors file, matrices as tensors and the rest as JSON in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from signlattice.errors import IntegrityError
 from signlattice.io import display_path, write_tensors
 
-_SCHEMA = 2
+_SCHEMA = 3
 _HEADER = "signlattice.rotations.solvers"
 
 
@@ -37,7 +37,7 @@ def save(
 def load(
     path: Path, *, config: Mapping[str, Any], fingerprint: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the state of a checkpoint, tuples having become lists.
+    """Read the tensors and the state of a checkpoint, tuples having become lists.
 
     Raises ``IntegrityError`` on a file that is damaged, or of another config or other keys.
     """
@@ -59,7 +59,8 @@ def load(
     if different := sorted(name for name in ours if theirs.get(name) != ours[name]):
         name = different[0]
         raise IntegrityError(
-            f"{display_path(path)} was made with {name}={theirs.get(name)!r}, not {ours[name]!r}: {remedy}"
+            f"{display_path(path)} was made with {name}={theirs.get(name)!r}, not {ours[name]!r}: "
+            f"{remedy}"
         )
     if keys != fingerprint:
         raise IntegrityError(f"{display_path(path)} was made from other keys: {remedy}")
@@ -67,7 +68,7 @@ def load(
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the tensors' dtypes, shapes and numbers."""
+    """Hash the tensors' dtypes, shapes and numbers by SHA-256."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())

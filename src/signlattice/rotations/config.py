@@ -38,7 +38,7 @@ class LearnConfig:
 
     Attributes:
         solver: "annealed", "itq" or "gradient".
-        seed: of the initial rotation and of the order in which keys are dealt to batches.
+        seed: of the initial rotation and of the order in which batches take the keys.
         initial: "srht", "haar" or "identity", where the solver starts.
         steps: cooling steps of ``annealed`` (100), most steps of ``itq`` (300), steps of
             ``gradient`` (500). None takes the number in brackets.
@@ -107,7 +107,7 @@ class LearnConfig:
             raise InputError(f"{name}={value!r}: expected an integer of at least 1")
 
     def resolved(self, head_dim: int) -> LearnConfig:
-        """The same with every None replaced by what it stands for at this ``head_dim``."""
+        """Replace every None by what it stands for at this ``head_dim``."""
         return replace(
             self,
             steps=self.steps or _STEPS[self.solver],

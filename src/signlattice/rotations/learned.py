@@ -33,14 +33,12 @@ from signlattice.rotations.config import (
 from signlattice.rotations.solvers import (
     _MATRICES,
     _advanced,
-    _InMemory,
     _mean_point,
     _stages,
     _State,
     _Task,
     _traced,
 )
-from signlattice.rotations.sources import KeySource, unit_keys
 
 
 def learn_rotation(
@@ -86,23 +84,21 @@ def learn_rotation(
 
 
 def learn_rotations(
-    keys: Tensor | KeySource,
+    keys: Tensor,
     config: LearnConfig = LearnConfig(),
     *,
-    held_out: Tensor | KeySource | None = None,
+    held_out: Tensor | None = None,
     impl: Impl = "auto",
     progress: ProgressReport | bool | None = None,
     checkpoint: Path | None = None,
 ) -> tuple[LearnedRotation, ...]:
     """Learn a rotation for each of H heads at once: of a layer, or of several.
 
-    The heads take their steps together, which is what fills a GPU; a head that has settled moves no
-    more. Each ends where `learn_rotation` would bring it alone, up to rounding.
+    The heads take their steps together, which is what fills a GPU; a head that has converged moves
+    no more. Each ends where `learn_rotation` would bring it alone, up to rounding.
 
     Args:
-        keys: [H, N, d]; ``held_out``: [H, M, d]. Either may be a `KeySource` instead, whose keys
-            are centred and of norm sqrt(d). Where processes share one, all of them call this, and
-            the one that leads reports to ``progress`` and keeps the ``checkpoint``.
+        keys: [H, N, d]; ``held_out``: [H, M, d].
         progress: called whenever the trace of a head grows, with a point whose betas are the means
             over heads.
 
@@ -113,7 +109,7 @@ def learn_rotations(
 
 
 def learn_matrices(keys: Tensor, config: LearnConfig) -> Tensor:
-    """The rotations alone of `learn_rotations`, [H, d, d] of keys [H, N, d].
+    """Learn as `learn_rotations` does and return the rotations alone, [H, d, d] of keys [H, N, d].
 
     Few keys are not warned of: for those who judge what they learned on keys held out.
     """
@@ -126,9 +122,7 @@ def _learned(
     task: _Task, progress: ProgressReport | bool | None, checkpoint: Path | None
 ) -> tuple[LearnedRotation, ...]:
     stages = _stages(task.config)
-    state = task.keys.led(lambda: _started(task, checkpoint)).on(task.keys)
-    if not task.keys.leads:
-        progress = checkpoint = None
+    state = _started(task, checkpoint).on(task.keys)
     clock = time.perf_counter() - state.seconds
     moving = task
     with _reporting(progress, total=sum(stage.steps for stage in stages)) as report:
@@ -139,7 +133,7 @@ def _learned(
             while state.stage < len(stages):
                 known = state.traces
                 if moving.heads != state.moving:
-                    moving = task.narrowed(state.moving)
+                    moving = task.select_heads(state.moving)
                 state = _advanced(moving, stages, state, clock)
                 if state.traces != known:
                     report(_mean_point(state))
@@ -165,7 +159,7 @@ def _results(task: _Task, state: _State) -> tuple[LearnedRotation, ...]:
             held_out_beta=held_out_beta,
             seconds=state.seconds,
             config=task.config,
-            n_keys=task.keys.n_keys,
+            n_keys=task.keys.shape[1],
         )
         for matrix, trace, (train_beta, held_out_beta) in zip(matrices, state.traces, betas)
     )
@@ -175,21 +169,18 @@ def _results(task: _Task, state: _State) -> tuple[LearnedRotation, ...]:
 
 
 def _prepare(
-    keys: Tensor | KeySource,
-    held_out: Tensor | KeySource | None,
-    config: LearnConfig,
-    impl: Impl,
-    axes: str,
+    keys: Tensor, held_out: Tensor | None, config: LearnConfig, impl: Impl, axes: str
 ) -> _Task:
-    source = _source(keys, "keys", axes)
-    n, d = source.n_keys, source.dim
+    unit = _unit_keys(keys, "keys", axes)
+    n, d = unit.shape[-2:]
     if n < d:
         raise InputError(
             f"{n} keys of {d} dimensions: expected at least as many keys as dimensions"
         )
-    judged = None if held_out is None else _judged(held_out, source, axes)
-    impl = _implementation(impl, source)
-    if n < SAFE_KEYS_PER_DIM * d and source.leads:
+    if held_out is not None:
+        held_out = _unit_held_out(held_out, unit, axes)
+    impl = _implementation(impl, unit)
+    if n < SAFE_KEYS_PER_DIM * d:
         gap = OVERFIT * math.sqrt(d / n)
         warnings.warn(
             f"{n} keys are {n / d:.3g} per dimension, less than {SAFE_KEYS_PER_DIM}: on "
@@ -198,31 +189,46 @@ def _prepare(
             CalibrationWarning,
             stacklevel=3,
         )
-    config = config.resolved(d)
-    return _Task(source.dealt(config.seed), judged, config, impl, tuple(range(source.heads)))
+    unit, config = unit.view(-1, n, d), config.resolved(d)
+    return _Task(_shuffled(unit, config.seed), held_out, config, impl, tuple(range(len(unit))))
 
 
-def _source(keys: Tensor | KeySource, name: str, axes: str) -> KeySource:
-    if not isinstance(keys, Tensor):
-        return keys
-    return _InMemory(unit_keys(keys, name, axes).view(-1, *keys.shape[-2:]))
+def _shuffled(keys: Tensor, seed: int) -> Tensor:
+    """Shuffle keys [H, N, d]: they come document by document, a batch should sample all."""
+    order = torch.randperm(keys.shape[1], generator=torch.Generator().manual_seed(seed))
+    return keys.index_select(1, order.to(keys.device))
 
 
-def _judged(held_out: Tensor | KeySource, source: KeySource, axes: str) -> KeySource:
-    """Held-out keys as a source beside that of the keys; ``InputError`` on what does not fit."""
-    judged = _source(held_out, "held_out", axes)
-    if (judged.heads, judged.dim) != (source.heads, source.dim):
-        heads = [source.heads] if "H" in axes else []
-        found = [*([judged.heads] if heads else []), judged.n_keys, judged.dim]
-        expected = ", ".join(map(str, (*heads, "M", source.dim)))
-        raise InputError(f"held_out of shape {found}: expected [{expected}]")
-    if isinstance(judged, _InMemory):
-        return _InMemory(judged.keys.to(source.device, source.dtype))
-    return judged
+def _unit_keys(keys: Tensor, name: str, axes: str) -> Tensor:
+    """Scale keys to norm sqrt(d), hence to coordinates of rms one, in fp32 or fp64.
+
+    Raises ``InputError``, which speaks of ``name`` and ``axes`` such as "[N, d]", on keys that are
+    of another rank, empty, not finite or of zero norm.
+    """
+    if keys.ndim != len(axes.split(",")) or not keys.numel():
+        raise InputError(f"{name} of shape {list(keys.shape)}: expected {axes}, not empty")
+    keys = keys.detach().to(torch.promote_types(keys.dtype, torch.float32))
+    peak = keys.abs().amax(dim=-1, keepdim=True)  # taken out first, so that no square overflows
+    if not peak.isfinite().all():
+        raise InputError(f"{name} hold NaN or infinite values: expected finite keys")
+    if n_zero := int((peak == 0).sum()):
+        raise InputError(f"{name} hold {n_zero} keys of zero norm: leave them out")
+    keys = keys / peak
+    return keys * (math.sqrt(keys.shape[-1]) / keys.norm(dim=-1, keepdim=True))
 
 
-def _implementation(impl: Impl, keys: KeySource) -> Impl:
-    """What "auto" means here; ``InputError`` on what is unknown or cannot take the keys."""
+def _unit_held_out(held_out: Tensor, keys: Tensor, axes: str) -> Tensor:
+    """Scale held-out keys to [H, M, d] beside ``keys``; ``InputError`` on what does not fit."""
+    unit = _unit_keys(held_out, "held_out", axes)
+    *heads, _, d = keys.shape
+    if (*unit.shape[:-2], unit.shape[-1]) != (*heads, d):
+        expected = ", ".join(map(str, (*heads, "M", d)))
+        raise InputError(f"held_out of shape {list(unit.shape)}: expected [{expected}]")
+    return unit.to(keys).view(-1, *unit.shape[-2:])
+
+
+def _implementation(impl: Impl, keys: Tensor) -> Impl:
+    """Resolve "auto"; ``InputError`` on what is unknown or cannot take the keys."""
     if keys.dtype == torch.float64 and impl == "triton":
         raise InputError("impl='triton' on float64 keys: use impl='torch', or float32 keys")
     if keys.dtype == torch.float64 and impl == "auto":
@@ -235,13 +241,13 @@ def _started(task: _Task, checkpoint: Path | None) -> _State:
         check_writable(checkpoint.parent)
         if checkpoint.exists():
             return _load(checkpoint, task)
-    d = task.keys.dim
+    n_heads, _, d = task.keys.shape
     rotation = {
         "srht": lambda: fixed.srht(d, task.config.seed),
         "haar": lambda: fixed.haar(d, task.config.seed),
         "identity": lambda: fixed.identity(d),
     }[task.config.initial]()
-    return _State.at(rotation.repeat(task.keys.heads, 1, 1))
+    return _State.at(rotation.repeat(n_heads, 1, 1))
 
 
 @contextmanager
@@ -260,7 +266,7 @@ def _reporting(progress: ProgressReport | bool | None, total: int) -> Iterator[P
             bar.update(point.step - bar.n)
 
         yield report
-        bar.total = bar.n  # a stage that has settled leaves its other steps undone
+        bar.total = bar.n  # a stage that has converged leaves its other steps undone
         bar.refresh()
 
 
@@ -276,16 +282,15 @@ def _save(path: Path, task: _Task, state: _State) -> None:
 def _load(path: Path, task: _Task) -> _State:
     tensors, plain = checkpoints.load(path, **_identity(task))
     points = (map(lambda point: TracePoint(**point), trace) for trace in plain.pop("traces"))
-    d = task.keys.dim
+    d = task.keys.shape[-1]
     return _State(
         **{name: tensors[name].view(-1, d, d) for name in _MATRICES},
-        **{name: tuple(plain.pop(name)) for name in ("values", "settled")},
+        **{name: tuple(plain.pop(name)) for name in ("values", "converged")},
         **plain,
         traces=tuple(map(tuple, points)),
     )
 
 
 def _identity(task: _Task) -> dict[str, Any]:
-    sources = [task.keys] if task.held_out is None else [task.keys, task.held_out]
-    keys = (source.identity() for source in sources)
+    keys = [task.keys] if task.held_out is None else [task.keys, task.held_out]
     return {"config": asdict(task.config), "fingerprint": checkpoints.fingerprint(keys)}

@@ -20,9 +20,6 @@ No solver is the best on all keys. On keys of which half the directions are two-
 are not, ``annealed`` can end some thousandths of beta below ``itq``: where that matters, run both
 and keep the one with the larger ``train_beta``.
 
-Solvers read keys through a `KeySource`: a tensor in memory, or a folder of shards on disk that
-several processes share (`spread`).
-
 A beta that was learned is an over-estimate on the very keys it was learned from, by about
 0.22 sqrt(d/N) on keys without structure: judge by held-out keys.
 """
@@ -35,7 +32,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -43,7 +39,6 @@ from torch import Tensor
 from signlattice.kernels import Impl, polar
 from signlattice.rotations.config import LearnConfig, TracePoint
 from signlattice.rotations.objective import mean_cosine, smoothed_gradient
-from signlattice.rotations.sources import KeySource
 
 _MILESTONES = (50, 200, 500)  # the steps at which the paper reports
 
@@ -51,11 +46,9 @@ _PROXIMAL = 1e-5  # share of R in a polar factor, which is thus defined where ke
 
 _MATRICES = ("rotation", "velocity")
 
-_T = TypeVar("_T")
-
 
 def _cayley_step(rotation: Tensor, tangent: Tensor) -> Tensor:
-    """R turned along the skew matrix ``tangent``: Cayley's transform, orthogonal at any length."""
+    """Move R along the skew matrix ``tangent`` by Cayley's transform, orthogonal at any length."""
     eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
     return torch.linalg.solve(eye - tangent / 2, (eye + tangent / 2) @ rotation)
 
@@ -64,92 +57,50 @@ def _cayley_step(rotation: Tensor, tangent: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _InMemory:
-    """A `KeySource` of one process: keys [H, N, d] in a tensor."""
-
-    keys: Tensor
-
-    leads = True
-
-    def __getitem__(self, head: int) -> Tensor:
-        return self.keys[head]
-
-    @property
-    def heads(self) -> int:
-        return self.keys.shape[0]
-
-    @property
-    def n_keys(self) -> int:
-        return self.keys.shape[1]
-
-    @property
-    def dim(self) -> int:
-        return self.keys.shape[2]
-
-    @property
-    def device(self) -> torch.device:
-        return self.keys.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.keys.dtype
-
-    def dealt(self, seed: int) -> _InMemory:
-        # Keys come document after document; a batch should be a sample of all.
-        order = torch.randperm(self.n_keys, generator=torch.Generator().manual_seed(seed))
-        return _InMemory(self.keys.index_select(1, order.to(self.device)))
-
-    def batch(self, step: int, size: int) -> _InMemory:
-        n_batches = max(1, self.n_keys // size)
-        batches = self.keys.split(math.ceil(self.n_keys / n_batches), dim=1)
-        return _InMemory(batches[step % len(batches)])
-
-    def narrowed(self, heads: Sequence[int]) -> _InMemory:
-        return _InMemory(self.keys[torch.tensor(heads, device=self.device)])
-
-    def gradient(self, rotation: Tensor, temperature: float, impl: Impl) -> Tensor:
-        return smoothed_gradient(self.keys, rotation, temperature, impl=impl)
-
-    def cosines(self, rotation: Tensor, heads: Sequence[int]) -> list[float]:
-        return [mean_cosine(self.keys[head], matrix) for head, matrix in zip(heads, rotation)]
-
-    def identity(self) -> Tensor:
-        return self.keys
-
-    def led(self, work: Callable[[], _T]) -> _T:
-        return work()
-
-
-@dataclass(frozen=True, eq=False)
 class _Task:
-    """Keys in dealt order, and the resolved config.
+    """What the solvers climb: shuffled keys [H, N, d] of norm sqrt(d), and the resolved config.
 
-    ``heads`` says which of a state's heads the keys are those of.
+    ``held_out`` [H, M, d] are judged by alone. ``heads`` says which of a state's heads these are.
     """
 
-    keys: KeySource
-    held_out: KeySource | None
+    keys: Tensor
+    held_out: Tensor | None
     config: LearnConfig
     impl: Impl
     heads: tuple[int, ...]
 
-    def narrowed(self, heads: tuple[int, ...]) -> _Task:
-        """The same for some of the heads."""
+    def select_heads(self, heads: tuple[int, ...]) -> _Task:
+        """Keep some of the heads."""
         if heads == self.heads:
             return self
-        held_out = None if self.held_out is None else self.held_out.narrowed(heads)
-        return replace(self, keys=self.keys.narrowed(heads), held_out=held_out, heads=heads)
+        places = torch.tensor([self.heads.index(head) for head in heads], device=self.keys.device)
+        held_out = None if self.held_out is None else self.held_out[places]
+        return replace(self, keys=self.keys[places], held_out=held_out, heads=heads)
+
+    def batch(self, step: int) -> Tensor:
+        """Return the keys [H, B, d] of a step, about ``config.batch``: equal batches in turn."""
+        n_keys = self.keys.shape[1]
+        n_batches = max(1, n_keys // self.config.batch)
+        batches = self.keys.split(math.ceil(n_keys / n_batches), dim=1)
+        return batches[step % len(batches)]
+
+    def gradient(self, keys: Tensor, rotation: Tensor, temperature: float = 0.0) -> Tensor:
+        """Compute `objective.smoothed_gradient` [H, d, d] of some of the keys."""
+        return smoothed_gradient(keys, rotation, temperature, impl=self.impl)
 
     def betas(self, rotation: Tensor, heads: Sequence[int]) -> list[tuple[float, float | None]]:
-        """Of each of ``heads``, at its ``rotation`` [n, d, d]: beta, and beta of held-out keys."""
+        """Measure each of ``heads`` at its ``rotation`` [n, d, d]: beta in sample, and held out."""
         places = [self.heads.index(head) for head in heads]
-        judged: list[float | None] = [None] * len(places)
-        if self.held_out is not None:
-            judged = self.held_out.cosines(rotation, places)
-        return list(zip(self.keys.cosines(rotation, places), judged))
+        return [
+            (
+                mean_cosine(self.keys[place], matrix),
+                None if self.held_out is None else mean_cosine(self.held_out[place], matrix),
+            )
+            for place, matrix in zip(places, rotation)
+        ]
 
     def best_rotation(self, gradient: Tensor, rotation: Tensor) -> Tensor:
-        """The ITQ step: where the linearised objective is largest.
+        """Take the ITQ step: to where the linearised objective is largest.
 
         Keys may lack a direction, as after ``dc`` centring; there the gradient vanishes and a
         little of R itself decides. That adds a constant to the objective, so the step remains
@@ -164,13 +115,13 @@ class _State:
 
     ``rotation`` and ``velocity`` [H, d, d]. ``stage`` counts the stages that are done, ``step`` the
     steps within the present one, ``total`` all steps. ``values`` are the objectives one step ago,
-    where a stage measures them, ``settled`` the heads that gain nothing more in this stage.
+    where a stage measures them, ``converged`` the heads that gain nothing more in this stage.
     """
 
     rotation: Tensor
     velocity: Tensor
     values: tuple[float, ...]
-    settled: tuple[bool, ...]
+    converged: tuple[bool, ...]
     traces: tuple[tuple[TracePoint, ...], ...]
     stage: int = 0
     step: int = 0
@@ -179,19 +130,19 @@ class _State:
 
     @classmethod
     def at(cls, rotation: Tensor) -> _State:
-        """Before the first step, at ``rotation`` [H, d, d]."""
+        """Start before the first step, at ``rotation`` [H, d, d]."""
         n = len(rotation)
         return cls(rotation, torch.zeros_like(rotation), (0.0,) * n, (False,) * n, ((),) * n)
 
-    def on(self, keys: KeySource) -> _State:
-        """The same, its matrices where those keys are computed with."""
-        matrices = {name: getattr(self, name).to(keys.device, keys.dtype) for name in _MATRICES}
+    def on(self, keys: Tensor) -> _State:
+        """Move the matrices to the device and dtype of the keys."""
+        matrices = {name: getattr(self, name).to(keys) for name in _MATRICES}
         return replace(self, **matrices)
 
     @property
     def moving(self) -> tuple[int, ...]:
-        """The heads that have not settled."""
-        return tuple(head for head, settled in enumerate(self.settled) if not settled)
+        """List the heads that have not converged."""
+        return tuple(head for head, converged in enumerate(self.converged) if not converged)
 
 
 @dataclass(frozen=True)
@@ -214,7 +165,7 @@ def _stages(config: LearnConfig) -> tuple[_Stage, ...]:
 
 
 def _gradient_step(task: _Task, state: _State) -> _State:
-    gradient = task.keys.gradient(state.rotation, 0.0, task.impl)
+    gradient = task.gradient(task.keys, state.rotation)
     slope = gradient @ state.rotation.mT
     rate = task.config.learning_rate * slope.shape[-1]
     return replace(state, rotation=_cayley_step(state.rotation, rate * (slope - slope.mT)))
@@ -223,14 +174,14 @@ def _gradient_step(task: _Task, state: _State) -> _State:
 def _itq_step(task: _Task, state: _State) -> _State:
     heads = list(task.heads)
     here = state.rotation[heads]
-    gradient = task.keys.gradient(here, 0.0, task.impl)
+    gradient = task.gradient(task.keys, here)
     rotation = state.rotation.clone()
     rotation[heads] = task.best_rotation(gradient, here)
-    values, settled = list(state.values), list(state.settled)
+    values, converged = list(state.values), list(state.converged)
     for head, value in zip(heads, (gradient * here).sum((-2, -1)).tolist()):
-        settled[head] = value - values[head] < task.config.tolerance
+        converged[head] = value - values[head] < task.config.tolerance
         values[head] = value
-    return replace(state, rotation=rotation, values=tuple(values), settled=tuple(settled))
+    return replace(state, rotation=rotation, values=tuple(values), converged=tuple(converged))
 
 
 def _annealed_step(task: _Task, state: _State, cooling: bool) -> _State:
@@ -240,8 +191,7 @@ def _annealed_step(task: _Task, state: _State, cooling: bool) -> _State:
         hot * (cold / hot) ** cooled for hot, cold in (config.temperature, config.angle)
     )
     rotation = state.rotation
-    batch = task.keys.batch(state.total, config.batch)
-    gradient = batch.gradient(rotation, temperature, task.impl)
+    gradient = task.gradient(task.batch(state.total), rotation, temperature)
     # The ITQ direction, not the gradient's: where keys are far from isotropic, a gradient turns
     # little but the leading directions, while a polar factor turns all of them alike.
     towards = task.best_rotation(gradient, rotation) @ rotation.mT
@@ -250,31 +200,31 @@ def _annealed_step(task: _Task, state: _State, cooling: bool) -> _State:
     norm = torch.linalg.vector_norm(velocity, dim=(-2, -1), keepdim=True).double()
     rms = norm / math.sqrt(velocity.shape[-1])
     length = rms.new_tensor(angle) / rms.clamp_min(torch.finfo(velocity.dtype).tiny)
-    turned = _cayley_step(rotation, velocity * length.to(velocity.dtype))
-    return replace(state, rotation=turned, velocity=velocity)
+    step = velocity * length.to(velocity.dtype)
+    return replace(state, rotation=_cayley_step(rotation, step), velocity=velocity)
 
 
 def _advanced(task: _Task, stages: tuple[_Stage, ...], state: _State, clock: float) -> _State:
-    """The state one step on, with a point more in the traces where one is due."""
+    """Take one step, and add a point to the traces where one is due."""
     stage = stages[state.stage]
     state = stage.move(task, state)
     state = replace(
         state, step=state.step + 1, total=state.total + 1, seconds=time.perf_counter() - clock
     )
-    ended = all(state.settled) or state.step == stage.steps
+    ended = all(state.converged) or state.step == stage.steps
     due = ended or state.total % task.config.trace_every == 0 or state.total in _MILESTONES
-    seen = [head for head in task.heads if due or state.settled[head]]
-    state = _traced(task, stage.name, state, seen)
+    traced = [head for head in task.heads if due or state.converged[head]]
+    state = _traced(task, stage.name, state, traced)
     if ended:
         fresh = _State.at(state.rotation)
         state = replace(
-            state, stage=state.stage + 1, step=0, values=fresh.values, settled=fresh.settled
+            state, stage=state.stage + 1, step=0, values=fresh.values, converged=fresh.converged
         )
     return state
 
 
 def _traced(task: _Task, stage: str, state: _State, heads: Sequence[int]) -> _State:
-    """The state with a point more in the traces of ``heads``, which are among the task's."""
+    """Add a point to the traces of ``heads``, which are among the task's."""
     if not heads:
         return state
     traces = list(state.traces)
@@ -286,11 +236,11 @@ def _traced(task: _Task, stage: str, state: _State, heads: Sequence[int]) -> _St
 
 
 def _mean_point(state: _State) -> TracePoint:
-    """The last points of all heads in one: their mean betas, at the latest step."""
+    """Average the last points of all heads: their mean betas, at the latest step."""
     points = [trace[-1] for trace in state.traces]
     latest = max(points, key=lambda point: point.step)
-    judged = None
+    held_out_beta = None
     if latest.held_out_beta is not None:
-        judged = fmean(point.held_out_beta for point in points)
+        held_out_beta = fmean(point.held_out_beta for point in points)
     train_beta = fmean(point.train_beta for point in points)
-    return replace(latest, train_beta=train_beta, held_out_beta=judged)
+    return replace(latest, train_beta=train_beta, held_out_beta=held_out_beta)

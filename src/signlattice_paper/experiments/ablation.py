@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from signlattice import __version__
@@ -27,16 +22,16 @@ from signlattice.evaluation.perplexity import (
     perplexity_gap,
     token_losses,
 )
-from signlattice.io import load_or_compute, write_tensors
 from signlattice.models.capture import KeyBank, calibration_keys, capture_passages
 from signlattice.models.hooks import attention_layers
-from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage, passages
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.scales import SCALE_RULES
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.factory import ROTATIONS, rotate_heads
+from signlattice_paper.experiments.runner import Lab, Tables
+from signlattice_paper.records import Row
 
 
 @dataclass(frozen=True)
@@ -69,122 +64,169 @@ class AblationConfig:
         if self.n_keys < 1 or self.windows < 1 or self.temperature_passages < 1:
             raise InputError(f"n_keys, windows and temperature_passages of {self}: use 1 or more")
 
-    @property
-    def n_runs(self) -> int:
-        """How many configurations are crossed."""
-        crossed = (self.rotations, self.centerings, self.scale_rules, self.temperatures)
-        return math.prod(len(choices) for choices in crossed)
-
 
 @dataclass(frozen=True)
-class Row:
-    """One configuration, held out: means over heads, and the model's own figures.
-
-    ``beta_std`` is the spread over heads. ``attention_kl`` and ``logit_kl`` are nats per query and
-    per token; ``attention_top1`` and ``top1`` are shares; ``gap`` is in perplexity, with its
-    interval over documents; ``compressed`` counts keys.
-    """
+class Case:
+    """A configuration of the code; ``temperature``: whether one is fitted per head."""
 
     rotation: str
     centering: str
     scale: str
     temperature: bool
-    beta: float
-    beta_std: float
-    distortion: float
-    attention_kl: float
-    attention_top1: float
-    perplexity: float
-    gap: float
-    gap_low: float
-    gap_high: float
-    logit_kl: float
-    top1: float
-    compressed: int
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """All rows, the exact model's losses, and per head the ceiling of elliptical keys."""
-
-    rows: tuple[Row, ...]
-    exact: TokenLosses
-    ceilings: dict[str, np.ndarray]
-    losses: dict[tuple[str, str, str, bool], TokenLosses] = field(repr=False)
-    codecs: dict[tuple[str, str, str, bool], KeyCodec] = field(repr=False)
-
-    def row(self, rotation: str, centering: str, scale: str, temperature: bool = False) -> Row:
-        """The row of one configuration. Raises ``InputError`` if it was not run."""
-        wanted = (rotation, centering, scale, temperature)
-        for row in self.rows:
-            if (row.rotation, row.centering, row.scale, row.temperature) == wanted:
-                return row
-        raise InputError(f"the ablation has no row {wanted}")
-
-    def ceiling_rows(self) -> list[dict[str, str | float]]:
-        """Per centering the mean elliptical ceiling over heads, with its range."""
-        return [
-            {
-                "centering": name,
-                "mean": float(v.mean()),
-                "low": float(v.min()),
-                "high": float(v.max()),
-            }
-            for name, v in self.ceilings.items()
-        ]
+def cases(config: AblationConfig) -> list[Case]:
+    """List all configurations that are crossed."""
+    return [
+        Case(rotation, centering, rule, temperature)
+        for centering in config.centerings
+        for rotation in config.rotations
+        for rule in config.scale_rules
+        for temperature in config.temperatures
+    ]
 
 
-@dataclass(frozen=True)
-class _Text:
-    """What is measured on: keys to fit on, keys held out, and held-out passages."""
+class AblationLab(Lab[AblationConfig, Case]):
+    """Tables "rows", one for each configuration, and "ceilings".
 
-    calibration: KeyBank
-    temperature: KeyBank
-    held_out: KeyBank
-    pieces: list[Passage]
+    Rotations, means and temperatures are fitted on calibration documents alone, everything in
+    "rows" is measured on evaluation documents: means over heads, and the model's own figures.
+    ``beta_std`` is the spread over heads. ``attention_kl`` and ``logit_kl`` are nats per query and
+    per token; ``attention_top1`` and ``top1`` are shares; ``gap`` is in perplexity, with its
+    interval over documents; ``compressed`` counts keys. "ceilings": per centering the mean ceiling
+    of elliptical keys over heads, with its range.
 
-
-def run_ablation(
-    loaded: LoadedModel,
-    config: AblationConfig,
-    scratch: Path,
-    progress: Callable[[Row], None] | None = None,
-) -> Ablation:
-    """Run every configuration; what an interrupted run left in ``scratch`` is not done again.
-
-    Rotations, means and temperatures are fitted on calibration documents alone, everything in a
-    `Row` is measured on evaluation documents.
+    Running raises ``InputError`` if the calibration text is short of ``n_keys`` tokens.
     """
-    scratch = scratch / _identity(loaded, config)
-    scratch.mkdir(parents=True, exist_ok=True)
-    text = _read_text(loaded, config)
-    exact_logits = next_token_logits(loaded, text.pieces)
-    exact = token_losses(loaded, text.pieces)
-    rows, losses, codecs, ceilings = [], {}, {}, {}
-    for centering in config.centerings:
-        fitted = _fit_centering(text.calibration, centering, config)
-        ceilings[centering] = np.array([elliptical_ceiling(_spectrum(k)) for k in fitted.heads()])
-        for rotation in config.rotations:
-            matrices = load_or_compute(
-                scratch / f"{centering}.{rotation}.safetensors",
-                lambda: {k: rotate_heads(x, rotation, config.seed) for k, x in fitted.keys.items()},
-            )
-            for rule, temperature in itertools.product(config.scale_rules, config.temperatures):
-                name = (rotation, centering, rule, temperature)
-                file = scratch / f"{centering}.{rotation}.{rule}.{temperature}.safetensors"
-                layers = {k: SignQuantizer(matrices[k], fitted.code[k], rule) for k in matrices}
-                if temperature:
-                    layers = _tempered(layers, text.temperature, loaded, file.with_suffix(".tau"))
-                codecs[name] = KeyCodec(layers, loaded.weights_hash, _provenance(name, config))
-                if not file.exists():
-                    coded = token_losses(loaded, text.pieces, codecs[name], exact_logits)
-                    row = _row(name, codecs[name], loaded, text, coded, exact)
-                    _keep(file, row, coded)
-                row, losses[name] = _kept(file, text.pieces)
-                rows.append(row)
-                if progress is not None:
-                    progress(row)
-    return Ablation(tuple(rows), exact, ceilings, losses, codecs)
+
+    def cases(self) -> list[Case]:
+        return cases(self.config)
+
+    def measure(self, case: Case) -> Tables:
+        codec = self.codec(case)
+        losses = token_losses(self.loaded, self.passages, codec, self._exact_logits)
+        arrays = {name: getattr(losses, name).tolist() for name in ("nll", "kl", "agree")}
+        per_passage = [dict(zip(arrays, each)) for each in zip(*arrays.values(), strict=True)]
+        return {"rows": [self._row(case, codec, losses)], "losses": per_passage}
+
+    def summarise(self, tables: Tables) -> Tables:
+        return {"rows": tables["rows"], "ceilings": self._ceilings()}
+
+    def losses(self, case: Case) -> TokenLosses:
+        """Load or measure what a configuration loses on each evaluation passage."""
+        tables = self.measured(case)
+        arrays = {
+            name: np.array([row[name] for row in tables["losses"]])
+            for name in ("nll", "kl", "agree")
+        }
+        n_compressed = tables["rows"][0]["compressed"]
+        return replace(self.exact, n_compressed=n_compressed, **arrays)
+
+    def codec(self, case: Case) -> KeyCodec:
+        """Fit the code of a configuration, or load what an earlier run fitted."""
+        centred = self._centred[case.centering]
+        name = f"{case.centering} {case.rotation}"
+        rotations = self.scratch.tensors(name, self._rotations, case.rotation, centred)
+        layers = {
+            index: SignQuantizer(rotation, centred.code[index], case.scale)
+            for index, rotation in rotations.items()
+        }
+        if case.temperature:
+            taus = self.scratch.tensors(f"temperatures of {case}", self._temperatures, layers)
+            layers = {i: replace(code, temperature=taus[i]) for i, code in layers.items()}
+        return KeyCodec(layers, self.loaded.weights_hash, self._provenance(case))
+
+    @cached_property
+    def exact(self) -> TokenLosses:
+        """Losses of exact attention on each evaluation passage."""
+        return token_losses(self.loaded, self.passages)
+
+    @cached_property
+    def passages(self) -> list[Passage]:
+        """Windows of evaluation documents."""
+        return passages(self.loaded, self.text.evaluation, self.config.windows)
+
+    @cached_property
+    def _exact_logits(self) -> list[Tensor]:
+        return next_token_logits(self.loaded, self.passages)
+
+    @cached_property
+    def _calibration_passages(self) -> list[Passage]:
+        return passages(self.loaded, self.text.calibration, self.config.windows)
+
+    @cached_property
+    def _centred(self) -> dict[str, _Centred]:
+        """Calibration keys by how they are centred."""
+        bank = capture_passages(self.loaded, self._calibration_passages, queries=False)
+        keys = calibration_keys(bank, self.config.n_keys, self.config.seed)
+        return {method: _centre(keys, method) for method in self.config.centerings}
+
+    @cached_property
+    def _temperature_bank(self) -> KeyBank:
+        pieces = self._calibration_passages
+        every = max(1, len(pieces) // self.config.temperature_passages)
+        return capture_passages(self.loaded, pieces[::every])
+
+    @cached_property
+    def _held_out(self) -> KeyBank:
+        pieces = [piece for piece in self.passages if len(piece.ids) == self.loaded.context]
+        return capture_passages(self.loaded, (pieces or self.passages)[::2])
+
+    def _rotations(self, rotation: str, centred: _Centred) -> dict[int, Tensor]:
+        return {k: rotate_heads(x, rotation, self.config.seed) for k, x in centred.keys.items()}
+
+    def _temperatures(self, layers: Mapping[int, SignQuantizer]) -> dict[int, Tensor]:
+        attention = attention_layers(self.loaded.model)
+        return {
+            k: fit_temperature(code, self._temperature_bank, attention[k])
+            for k, code in layers.items()
+        }
+
+    def _ceilings(self) -> list[Row]:
+        rows: list[Row] = []
+        for method, centred in self._centred.items():
+            values = np.array([elliptical_ceiling(_spectrum(keys)) for keys in centred.heads()])
+            bounds = {"low": float(values.min()), "high": float(values.max())}
+            rows.append({"centering": method, "mean": float(values.mean()), **bounds})
+        return rows
+
+    def _row(self, case: Case, codec: KeyCodec, losses: TokenLosses) -> Row:
+        attention = attention_layers(self.loaded.model)
+        quality = [
+            head_quality(code, self._held_out, attention[layer])
+            for layer, code in codec.layers.items()
+        ]
+        gap = perplexity_gap(losses, self.exact)
+        n_tokens = losses.n_tokens.sum()
+        beta = np.concatenate([layer.beta for layer in quality])
+        return {
+            **asdict(case),
+            "beta": float(beta.mean()),
+            "beta_std": float(beta.std(ddof=1)),
+            "distortion": _mean(layer.distortion for layer in quality),
+            "attention_kl": _mean(layer.kl for layer in quality),
+            "attention_top1": _mean(layer.top1 for layer in quality),
+            "perplexity": perplexity(losses).value,
+            "gap": gap.value,
+            "gap_low": gap.low,
+            "gap_high": gap.high,
+            "logit_kl": float(losses.kl.sum() / n_tokens),
+            "top1": float(losses.agree.sum() / n_tokens),
+            "compressed": losses.n_compressed,
+        }
+
+    def _provenance(self, case: Case) -> dict[str, str]:
+        """What a codec file says of how it was fitted."""
+        return {
+            "rotation": case.rotation,
+            "centering": case.centering,
+            "scale": case.scale,
+            "temperature": "fitted" if case.temperature else "one",
+            "calibration": corpus.fingerprint(self.text.calibration),
+            "n_keys": str(self.config.n_keys),
+            "seed": str(self.config.seed),
+            "signlattice": __version__,
+        }
 
 
 @dataclass(frozen=True)
@@ -198,67 +240,9 @@ class _Centred:
         return (head for heads in self.keys.values() for head in heads)
 
 
-def _fit_centering(bank: KeyBank, method: str, config: AblationConfig) -> _Centred:
-    keys = calibration_keys(bank, config.n_keys, config.seed)
+def _centre(keys: Mapping[int, Tensor], method: str) -> _Centred:
     code = {layer: Centering.fit(heads, method) for layer, heads in keys.items()}
     return _Centred(code, {layer: code[layer].split(heads)[0] for layer, heads in keys.items()})
-
-
-def _tempered(
-    layers: dict[int, SignQuantizer], bank: KeyBank, loaded: LoadedModel, file: Path
-) -> dict[int, SignQuantizer]:
-    """The same codes with a temperature per head, fitted on ``bank`` or remembered."""
-    attention = attention_layers(loaded.model)
-    taus = load_or_compute(
-        file, lambda: {k: fit_temperature(code, bank, attention[k]) for k, code in layers.items()}
-    )
-    return {layer: replace(code, temperature=taus[layer]) for layer, code in layers.items()}
-
-
-def _read_text(loaded: LoadedModel, config: AblationConfig) -> _Text:
-    fit = passages(loaded, corpus.documents("calibration"), config.windows)
-    pieces = passages(loaded, corpus.documents("evaluation"), config.windows)
-    whole = [piece for piece in pieces if len(piece.ids) == loaded.context] or pieces
-    return _Text(
-        calibration=capture_passages(loaded, fit, queries=False),
-        temperature=capture_passages(
-            loaded, fit[:: max(1, len(fit) // config.temperature_passages)]
-        ),
-        held_out=capture_passages(loaded, whole[::2]),
-        pieces=pieces,
-    )
-
-
-def _row(
-    name: tuple[str, str, str, bool],
-    codec: KeyCodec,
-    loaded: LoadedModel,
-    text: _Text,
-    losses: TokenLosses,
-    exact: TokenLosses,
-) -> Row:
-    attention = attention_layers(loaded.model)
-    quality = [
-        head_quality(code, text.held_out, attention[layer]) for layer, code in codec.layers.items()
-    ]
-    gap = perplexity_gap(losses, exact)
-    n_tokens = losses.n_tokens.sum()
-    beta = np.concatenate([layer.beta for layer in quality])
-    return Row(
-        *name,
-        beta=float(beta.mean()),
-        beta_std=float(beta.std(ddof=1)),
-        distortion=_mean(layer.distortion for layer in quality),
-        attention_kl=_mean(layer.kl for layer in quality),
-        attention_top1=_mean(layer.top1 for layer in quality),
-        perplexity=perplexity(losses).value,
-        gap=gap.value,
-        gap_low=gap.low,
-        gap_high=gap.high,
-        logit_kl=float(losses.kl.sum() / n_tokens),
-        top1=float(losses.agree.sum() / n_tokens),
-        compressed=losses.n_compressed,
-    )
 
 
 def _mean(per_layer: Iterable[np.ndarray]) -> float:
@@ -268,41 +252,3 @@ def _mean(per_layer: Iterable[np.ndarray]) -> float:
 def _spectrum(keys: Tensor) -> Tensor:
     """Eigenvalues of the scatter E[k kᵀ] of keys [N, D]."""
     return torch.linalg.eigvalsh((keys.T @ keys / len(keys)).double()).clamp_min(0)
-
-
-def _keep(file: Path, row: Row, losses: TokenLosses) -> None:
-    """Write a finished configuration whole."""
-    arrays = {name: torch.from_numpy(getattr(losses, name)) for name in ("nll", "kl", "agree")}
-    write_tensors(file, arrays, metadata={"row": json.dumps(asdict(row))})
-
-
-def _kept(file: Path, pieces: list[Passage]) -> tuple[Row, TokenLosses]:
-    """Read what `_keep` wrote."""
-    with safe_open(file, framework="np") as kept:
-        row = Row(**json.loads(kept.metadata()["row"]))
-        arrays = {name: kept.get_tensor(name) for name in kept.keys()}
-    n_tokens = np.array([len(piece.ids) - 1 for piece in pieces])
-    return row, TokenLosses(tuple(pieces), n_tokens=n_tokens, n_compressed=row.compressed, **arrays)
-
-
-def _provenance(name: tuple[str, str, str, bool], config: AblationConfig) -> dict[str, str]:
-    """What a codec file says of how it was fitted."""
-    rotation, centering, scale, temperature = name
-    return {
-        "rotation": rotation,
-        "centering": centering,
-        "scale": scale,
-        "temperature": "fitted" if temperature else "one",
-        "calibration": corpus.fingerprint(corpus.documents("calibration")),
-        "n_keys": str(config.n_keys),
-        "seed": str(config.seed),
-        "signlattice": __version__,
-    }
-
-
-def _identity(loaded: LoadedModel, config: AblationConfig) -> str:
-    """What kept results depend on: the model, the texts, the library and the configuration."""
-    texts = [corpus.fingerprint(corpus.documents(s)) for s in ("calibration", "evaluation")]
-    known = (loaded.weights_hash, *texts, __version__)
-    settings = (config.n_keys, config.windows, config.temperature_passages, config.seed)
-    return hashlib.sha256(json.dumps([known, settings]).encode()).hexdigest()[:16]

@@ -3,18 +3,27 @@
 A run captures keys to disk, learns a rotation of every head and of every layer's heads together,
 and evaluates on other text. What is done is kept in a scratch folder: a run that was interrupted
 goes on where it was and ends with the same tables.
+
+Processes can share out captures and rotations, which take most of the time. `measure`, in the lab
+notebook, then goes on from what they leave::
+
+    torchrun --nproc-per-node 8 -m signlattice_paper.experiments.architectures OLMoE-1B-7B
+    make lab MODEL=OLMoE-1B-7B PROFILE=full
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
 import shutil
 import statistics
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +33,9 @@ from torch import Tensor
 
 from signlattice import __version__, hadamard
 from signlattice.alignment import beta, elliptical_ceiling
-from signlattice.data.texts import Text
+from signlattice.data.texts import Text, read_text
+from signlattice.distributed.capture import capture_parts
+from signlattice.distributed.workers import Workers
 from signlattice.errors import InputError, IntegrityError
 from signlattice.evaluation.bootstrap import Interval
 from signlattice.evaluation.perplexity import (
@@ -34,9 +45,9 @@ from signlattice.evaluation.perplexity import (
     perplexity_gap,
     token_losses,
 )
-from signlattice.io import check_writable, display_path, write_tensors, write_text
+from signlattice.io import PROJECT, check_writable, display_path, write_tensors, write_text
 from signlattice.models import full_size
-from signlattice.models.capture import KeyBank, capture_passages, join_banks, open_bank
+from signlattice.models.capture import KeyBank
 from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import LoadedModel, load_model
 from signlattice.models.minis import MINIS
@@ -157,7 +168,7 @@ def load(
 ) -> LoadedModel:
     """A mini by its name, or any decoder by its name on the hub or its folder.
 
-    Raises as `models.load_model` and `fullsize.load_full` do.
+    Raises as `loading.load_model` and `full_size.load_full` do.
     """
     if name in MINIS:
         loaded = load_model(name)
@@ -176,7 +187,7 @@ def estimate(
 ) -> tuple[tuple[str, str], ...]:
     """What a model of full size will take, in rows of (what, how much); none for a mini.
 
-    Raises as `fullsize.preflight` does.
+    Raises as `full_size.preflight` does.
     """
     if name in MINIS:
         return ()
@@ -221,16 +232,10 @@ def measure(
     scratch = scratch / _identity(loaded, text, config)
     tell = progress or (lambda part: None)
     layers = attention_layers(loaded.model)
-    owners = {i: layer for i, layer in layers.items() if layer.owns_keys}
-    for layer in owners.values():
-        fixed.srht(layer.head_dim, 0)  # raises where there is none of this size
-    pieces = passages(loaded, text.evaluation, config.windows)
-    pieces = spread(pieces, config.n_passages)
-    keys = _captured(loaded, text, pieces, owners, config, scratch / "keys", tell)
-    fits = list(_fits(keys, owners, config, scratch, tell))
+    pieces, fits = _prepared(loaded, text, config, scratch, tell, Workers())
     null = _null(fits, config, scratch, tell)
     gaps, ratios, exact, codec, compressed = _gaps(loaded, pieces, fits, config, scratch, tell)
-    heads, first = _head_rows(fits), min(owners)
+    heads, first = _head_rows(fits), min(fit.layer for fit in fits)
     tables = {
         "layers": [_layer_row(layer) for layer in layers.values()],
         "beta": _beta_rows(fits),
@@ -247,8 +252,48 @@ def measure(
     return Measured(tables, exact, codec, compressed)
 
 
+def prepare(
+    loaded: LoadedModel,
+    text: Text,
+    config: ArchitectureConfig,
+    scratch: Path,
+    progress: Progress | None = None,
+    workers: Workers = Workers(),
+) -> None:
+    """Capture the keys and fit the rotations of `measure`, which goes on from there.
+
+    All ``workers`` call this with one ``scratch`` folder: passages and layers are shared out, and
+    the tables do not depend on how many processes there were, given as many threads to each.
+
+    Raises as `measure` does.
+    """
+    scratch = scratch / _identity(loaded, text, config)
+    _prepared(loaded, text, config, scratch, progress or (lambda part: None), workers)
+    workers.barrier()
+
+
+def _prepared(
+    loaded: LoadedModel,
+    text: Text,
+    config: ArchitectureConfig,
+    scratch: Path,
+    tell: Progress,
+    workers: Workers,
+) -> tuple[list[Passage], list[_Fit]]:
+    """Fit this process's share of the layers. Returns the passages to evaluate on, too."""
+    layers = attention_layers(loaded.model)
+    owners = {i: layer for i, layer in layers.items() if layer.owns_keys}
+    for layer in owners.values():
+        fixed.srht(layer.head_dim, 0)  # raises where there is none of this size
+    pieces = passages(loaded, text.evaluation, config.windows)
+    pieces = spread(pieces, config.n_passages)
+    keys = _captured(loaded, text, pieces, owners, config, scratch / "keys", tell, workers)
+    own = workers.share(list(owners))
+    return pieces, list(_fits(keys, owners, own, config, scratch, tell))
+
+
 def n_parts(loaded: LoadedModel, config: ArchitectureConfig) -> int:
-    """How often `measure` tells of its progress, but for captures."""
+    """Count how often `measure` reports progress, but for captures."""
     n_layers = sum(layer.owns_keys for layer in attention_layers(loaded.model).values())
     wide = n_layers * len(CENTERING_METHODS) if config.layer_scope else 0
     return n_layers * len(CENTERING_METHODS) * len(config.seeds) + wide + len(_codes(config)) + 2
@@ -273,6 +318,7 @@ def _captured(
     config: ArchitectureConfig,
     folder: Path,
     tell: Progress,
+    workers: Workers,
 ) -> _Keys:
     fit = passages(loaded, text.calibration, config.windows)
     widest = max(
@@ -287,27 +333,24 @@ def _captured(
             f"the calibration side of {text.name} has {n_tokens} tokens: "
             f"give at least {narrowest}, one for each coordinate of a head"
         )
-    _check_room(folder, loaded, owners, n_tokens + sum(len(piece.ids) for piece in judged))
-    banks = []
-    for side, chosen in (("calibration", fit), ("held_out", judged)):
-        parts = []
-        for number, start in enumerate(range(0, len(chosen), PART)):
-            part = folder / f"{side}-{number:05d}"
-            if not (part / "index.json").is_file():
-                capture_passages(
-                    loaded,
-                    chosen[start : start + PART],
-                    queries=False,
-                    folder=part,
-                    batch_size=config.batch_size,
-                )
-                tell(f"captured {side}")
-            parts.append(open_bank(part))
-        banks.append(join_banks(parts))
+    if workers.leads:
+        _check_disk(folder, loaded, owners, n_tokens + sum(len(piece.ids) for piece in judged))
+    banks = [
+        capture_parts(
+            loaded,
+            [chosen[start : start + PART] for start in range(0, len(chosen), PART)],
+            folder / side,
+            workers,
+            queries=False,
+            batch_size=config.batch_size,
+            progress=partial(tell, f"captured {side}"),
+        )
+        for side, chosen in (("calibration", fit), ("held_out", judged))
+    ]
     return _Keys(*banks)
 
 
-def _check_room(
+def _check_disk(
     folder: Path, loaded: LoadedModel, owners: dict[int, AttentionLayer], n_tokens: int
 ) -> None:
     """Raise ``InputError`` if keys of so many tokens do not fit beside what is there already."""
@@ -373,17 +416,19 @@ class _Fit:
 def _fits(
     keys: _Keys,
     owners: dict[int, AttentionLayer],
+    indices: Sequence[int],
     config: ArchitectureConfig,
     scratch: Path,
     tell: Progress,
 ) -> Iterator[_Fit]:
-    """Of every owner of keys: each head by every seed, and the heads together by the first.
+    """Fit the layers ``indices``: each head by every seed, and the heads together by the first.
 
     How learning goes is looked at with the first seed; the paper's own trainer runs on the first
     layer, with the paper's centering.
     """
     first = config.seeds[0]
-    for index, layer in owners.items():
+    for index in indices:
+        layer = owners[index]
         banks = keys.calibration.keys(index), keys.held_out.keys(index)
         for scope in SCOPES if config.layer_scope else SCOPES[:1]:
             narrow = scope == "head"
@@ -769,7 +814,43 @@ def _std(values: Sequence[float]) -> float | None:
 
 
 def _identity(loaded: LoadedModel, text: Text, config: ArchitectureConfig) -> str:
-    """What kept results depend on."""
+    """Hash what kept results depend on."""
     known = [loaded.weights_hash, str(loaded.model.dtype), text.fingerprint, __version__]
     settings = asdict(config) | {"text": None, "batch_size": None}
     return hashlib.sha256(json.dumps([known, settings]).encode()).hexdigest()[:16]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `prepare` by the processes that ``torchrun`` started. Returns 2 on bad input."""
+    parser = argparse.ArgumentParser(
+        "python -m signlattice_paper.experiments.architectures",
+        description="Capture keys and fit rotations by several processes, for make lab to go on.",
+    )
+    parser.add_argument("model", help="one of the minis, a name on the hub or a folder")
+    parser.add_argument("--profile", choices=PROFILES, default="full")
+    parser.add_argument("--text", default="", help="the profile's own, unless given")
+    parser.add_argument("--context", type=int, default=0, help="tokens of a window")
+    parser.add_argument("--revision", default="", help="branch, tag or commit on the hub")
+    parser.add_argument("--dtype", default="auto", help="of the loaded weights")
+    given = parser.parse_args(arguments)
+    try:
+        with Workers.current() as workers:
+            config = configured(given.profile, given.text, given.context)
+            loaded = load(
+                given.model,
+                config,
+                revision=given.revision,
+                dtype=given.dtype,
+                device_map=workers.device if workers.count > 1 else "auto",
+            )
+            scratch = PROJECT / "scratch" / "architectures"
+            tell = print if workers.leads else None
+            prepare(loaded, read_text(config.text), config, scratch, tell, workers)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,29 +6,32 @@ Beside each compressed cache stand those that people use instead, FP8 and a Hada
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
-from signlattice import __version__
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
 from signlattice.calibration import CalibrationConfig, coded_layers, learn_codec
-from signlattice.data.texts import Text
 from signlattice.evaluation.through_cache import Judge, QualityConfig, read_through
-from signlattice.io import Scratch
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.scales import SCALE_RULES
+from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.records import Row
-
-Progress = Callable[[str], object]
-"""Told of each part of the work as it is done."""
 
 CHECK = 4
 """Windows that are read token by token as well."""
+
+CODECS = {
+    "lattice": {},
+    "lattice, temperature": {"temperature": True},
+    "lattice, sliding": {"sliding": True},
+    "rotation": {"code": "rotation"},
+}
+"""Codecs by name: what each changes of the configuration that codecs are learned by."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +62,6 @@ class Case:
     rule: str
     cache: CacheConfig
     with_needles: bool = True
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Tables "exact" (one row), "caches", "heads" (β of each codec) and "calls" (one window read at
-    once and token by token); and the codecs."""
-
-    tables: dict[str, list[Row]]
-    codecs: dict[str, KeyCodec]
 
 
 def cases(loaded: LoadedModel, config: CacheLabConfig) -> list[Case]:
@@ -127,77 +121,56 @@ def cases(loaded: LoadedModel, config: CacheLabConfig) -> list[Case]:
     return found
 
 
-def n_parts(loaded: LoadedModel, config: CacheLabConfig) -> int:
-    """How often `measure` tells of its progress, but for what it learns."""
-    return len(cases(loaded, config)) + 1
+class CacheLab(Lab[CacheLabConfig, Case]):
+    """Tables "exact" (one row), "caches", "heads" (β of each codec) and "calls" (windows read at
+    once and token by token).
 
-
-def measure(
-    loaded: LoadedModel,
-    text: Text,
-    config: CacheLabConfig,
-    scratch: Path,
-    progress: Progress | None = None,
-) -> Measured:
-    """Learn the codecs and judge every cache; rows that an interrupted run left are not made again.
-
-    Raises ``InputError`` as `calibrate.learn_codec` and `cache_quality.full_windows` do.
+    Running raises ``InputError`` as `calibrate.learn_codec` and `cache_quality.full_windows` do.
     """
-    tell = progress or (lambda part: None)
-    kept = Scratch.of(scratch, loaded.weights_hash, text.fingerprint, __version__, asdict(config))
-    wanted = cases(loaded, config)
-    codecs = dict(_codecs(loaded, text, config, {case.codec for case in wanted}, kept.folder, tell))
-    judge = Judge(loaded, text.evaluation, text.calibration, config.quality)
-    rows = []
-    for case in wanted:
-        codec = _ruled(codecs[case.codec], case.rule) if case.codec else None
-        row = kept.row(
-            repr(case), lambda: judge.row(codec, case.cache, with_needles=case.with_needles)
-        )
-        rows.append({"codec": case.codec, "rule": case.rule, **row})
-        tell(f"judged {case.codec or case.cache.key_format}")
-    tables = {
-        "exact": [judge.exact_row()],
-        "caches": _filled(rows),
-        "heads": [row for name, codec in codecs.items() for row in _head_rows(name, codec)],
-        "calls": [_calls(judge, codecs["lattice"], config)],
-    }
-    tell("compared calls")
-    return Measured(tables, codecs)
+
+    def cases(self) -> list[Case]:
+        return cases(self.loaded, self.config)
+
+    def measure(self, case: Case) -> Tables:
+        codec = _with_rule(self.codecs[case.codec], case.rule) if case.codec else None
+        row = self.judge.row(codec, case.cache, with_needles=case.with_needles)
+        return {"caches": [{"codec": case.codec, "rule": case.rule, **row}]}
+
+    def summarise(self, tables: Tables) -> Tables:
+        return {
+            "exact": [self.judge.exact_row()],
+            "caches": _filled(tables["caches"]),
+            "heads": [
+                row for name, codec in self.codecs.items() for row in _head_rows(name, codec)
+            ],
+            "calls": [_calls(self.judge, self.codecs["lattice"], self.config)],
+        }
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(self.loaded, self.text.evaluation, self.text.calibration, self.config.quality)
+
+    @cached_property
+    def codecs(self) -> dict[str, KeyCodec]:
+        """The codecs of all cases by name, learned, or loaded if an earlier run got that far."""
+        names = {case.codec for case in self.cases()}
+        return {name: self._codec(name) for name in CODECS if name in names}
+
+    def _codec(self, name: str) -> KeyCodec:
+        file = self.scratch.file(name, ".safetensors")
+        if not file.exists():
+            config = replace(self.config.calibrate, **CODECS[name])
+            learn_codec(self.loaded, self.text, config).save(file, bits=8)
+        return KeyCodec.load(file, self.loaded.weights_hash)
 
 
-def _filled(rows: list[Row]) -> list[Row]:
-    """Rows with the same columns: what was not measured is None."""
+def _filled(rows: Sequence[Row]) -> list[Row]:
+    """Give all rows the same columns: what was not measured is None."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     return [{name: row.get(name) for name in names} for row in rows]
 
 
-def _codecs(
-    loaded: LoadedModel,
-    text: Text,
-    config: CacheLabConfig,
-    names: set[str],
-    scratch: Path,
-    tell: Progress,
-) -> Iterator[tuple[str, KeyCodec]]:
-    """The codecs that are asked for by name, learned, or read if an earlier run got that far."""
-    changes = {
-        "lattice": {},
-        "lattice, temperature": {"temperature": True},
-        "lattice, sliding": {"sliding": True},
-        "rotation": {"code": "rotation"},
-    }
-    for name, change in changes.items():
-        if name not in names:
-            continue
-        file = scratch / f"{name}.safetensors"
-        if not file.exists():
-            learn_codec(loaded, text, replace(config.calibrate, **change)).save(file, bits=8)
-        yield name, KeyCodec.load(file, loaded.weights_hash)
-        tell(f"learned {name}")
-
-
-def _ruled(codec: KeyCodec, rule: str) -> KeyCodec:
+def _with_rule(codec: KeyCodec, rule: str) -> KeyCodec:
     """The same signs under another scale rule."""
     layers = {index: replace(code, scale_rule=rule) for index, code in codec.layers.items()}
     return replace(codec, layers=layers)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from signlattice.evaluation.bootstrap import Interval, bootstrap
 from signlattice.evaluation.perplexity import TokenLosses, perplexity, perplexity_gap, token_losses
+from signlattice.io import Progress, no_progress
 from signlattice.models.hooks import score_scaling
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage
@@ -22,7 +23,6 @@ from signlattice_paper.experiments.scores import (
     mean_interval,
     weights_kl,
 )
-from signlattice_paper.experiments.solvers import Progress, tell
 from signlattice_paper.records import Row
 
 LayerSet = tuple[int, ...]
@@ -87,7 +87,7 @@ def loss_rows(
     loaded: LoadedModel,
     codecs: Mapping[str, KeyCodec],
     pieces: Sequence[Passage],
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> tuple[list[Row], dict[str, Interval], dict[str, TokenLosses]]:
     """What each layer adds to the loss when it alone is coded, and what all add together.
 
@@ -102,7 +102,7 @@ def loss_rows(
         for layers in (*((layer,) for layer in every), every):
             losses[layers] = token_losses(loaded, pieces, only(codec, layers))
             rows.append(_loss_row(name, layers, losses[layers], exact))
-            tell(progress)
+            progress(f"read with {name} in layers {layers_name(layers)}")
         complete[name] = losses[every]
         alone = [losses[(layer,)] for layer in every]
         ratios[name] = together_over_sum(complete[name], alone, exact)
@@ -129,7 +129,7 @@ def attention_rows(
     loaded: LoadedModel,
     codecs: Mapping[str, KeyCodec],
     pieces: Sequence[Passage],
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> list[Row]:
     """Divergence of each layer's attention from that of the exact model, nats per query.
 
@@ -149,7 +149,7 @@ def attention_rows(
                 for layer, states in seen.items():
                     kl = weights_kl(exact[layer], log_weights(states, scaling[layer]))
                     divergences.setdefault((name, layers, layer), []).append(float(kl.mean()))
-        tell(progress)
+        progress("compared the attention of a passage")
     return [
         _attention_row(name, layer, sorted(codec.layers), divergences, pieces)
         for name, codec in codecs.items()

@@ -6,15 +6,18 @@ the start, how much of a first gradient is signal, spectra of the Hessian, and a
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from signlattice.alignment import GAUSSIAN_BETA, beta, cosine, haar_beta
+from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.models.loading import LoadedModel
 from signlattice.rotations import fixed, synthetic
@@ -23,13 +26,14 @@ from signlattice.rotations.config import (
     CalibrationWarning,
     LearnConfig,
     LearnedRotation,
+    ProgressReport,
     TracePoint,
 )
 from signlattice.rotations.learned import learn_rotation
 from signlattice.rotations.synthetic import PLANTED_NOISE, KeySet
 from signlattice_paper.experiments import solvers
 from signlattice_paper.experiments.curvature import geodesic, hessian, random_direction, slope
-from signlattice_paper.experiments.solvers import Progress, tell
+from signlattice_paper.experiments.runner import Lab, TableCase, Tables
 from signlattice_paper.records import Row
 
 MARKS = (50, 200, 500)
@@ -109,17 +113,78 @@ class ConvergenceConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
 
-    @property
-    def n_runs(self) -> int:
-        """Steps of progress in all: solver runs, comparisons of gradients, Hessians."""
-        traced = len(SOLVERS) * (len(self.planted) + len(self.layers) * len(self.model))
-        plateau = len(SOLVERS) * len(self.plateau_dims) * len(self.plateau_seeds)
-        scans = (6 + 3 * len(self.layers)) * len(self.temperatures)
-        return traced + len(set(self.noise)) + plateau + len(self.signal_dims) + scans
+
+class ConvergenceLab(Lab[ConvergenceConfig, TableCase]):
+    """Tables "runs", "traces", "plateau", "agreement", "hessian", "spectra" and "codes".
+
+    What their rows hold is said by `run`, `plateau`, `agreement`, `scan` and `second_code`. Running
+    raises ``InputError`` as `model_heads` and `model_sets` do.
+    """
+
+    def cases(self) -> list[TableCase]:
+        config = self.config
+        arguments = {
+            "runs": itertools.product(self.sets, SOLVERS),
+            "noise": zip(self.noise_sets),
+            "plateau": itertools.product(config.plateau_dims, config.plateau_seeds, SOLVERS),
+            "agreement": zip(config.signal_dims),
+            "hessian": itertools.product(range(len(self.points)), config.temperatures),
+        }
+        return [TableCase(table, given) for table, each in arguments.items() for given in each]
+
+    def measure(self, case: TableCase) -> Tables:
+        return getattr(self, case.table)(*case.arguments)
+
+    def summarise(self, tables: Tables) -> Tables:
+        return {**tables, "codes": second_code(self.points)}
+
+    def runs(self, name: str, solver: str) -> Tables:
+        """Run a solver on planted or on a model's keys."""
+        summary, trace = run(self.sets[name], solver, self.config)
+        return {"runs": [summary], "traces": trace}
+
+    def noise(self, name: str) -> Tables:
+        """Run the paper's solver on noise."""
+        summary, _ = run(self.noise_sets[name], "gradient", self.config)
+        return {"runs": [summary]}
+
+    def plateau(self, d: int, seed: int, solver: str) -> Tables:
+        """Time how long a solver waits at the start."""
+        return {"plateau": [plateau(d, seed, solver, self.config)]}
+
+    def agreement(self, d: int) -> Tables:
+        """Compare first gradients."""
+        return {"agreement": [agreement(d, self.config)]}
+
+    def hessian(self, point: int, temperature: float) -> Tables:
+        """Take the Hessian at a point."""
+        summary, spectrum = scan(self.points[point], temperature)
+        return {"hessian": [summary], "spectra": spectrum}
+
+    @cached_property
+    def heads(self) -> list[KeySet]:
+        """Keys of the model's heads."""
+        return model_heads(self.loaded, self.text, self.config)
+
+    @cached_property
+    def sets(self) -> dict[str, KeySet]:
+        """Planted keys and the model's, by name."""
+        sets = [*planted_sets(self.config), *model_sets(self.heads, self.config)]
+        return {keys.name: keys for keys in sets}
+
+    @cached_property
+    def noise_sets(self) -> dict[str, KeySet]:
+        """Gaussian keys, by name."""
+        return {keys.name: keys for keys in noise_sets(self.config)}
+
+    @cached_property
+    def points(self) -> list[ScanPoint]:
+        """Rotations at which the Hessian is taken."""
+        return scan_points(self.heads, self.config)
 
 
 def planted_sets(config: ConvergenceConfig) -> list[KeySet]:
-    """Planted keys of every size asked for."""
+    """Make planted keys of every size asked for."""
     return [
         _renamed(synthetic.planted_keys(d, n, config.seed), f"planted, d = {d}, N = {n}")
         for d, n in config.planted
@@ -127,12 +192,12 @@ def planted_sets(config: ConvergenceConfig) -> list[KeySet]:
 
 
 def noise_sets(config: ConvergenceConfig) -> list[KeySet]:
-    """Gaussian keys of every size asked for."""
+    """Make Gaussian keys of every size asked for."""
     return [synthetic.noise_keys(d, n, config.seed) for d, n in sorted(set(config.noise))]
 
 
-def model_heads(loaded: LoadedModel, config: ConvergenceConfig) -> list[KeySet]:
-    """Every head of the layers, ``scan_keys`` keys each, their calibration mean taken off."""
+def model_heads(loaded: LoadedModel, text: Text, config: ConvergenceConfig) -> list[KeySet]:
+    """Capture every head of the layers, ``scan_keys`` keys each, calibration mean taken off."""
     chosen = solvers.SolverConfig(
         n_keys=config.scan_keys,
         windows=config.windows,
@@ -140,11 +205,11 @@ def model_heads(loaded: LoadedModel, config: ConvergenceConfig) -> list[KeySet]:
         centerings=("token_mean",),
         seed=config.seed,
     )
-    return solvers.head_keys(loaded, chosen)
+    return solvers.head_keys(loaded, text, chosen)
 
 
 def model_sets(heads: Sequence[KeySet], config: ConvergenceConfig) -> list[KeySet]:
-    """Heads of a layer laid side by side, as the paper counts its dimensions.
+    """Lay heads of a layer side by side, as the paper counts its dimensions.
 
     ``heads``: what `model_heads` gave, layer after layer. Raises ``InputError`` if a layer has
     fewer heads than are asked for.
@@ -169,119 +234,93 @@ def model_sets(heads: Sequence[KeySet], config: ConvergenceConfig) -> list[KeySe
 # How long it takes.
 
 
-def runs(
-    sets: Sequence[KeySet],
-    names: Sequence[str],
-    config: ConvergenceConfig,
-    progress: Progress | None = None,
-) -> tuple[list[Row], list[Row]]:
-    """Every solver in ``names`` on every set, from an SRHT: what came of it, and thinned traces.
+def run(keys: KeySet, solver: str, config: ConvergenceConfig) -> tuple[Row, list[Row]]:
+    """Run a solver on a set of keys, from an SRHT: what came of it, and its thinned trace.
 
-    A row of the first table is a run: beta in sample and held out at the paper's marks and at the
-    end, and the first traced step at which it had done something: ``to_left`` the plateau,
-    ``to_target`` and ``to_late_target`` in sample, ``to_target_held_out``, and ``to_99``, 99 % of
-    its lift in sample. None where it never did.
+    The first row has beta in sample and held out at the paper's marks and at the end, and the first
+    traced step at which the solver had done something: ``to_left`` the plateau, ``to_target`` and
+    ``to_late_target`` in sample, ``to_target_held_out``, and ``to_99``, 99 % of its lift in sample.
+    None where it never did.
     """
-    summaries, traces = [], []
-    for keys in sets:
-        for solver in names:
-            learned = _learned(
-                keys, LearnConfig(solver=solver, seed=config.seed, trace_every=config.trace_every)
-            )
-            summaries.append(_summary(keys, solver, learned))
-            last = learned.trace[-1]
-            traces += [
-                {
-                    "keys": keys.name,
-                    "solver": solver,
-                    "step": point.step,
-                    "train_beta": point.train_beta,
-                    "held_out_beta": point.held_out_beta,
-                }
-                for point in learned.trace
-                if point.step in _KEPT or point is last
-            ]
-            tell(progress)
-    return summaries, traces
+    learn = LearnConfig(solver=solver, seed=config.seed, trace_every=config.trace_every)
+    learned = _learned(keys, learn)
+    last = learned.trace[-1]
+    trace = [
+        {
+            "keys": keys.name,
+            "solver": solver,
+            "step": point.step,
+            "train_beta": point.train_beta,
+            "held_out_beta": point.held_out_beta,
+        }
+        for point in learned.trace
+        if point.step in _KEPT or point is last
+    ]
+    return _summary(keys, solver, learned), trace
 
 
 def first_step(trace: Sequence[TracePoint], target: float, which: str = "train_beta") -> int | None:
-    """The first traced step whose beta is ``target`` or more; None if there is none."""
+    """Find the first traced step whose beta is ``target`` or more; None if there is none."""
     return next((point.step for point in trace if getattr(point, which) >= target), None)
 
 
-def plateau(config: ConvergenceConfig, progress: Progress | None = None) -> list[Row]:
-    """Steps until the held-out beta of planted keys leaves the floor, and until the target.
+def plateau(d: int, seed: int, solver: str, config: ConvergenceConfig) -> Row:
+    """Count steps until the held-out beta of planted keys leaves the floor, and until the target.
 
     A run ends at the target; one that has not left after ``plateau_steps`` has None there.
     """
-    rows: list[Row] = []
-    for d in config.plateau_dims:
-        for seed in config.plateau_seeds:
-            keys = synthetic.planted_keys(d, config.keys_per_dim * d, seed)
-            for solver in SOLVERS:
-                steps = None if solver == "annealed" else config.plateau_steps
-                learn = LearnConfig(
-                    solver=solver,
-                    seed=seed,
-                    steps=steps,
-                    tolerance=0.0,
-                    trace_every=config.trace_every,
-                )
-                trace = _until_target(keys, learn)
-                rows.append(
-                    {
-                        "d": d,
-                        "n_keys": len(keys.keys),
-                        "seed": seed,
-                        "solver": solver,
-                        "to_left": first_step(trace, haar_beta(d) + LEFT, "held_out_beta"),
-                        "to_target": first_step(trace, TARGET, "held_out_beta"),
-                        "steps": trace[-1].step,
-                    }
-                )
-                tell(progress)
-    return rows
+    keys = synthetic.planted_keys(d, config.keys_per_dim * d, seed)
+    learn = LearnConfig(
+        solver=solver,
+        seed=seed,
+        steps=None if solver == "annealed" else config.plateau_steps,
+        tolerance=0.0,
+        trace_every=config.trace_every,
+    )
+    trace = _until_target(keys, learn)
+    return {
+        "d": d,
+        "n_keys": len(keys.keys),
+        "seed": seed,
+        "solver": solver,
+        "to_left": first_step(trace, haar_beta(d) + LEFT, "held_out_beta"),
+        "to_target": first_step(trace, TARGET, "held_out_beta"),
+        "steps": trace[-1].step,
+    }
 
 
 def median_steps(rows: Sequence[Row], column: str) -> float | None:
-    """The median of a column of steps, in which None is later than any; None if that is one."""
+    """Take the median of a column of steps, in which None is later than any number."""
     steps = sorted(math.inf if row[column] is None else row[column] for row in rows)
     middle = (steps[(len(steps) - 1) // 2] + steps[len(steps) // 2]) / 2
     return None if math.isinf(middle) else middle
 
 
-def agreement(config: ConvergenceConfig, progress: Progress | None = None) -> list[Row]:
-    """How alike the first gradients of two sets of planted keys are, at random rotations.
+def agreement(d: int, config: ConvergenceConfig) -> Row:
+    """Compare the first gradients of two sets of planted keys, at random rotations.
 
     ``cosine`` is that of the two gradients, the mean of ``signal_draws`` rotations; ``error`` its
     standard error; ``expected`` is `expected_agreement`.
     """
-    rows: list[Row] = []
-    for d in config.signal_dims:
-        n_keys = config.keys_per_dim * d
-        keys = synthetic.planted_keys(d, n_keys, config.seed)
-        cosines = []
-        for draw in range(config.signal_draws):
-            start = fixed.haar(d, config.seed + 100 + draw)
-            one, other = (slope(part, start) for part in (keys.keys, keys.held_out))
-            cosines.append((one * other).sum() / (one.norm() * other.norm()))
-        found = torch.stack(cosines).double()
-        rows.append(
-            {
-                "d": d,
-                "n_keys": n_keys,
-                "cosine": found.mean().item(),
-                "error": found.std().item() / math.sqrt(len(found)),
-                "expected": expected_agreement(d, n_keys),
-            }
-        )
-        tell(progress)
-    return rows
+    n_keys = config.keys_per_dim * d
+    keys = synthetic.planted_keys(d, n_keys, config.seed)
+    draws = []
+    for draw in range(config.signal_draws):
+        start = fixed.haar(d, config.seed + 100 + draw)
+        one, other = (slope(part, start) for part in (keys.keys, keys.held_out))
+        draws.append((one * other).sum() / (one.norm() * other.norm()))
+    cosines = torch.stack(draws).double()
+    return {
+        "d": d,
+        "n_keys": n_keys,
+        "cosine": cosines.mean().item(),
+        "error": cosines.std().item() / math.sqrt(len(cosines)),
+        "expected": expected_agreement(d, n_keys),
+    }
 
 
 def expected_agreement(d: int, n_keys: int, noise: float = PLANTED_NOISE) -> float:
-    """Expected cosine of the gradients of two sets of planted keys at a random rotation.
+    """Expect a cosine of the gradients of two sets of planted keys at a random rotation.
 
     To leading order in 1/d. A coordinate is a sum of many bits, hence Gaussian but for a fourth
     cumulant, so that beta is ``sqrt(2/pi) (1 + rho mean_i sum_j O_ij^4 / 12)`` for the overlaps O
@@ -299,7 +338,7 @@ def expected_agreement(d: int, n_keys: int, noise: float = PLANTED_NOISE) -> flo
 def along_a_geodesic(
     d: int, n_keys: int, noises: Sequence[float], angles: Sequence[float], seed: int = 0
 ) -> list[Row]:
-    """Planted keys turned away from their lattice, in one random direction, by rms ``angles``.
+    """Rotate planted keys away from their lattice, in one random direction, by rms ``angles``.
 
     A row per noise and angle: ``loss`` is how far beta fell, ``flipped`` the share of signs that
     are no longer those at angle zero. Computed in fp64.
@@ -327,7 +366,7 @@ def along_a_geodesic(
 def home(
     d: int, n_keys: int, angle: float, solver: str, *, noise: float = 0.0, steps: int = 60
 ) -> list[float]:
-    """What beta lacks after 0, 1, 2, … steps of a solver that starts ``angle`` off the lattice.
+    """Measure what beta lacks after each step of a solver that starts ``angle`` off the lattice.
 
     For planted keys, in sample, in fp64: lacking to one without noise, and with noise to where ITQ
     settles from the lattice itself.
@@ -340,7 +379,7 @@ def home(
 
 
 def steps_below(gaps: Sequence[float], tolerances: Sequence[float]) -> list[int | None]:
-    """For each tolerance the first step whose gap is below it; None if there is none."""
+    """Find for each tolerance the first step whose gap is below it; None if there is none."""
     return [next((i for i, gap in enumerate(gaps) if gap < t), None) for t in tolerances]
 
 
@@ -357,7 +396,7 @@ class ScanPoint:
 
 
 def scan_points(heads: Sequence[KeySet], config: ConvergenceConfig) -> list[ScanPoint]:
-    """Where the Hessian is taken: noise, a lattice without and with noise, and a model's heads.
+    """List where the Hessian is taken: noise, a lattice without and with noise, a model's heads.
 
     Of every layer the first head. Rotations are learned from calibration keys; the Hessian is that
     of the others.
@@ -391,70 +430,60 @@ def scan_points(heads: Sequence[KeySet], config: ConvergenceConfig) -> list[Scan
 
 
 def quarter_turns(d: int) -> Tensor:
-    """The rotation [d, d] that turns each pair of axes by 45 degrees: corners become spikes."""
+    """Make the rotation [d, d] of each pair of axes by 45 degrees: corners become spikes."""
     eighth = torch.tensor([[1.0, 1.0], [-1.0, 1.0]]) / math.sqrt(2)
     return torch.block_diag(*[eighth] * (d // 2))
 
 
-def scan(
-    points: Sequence[ScanPoint], config: ConvergenceConfig, progress: Progress | None = None
-) -> tuple[list[Row], list[Row]]:
-    """Spectra of the Hessian at every point and temperature: a row each, and a row per group.
+def scan(point: ScanPoint, temperature: float) -> tuple[Row, list[Row]]:
+    """Take the spectrum of the Hessian at a point: a row of all, and a row per group.
 
     The d(d-1)/2 eigenvectors are those of one half of the keys; what counts is the curvature of
     the other half along them, since eigenvalues spread by sampling alone. ``lowest`` and
     ``highest`` are that curvature averaged over the outermost hundredth of the directions at either
     end, ``lowest_in_sample`` and ``highest_in_sample`` the extreme eigenvalues themselves,
     ``positive`` and ``negative`` count directions by the other half's sign. ``slope`` is the norm
-    of the gradient in the same units. The second table has means over groups of equal size.
+    of the gradient in the same units. The rows of the second table are means over groups of equal
+    size.
     """
-    summaries, spectra = [], []
-    for point in points:
-        halves = point.keys.held_out[::2], point.keys.held_out[1::2]
-        at = {"keys": point.keys.name, "point": point.name}
-        for temperature in config.temperatures:
-            ours, others = (hessian(half, point.rotation, temperature) for half in halves)
-            values, directions = torch.linalg.eigh(ours)
-            judged = (directions * (others @ directions)).sum(0)
-            outermost = max(1, len(values) // 100)
-            steepness = slope(point.keys.held_out, point.rotation, temperature).norm().item()
-            summaries.append(
-                at
-                | {
-                    "temperature": temperature,
-                    "d": len(point.rotation),
-                    "n_keys": len(point.keys.held_out),
-                    "beta": beta(point.keys.held_out @ point.rotation.T),
-                    "slope": steepness * math.sqrt(len(point.rotation)),
-                    "lowest": judged[:outermost].mean().item(),
-                    "mean": judged.mean().item(),
-                    "highest": judged[-outermost:].mean().item(),
-                    "lowest_in_sample": values[0].item(),
-                    "highest_in_sample": values[-1].item(),
-                    "negative": int((judged < 0).sum()),
-                    "positive": int((judged > 0).sum()),
-                }
-            )
-            groups = zip(values.tensor_split(_RANKS), judged.tensor_split(_RANKS), strict=True)
-            spectra += [
-                at
-                | {
-                    "temperature": temperature,
-                    "rank": (group + 0.5) / _RANKS,
-                    "in_sample": in_sample.mean().item(),
-                    "held_out": held_out.mean().item(),
-                }
-                for group, (in_sample, held_out) in enumerate(groups)
-            ]
-            tell(progress)
-    return summaries, spectra
+    keys, rotation = point.keys.held_out, point.rotation
+    ours, others = (hessian(half, rotation, temperature) for half in (keys[::2], keys[1::2]))
+    values, directions = torch.linalg.eigh(ours)
+    judged = (directions * (others @ directions)).sum(0)
+    outermost = max(1, len(values) // 100)
+    steepness = slope(keys, rotation, temperature).norm().item()
+    at = {"keys": point.keys.name, "point": point.name, "temperature": temperature}
+    summary = at | {
+        "d": len(rotation),
+        "n_keys": len(keys),
+        "beta": beta(keys @ rotation.T),
+        "slope": steepness * math.sqrt(len(rotation)),
+        "lowest": judged[:outermost].mean().item(),
+        "mean": judged.mean().item(),
+        "highest": judged[-outermost:].mean().item(),
+        "lowest_in_sample": values[0].item(),
+        "highest_in_sample": values[-1].item(),
+        "negative": int((judged < 0).sum()),
+        "positive": int((judged > 0).sum()),
+    }
+    groups = zip(values.tensor_split(_RANKS), judged.tensor_split(_RANKS), strict=True)
+    spectrum = [
+        at
+        | {
+            "rank": (group + 0.5) / _RANKS,
+            "in_sample": in_sample.mean().item(),
+            "held_out": held_out.mean().item(),
+        }
+        for group, (in_sample, held_out) in enumerate(groups)
+    ]
+    return summary, spectrum
 
 
 # A second code.
 
 
 def code_errors(y: Tensor, n_codes: int = 2) -> list[float]:
-    """Share of a vector's energy that is left after 1, 2, … sign codes, mean over vectors.
+    """Measure the share of energy that is left after 1, 2, … sign codes, mean over vectors.
 
     Each code is of what the codes before have left, with the scale of least error, the mean
     absolute coordinate. ``y`` [N, d], rotated keys. Raises ``InputError`` as ``beta.cosine`` does,
@@ -471,7 +500,7 @@ def code_errors(y: Tensor, n_codes: int = 2) -> list[float]:
 
 
 def second_code(points: Sequence[ScanPoint]) -> list[Row]:
-    """Errors of one and of two sign codes on held-out keys, at every point that leaves an error.
+    """Measure one and two sign codes on held-out keys, at every point that leaves an error.
 
     ``beta_needed`` is the beta with which one code would have the error of the two.
     """
@@ -556,7 +585,7 @@ def _until_target(keys: KeySet, learn: LearnConfig) -> list[TracePoint]:
 
 
 def _learned(
-    keys: KeySet, learn: LearnConfig, progress: Callable[[TracePoint], None] | None = None
+    keys: KeySet, learn: LearnConfig, progress: ProgressReport | None = None
 ) -> LearnedRotation:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # that is what is measured

@@ -114,13 +114,13 @@ def hessian(keys: Tensor, rotation: Tensor, temperature: float) -> Tensor:
     """
     forms = _row_forms(keys, rotation, temperature)
     first, second = torch.triu_indices(len(forms), len(forms), 1)
-    i, j, k, l = first[:, None], second[:, None], first, second  # noqa: E741
+    i, j, k, m = first[:, None], second[:, None], first, second
     # A plane's basis vector has 1/sqrt(2) at (i, j) and its negative at (j, i); a form couples two
     # planes through each row that they share.
-    planes = torch.where(i == k, forms[i, j, l], 0.0)
-    planes -= torch.where(i == l, forms[i, j, k], 0.0)
-    planes -= torch.where(j == k, forms[j, i, l], 0.0)
-    planes += torch.where(j == l, forms[j, i, k], 0.0)
+    planes = torch.where(i == k, forms[i, j, m], 0.0)
+    planes -= torch.where(i == m, forms[i, j, k], 0.0)
+    planes -= torch.where(j == k, forms[j, i, m], 0.0)
+    planes += torch.where(j == m, forms[j, i, k], 0.0)
     return planes * len(forms) / 2
 
 

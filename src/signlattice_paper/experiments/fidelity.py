@@ -12,14 +12,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from signlattice import kernels
 from signlattice.bits import unpack_signs
-from signlattice.errors import IntegrityError
-from signlattice.io import PROJECT
+from signlattice.errors import InputError, IntegrityError
 from signlattice.kernels import FullPrecisionTokens, PackedKeys, PackedValues
 from signlattice.kernels.attention import reference
 from signlattice.kernels.pack import reference as pack_reference
@@ -141,13 +141,16 @@ def pack_rows(
     return rows
 
 
-def compiled_rows(arch: int, progress: Tick = lambda: None) -> list[Row]:
-    """What each kernel takes of a GPU of compute capability ``arch`` / 10, compiled without one.
+def compiled_rows(program: Path, arch: int, progress: Tick = lambda: None) -> list[Row]:
+    """Compile the kernels for a GPU of compute capability ``arch`` / 10, which need not be there.
 
-    Registers of a thread, bytes that had to leave them, and bytes of shared memory of a program.
-    Raises ``IntegrityError`` if the compiler refuses one.
+    ``program`` prints a line of JSON for each case, as ``benchmarks/cross_compile.py`` does. A row
+    has the registers of a thread, the bytes spilled from them, and the bytes of shared memory of a
+    program. Raises ``IntegrityError`` if a case does not compile, and ``InputError`` if the program
+    is not there.
     """
-    program = PROJECT / "tests" / "kernels" / "cross_compile.py"
+    if not program.is_file():
+        raise InputError(f"no program {program}: give the path of benchmarks/cross_compile.py")
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.Popen(
         [sys.executable, program.name, str(arch)],

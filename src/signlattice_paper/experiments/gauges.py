@@ -7,24 +7,19 @@ instead, and the learned lattice, which answers the same question with a free ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from functools import cached_property
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from signlattice import __version__
 from signlattice.cache.sign_key_cache import CacheConfig
 from signlattice.cache.simulated import Codes, SimulatedCache
 from signlattice.calibration import CalibrationConfig
-from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import Judge, QualityConfig
-from signlattice.io import Scratch
-from signlattice.models.loading import LoadedModel
-from signlattice.models.states import LayerStates
 from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.basis import LatticeConfig, query_metric
 from signlattice.quantizers.centering import Centering
@@ -44,10 +39,8 @@ from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.factory import rotate_heads
 from signlattice.rotations.learned import learn_matrices
 from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig, shipped_lattice
+from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.records import Row
-
-Progress = Callable[[str], object]
-"""Told of each part of the work as it is done."""
 
 WEIGHTS = {"norm_weighted": 1.0, "energy_weighted": 2.0}
 """Powers of a key's length by which it counts, of `gauges.weighted_itq`."""
@@ -110,128 +103,199 @@ WINDOWED = (
     ("identity", "searched"),
     LATTICE,
 )
-"""Gauge and rotation of the codes that are judged with a window as well."""
+"""Gauge and rotation of the codes that are judged with a window as well, by the first rule."""
+
+QUALITY = (
+    "key_bits",
+    "gap",
+    "gap_low",
+    "gap_high",
+    "end_gap",
+    "end_gap_low",
+    "end_gap_high",
+    "kl",
+    "top1",
+    "n_packed",
+)
+"""What a row of the table "windowed" has of `Judge.judged`."""
 
 
 def cases(config: GaugeConfig) -> list[Case]:
-    """All that is crossed.
+    """List all that is crossed.
 
     ``score_error`` and the `WEIGHTS` are other objectives for the rotation; ``searched`` is the
     learned rotation with signs that are looked for in the metric of the queries.
     """
     first = config.rules[0]
-    found = [
-        Case(gauge, rotation, rule)
-        for rotation in ("srht", "learned")
-        for gauge in GAUGES
-        for rule in config.rules
+    return [
+        *(
+            Case(gauge, rotation, rule)
+            for rotation in ("srht", "learned")
+            for gauge in GAUGES
+            for rule in config.rules
+        ),
+        *(Case("identity", rotation, first) for rotation in WEIGHTS),
+        *(Case(gauge, "score_error", first) for gauge in ("identity", "balanced")),
+        Case("identity", "searched", first),
+        *(Case(*LATTICE, rule) for rule in config.rules),
     ]
-    found += [Case("identity", rotation, first) for rotation in WEIGHTS]
-    found += [Case(gauge, "score_error", first) for gauge in ("identity", "balanced")]
-    found.append(Case("identity", "searched", first))
-    return [*found, *(Case(*LATTICE, rule) for rule in config.rules)]
 
 
-def n_parts(loaded: LoadedModel, config: GaugeConfig) -> int:
-    """How often `measure` tells of its progress."""
-    return len(cases(config)) + len(WINDOWED)
-
-
-def measure(
-    loaded: LoadedModel,
-    text: Text,
-    config: GaugeConfig,
-    scratch: Path,
-    progress: Progress | None = None,
-) -> dict[str, list[Row]]:
+class GaugeLab(Lab[GaugeConfig, Case]):
     """Tables "exact" (one row), "rows", "windowed", "heads" and "winners".
 
-    What an interrupted run left in ``scratch`` is not made again. In "rows", ``score_error`` and
-    ``attention_kl`` are means over heads. "heads" are those of the first rule; ``predicted`` is
-    `gauges.isotropic_error` over that of no gauge, None of the lattice. "winners": per head
-    and measure the gauge with a learned rotation that has the least, without and with the lattice
-    beside them; ``ratio`` is its value over that of no gauge, and ``query_rank`` and ``key_rank``
-    the effective number of directions that queries and keys of the head have.
+    In "rows", ``score_error`` and ``attention_kl`` are means over heads. "windowed" has the codes
+    of `WINDOWED` in a cache whose window and sinks stay whole, as its values do. "heads" are those
+    of the first rule; ``predicted`` is `gauges.isotropic_error` over that of no gauge, None of the
+    lattice. "winners": per head and measure the gauge with a learned rotation that has the least,
+    without and with the lattice beside them; ``ratio`` is its value over that of no gauge, and
+    ``query_rank`` and ``key_rank`` the effective number of directions that queries and keys of the
+    head have.
 
-    Raises ``InputError`` as `coded.compressible_layers` and `cache_quality.full_windows` do.
+    Running raises ``InputError`` as `coded.compressible_layers` and `cache_quality.full_windows`
+    do.
     """
-    tell = progress or (lambda part: None)
-    kept = Scratch.of(scratch, loaded.weights_hash, text.fingerprint, __version__, asdict(config))
-    comparison = Comparison(loaded, text, config.comparison, kept)
-    shelf = _GaugeCodes(loaded, text, config, kept, comparison.fit)
-    rows, heads = [], []
-    for case in cases(config):
-        codes = shelf.codes(case)
-        inside = kept.row(f"heads {case}", lambda: {"rows": comparison.heads(codes)})["rows"]
-        row = comparison.row(str(case), codes)
-        means = {
-            name: fmean(head[name] for head in inside) for name in ("score_error", "attention_kl")
+
+    def cases(self) -> list[Case]:
+        return cases(self.config)
+
+    def measure(self, case: Case) -> Tables:
+        codes = self.codes(case)
+        heads = self.comparison.heads(codes)
+        name = asdict(case)
+        row = {"key_bits": fmean(code.bits for code in codes.values())}
+        row |= self.comparison.row(str(case), codes)
+        row |= {
+            each: fmean(head[each] for head in heads) for each in ("score_error", "attention_kl")
         }
-        rows.append(_named(case) | {"key_bits": _bits(codes)} | row | means)
-        if case.rule == config.rules[0]:
-            predicted = shelf.predicted(case.gauge)
-            heads += [
-                _named(case) | head | {"predicted": predicted.get((head["source"], head["head"]))}
-                for head in inside
-            ]
-        tell(f"compared {case.gauge}, {case.rotation}")
-    return {
-        "exact": [comparison.exact_row()],
-        "rows": rows,
-        "windowed": _windowed(shelf, tell),
-        "heads": [_without(head, ("rule", "output_error")) for head in heads],
-        "winners": _winners(heads, shelf.moments),
-    }
+        tables = {"rows": [name | row]}
+        if case.rule != self.config.rules[0]:
+            return tables
+        predicted = self.predicted(case.gauge)
+        tables["heads"] = [
+            name | head | {"predicted": predicted.get((head["source"], head["head"]))}
+            for head in heads
+        ]
+        if (case.gauge, case.rotation) in WINDOWED:
+            quality = self.judge.judged(lambda: self._cache(codes), with_needles=False)
+            tables["windowed"] = [name | {each: quality[each] for each in QUALITY}]
+        return tables
 
+    def summarise(self, tables: Tables) -> Tables:
+        return {
+            "exact": [self.comparison.exact_row()],
+            "rows": tables["rows"],
+            "windowed": tables["windowed"],
+            "heads": [_without(head, ("rule", "output_error")) for head in tables["heads"]],
+            "winners": _winners(tables["heads"], self.moments),
+        }
 
-def _named(case: Case) -> Row:
-    return {"gauge": case.gauge, "rotation": case.rotation, "rule": case.rule}
+    @cached_property
+    def comparison(self) -> Comparison:
+        return Comparison(self.loaded, self.text, self.config.comparison, self.scratch)
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(self.loaded, self.text.evaluation, self.text.calibration, self.config.quality)
+
+    def _cache(self, codes: Codes) -> SimulatedCache:
+        window, sinks = self.config.window, self.config.sinks
+        cache = CacheConfig(window=window, sinks=sinks, dtype=torch.float16)
+        return SimulatedCache(self.loaded, codes, None, cache)
+
+    @cached_property
+    def _centering(self) -> dict[int, Centering]:
+        fit = self.comparison.fit
+        return {i: Centering.fit(states.keys, "token_mean") for i, states in fit.items()}
+
+    @cached_property
+    def _keys(self) -> dict[int, Tensor]:
+        fit = self.comparison.fit
+        return {i: self._centering[i].split(states.keys)[0] for i, states in fit.items()}
+
+    @cached_property
+    def moments(self) -> dict[int, tuple[Tensor, ...]]:
+        """Second moments of queries and of centred keys [H, D, D], by layer."""
+        floor = LatticeConfig(floor=self.config.calibrate.lattice.floor)
+        return {
+            i: tuple(
+                query_metric(vectors, len(states.keys), floor)
+                for vectors in (list(states.queries.values()), [self._keys[i]])
+            )
+            for i, states in self.comparison.fit.items()
+        }
+
+    def codes(self, case: Case) -> dict[int, Quantizer]:
+        """Fit the code of each layer. Raises ``InputError`` on an unknown gauge or rotation."""
+        if (case.gauge, case.rotation) == LATTICE:
+            return {i: replace(code, scale_rule=case.rule) for i, code in self._lattice().items()}
+        if case.rotation == "searched":
+            return {
+                i: SignQuantizer(
+                    rotation, self._centering[i], case.rule, metric=self.moments[i][0].float()
+                )
+                for i, rotation in self._rotations(case.gauge, "learned").items()
+            }
+        return {
+            i: GaugeQuantizer(
+                self._centering[i],
+                make_gauge(case.gauge, *self.moments[i]).float(),
+                rotation,
+                case.rule,
+                learned=case.rotation != "srht",
+            )
+            for i, rotation in self._rotations(case.gauge, case.rotation).items()
+        }
+
+    def predicted(self, gauge: str) -> dict[tuple[int, int], float]:
+        """Predict by layer and head the error over that of no gauge; no value for a lattice."""
+        ratios = {}
+        for i, moments in self.moments.items() if gauge in GAUGES else ():
+            here, plain = (
+                isotropic_error(make_gauge(each, *moments), *moments)
+                for each in (gauge, "identity")
+            )
+            ratios |= {(i, head): ratio for head, ratio in enumerate((here / plain).tolist())}
+        return ratios
+
+    def _rotations(self, gauge: str, name: str) -> dict[int, Tensor]:
+        """Rotations [H, D, D] of a layer's keys in a gauge."""
+        return self.scratch.tensors(f"rotation {gauge} {name}", self._learn, gauge, name)
+
+    def _learn(self, gauge: str, name: str) -> dict[int, Tensor]:
+        return {i: self._rotation(i, gauge, name) for i in self._keys}
+
+    def _rotation(self, layer: int, gauge: str, name: str) -> Tensor:
+        seed = self.config.comparison.seed
+        matrix = make_gauge(gauge, *self.moments[layer])
+        keys = self._keys[layer] @ matrix.float().mT
+        if name == "srht":
+            return rotate_heads(keys, "srht", seed)
+        if name == "learned":
+            return learn_matrices(keys, replace(self.config.learn, seed=seed))
+        learned = self._rotations(gauge, "learned")[layer]
+        if name in WEIGHTS:
+            return weighted_itq(keys, learned, WEIGHTS[name])
+        if name != "score_error":
+            raise InputError(f"unknown rotation {name!r}")
+        inverse = torch.linalg.inv(matrix)
+        metric = inverse.mT @ self.moments[layer][0] @ inverse  # of the queries in this gauge
+        starts = [learned, self._rotations(gauge, "srht")[layer]]
+        return learn_score_rotation(keys, metric, starts, replace(self.config.descent, seed=seed))
+
+    def _lattice(self) -> dict[int, SignQuantizer]:
+        """Load the codec of the model's file, or learn one."""
+        kept = self.scratch.file("lattice", ".safetensors")
+        codec = shipped_lattice(self.loaded, self.text, self.config.calibrate, kept)
+        return {i: codec.layers[i] for i in self._keys}
 
 
 def _without(row: Row, names: tuple[str, ...]) -> Row:
     return {name: value for name, value in row.items() if name not in names}
 
 
-def _bits(codes: Codes) -> float:
-    return fmean(code.bits for code in codes.values())
-
-
-def _windowed(shelf: _GaugeCodes, tell: Progress) -> list[Row]:
-    """The codes of `WINDOWED` in a cache whose window and sinks stay whole, as its values do."""
-    config, loaded = shelf.config, shelf.loaded
-    cache = CacheConfig(window=config.window, sinks=config.sinks, dtype=torch.float16)
-    text, judge, rows = shelf.text, None, []
-    for gauge, rotation in WINDOWED:
-        case = Case(gauge, rotation, config.rules[0])
-
-        def judged() -> Row:
-            nonlocal judge
-            judge = judge or Judge(loaded, text.evaluation, text.calibration, config.quality)
-            codes = shelf.codes(case)
-            return judge.judged(
-                lambda: SimulatedCache(loaded, codes, None, cache), with_needles=False
-            )
-
-        row = shelf.kept.row(f"windowed {case}", judged)
-        wanted = (
-            "key_bits",
-            "gap",
-            "gap_low",
-            "gap_high",
-            "end_gap",
-            "end_gap_low",
-            "end_gap_high",
-            "kl",
-            "top1",
-            "n_packed",
-        )
-        rows.append(_named(case) | {name: row[name] for name in wanted})
-        tell(f"judged {gauge}, {rotation}")
-    return rows
-
-
-def _winners(heads: list[Row], moments: dict[int, tuple[Tensor, Tensor]]) -> list[Row]:
-    """Per head that is read, means over the layers that read it: see `measure`."""
+def _winners(heads: Sequence[Row], moments: dict[int, tuple[Tensor, ...]]) -> list[Row]:
+    """Find the gauge of the least error in each head, mean over the layers that read it."""
     rows: list[Row] = []
     allowed = {False: [(gauge, "learned") for gauge in GAUGES]}
     allowed[True] = [*allowed[False], LATTICE]
@@ -261,92 +325,3 @@ def _winners(heads: list[Row], moments: dict[int, tuple[Tensor, Tensor]]) -> lis
                     }
                 )
     return rows
-
-
-class _GaugeCodes:
-    """Codes by their case; what is learned for one is kept for the others, and in scratch."""
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        text: Text,
-        config: GaugeConfig,
-        kept: Scratch,
-        fit: dict[int, LayerStates],
-    ) -> None:
-        self.loaded, self.text, self.config, self.kept = loaded, text, config, kept
-        self._centering = {i: Centering.fit(seen.keys, "token_mean") for i, seen in fit.items()}
-        self._keys = {i: self._centering[i].split(seen.keys)[0] for i, seen in fit.items()}
-        floor = LatticeConfig(floor=config.calibrate.lattice.floor)
-        self.moments = {
-            i: tuple(
-                query_metric(vectors, len(seen.keys), floor)
-                for vectors in (list(seen.queries.values()), [self._keys[i]])
-            )
-            for i, seen in fit.items()
-        }
-        """Second moments of queries and of centred keys [H, D, D], by layer."""
-
-    def codes(self, case: Case) -> dict[int, Quantizer]:
-        """The code of each layer. Raises ``InputError`` on an unknown gauge or rotation."""
-        if (case.gauge, case.rotation) == LATTICE:
-            return {i: replace(code, scale_rule=case.rule) for i, code in self._lattice().items()}
-        if case.rotation == "searched":
-            return {
-                i: SignQuantizer(
-                    rotation, self._centering[i], case.rule, metric=self.moments[i][0].float()
-                )
-                for i, rotation in self._rotations(case.gauge, "learned").items()
-            }
-        return {
-            i: GaugeQuantizer(
-                self._centering[i],
-                make_gauge(case.gauge, *self.moments[i]).float(),
-                rotation,
-                case.rule,
-                learned=case.rotation != "srht",
-            )
-            for i, rotation in self._rotations(case.gauge, case.rotation).items()
-        }
-
-    def predicted(self, gauge: str) -> dict[tuple[int, int], float]:
-        """By layer and head `gauges.isotropic_error` over that of no gauge; none of a lattice."""
-        ratios = {}
-        for i, moments in self.moments.items() if gauge in GAUGES else ():
-            here, plain = (
-                isotropic_error(make_gauge(each, *moments), *moments)
-                for each in (gauge, "identity")
-            )
-            ratios |= {(i, head): ratio for head, ratio in enumerate((here / plain).tolist())}
-        return ratios
-
-    def _rotations(self, gauge: str, name: str) -> dict[int, Tensor]:
-        """Rotations [H, D, D] of a layer's keys in a gauge."""
-        return self.kept.tensors(
-            f"rotation {gauge} {name}",
-            lambda: {i: self._rotation(i, gauge, name) for i in self._keys},
-        )
-
-    def _rotation(self, layer: int, gauge: str, name: str) -> Tensor:
-        seed = self.config.comparison.seed
-        matrix = make_gauge(gauge, *self.moments[layer])
-        keys = self._keys[layer] @ matrix.float().mT
-        if name == "srht":
-            return rotate_heads(keys, "srht", seed)
-        if name == "learned":
-            return learn_matrices(keys, replace(self.config.learn, seed=seed))
-        learned = self._rotations(gauge, "learned")[layer]
-        if name in WEIGHTS:
-            return weighted_itq(keys, learned, WEIGHTS[name])
-        if name != "score_error":
-            raise InputError(f"unknown rotation {name!r}")
-        inverse = torch.linalg.inv(matrix)
-        metric = inverse.mT @ self.moments[layer][0] @ inverse  # of the queries in this gauge
-        starts = [learned, self._rotations(gauge, "srht")[layer]]
-        return learn_score_rotation(keys, metric, starts, replace(self.config.descent, seed=seed))
-
-    def _lattice(self) -> dict[int, SignQuantizer]:
-        """The codec of the model's file, or one that is learned and kept."""
-        kept = self.kept.file("lattice", ".safetensors")
-        codec = shipped_lattice(self.loaded, self.text, self.config.calibrate, kept)
-        return {i: codec.layers[i] for i in self._keys}

@@ -1,69 +1,77 @@
 """The ladder of equal bits: this library's caches among those of others, on one model and text.
 
-Every rung is read through a cache as a conversation would be, with as many tokens whole as the
-others have, and weighed with everything that it keeps.
+Each entry is read through a cache as a conversation would be, with as many tokens whole as the
+others have, and everything that it stores is counted.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from signlattice import __version__
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
 from signlattice.cache.simulated import Codes, SimulatedCache
 from signlattice.cache.storage import KeyFormat, ValueFormat
 from signlattice.calibration import CalibrationConfig, coded_layers, learn_codec
-from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import Judge, NewCache, QualityConfig, full_windows
-from signlattice.io import Scratch
 from signlattice.models.loading import LoadedModel
 from signlattice.models.states import LayerStates, compressible_layers, read_states
+from signlattice.quantizers import registry
 from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.factory import rotate_heads
-from signlattice_paper.baselines.peers import (
-    QJL,
-    Backend,
-    NSNQuantLike,
-    ProductQuantizer,
-    QuantizedLayers,
-    RaBitQ,
-    Rounded,
-    TurboQuant,
-)
+from signlattice_paper.baselines.nsnquant import NSNQuantLike
+from signlattice_paper.baselines.product import ProductQuantizer
+from signlattice_paper.baselines.qjl import QJL
+from signlattice_paper.baselines.rabitq import RaBitQ
+from signlattice_paper.baselines.rounding import Rounded
+from signlattice_paper.baselines.transformers_caches import Backend, QuantizedLayers
+from signlattice_paper.baselines.turboquant import TurboQuant
+from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.records import Row
 
-Progress = Callable[[str], object]
-"""Told of each part of the work as it is done."""
 Rule = Callable[[Tensor], Quantizer]
 """The code for a layer whose calibration vectors are [H, N, D]; most look at the shape alone."""
-Signs = Literal["lattice", "rotation", "srht"]
 How = Literal["our cache", "published rule", "transformers' cache"]
 
 LONG = 8192
 """Tokens of the sequence that what is kept once for all is spread over."""
 
 LARGEST_BLOCK = 64
-"""Tokens that a rung codes together, at most."""
+"""Tokens that an entry codes together, at most."""
 
 STEP = 8
 """Tokens of a call where what a cache returns depends on the calls."""
 
 
+QUALITY = (
+    "n_packed",
+    "perplexity",
+    "gap",
+    "gap_low",
+    "gap_high",
+    "end_gap",
+    "end_gap_low",
+    "end_gap_high",
+    "kl",
+    "top1",
+    "needle",
+)
+"""What a row has of `Judge.judged` as it is."""
+
+
 @dataclass(frozen=True)
 class LadderConfig:
-    """What all rungs share.
+    """What all entries share.
 
     Attributes:
         text: to calibrate and evaluate on, as `texts.read_text` takes it.
@@ -101,8 +109,8 @@ class LadderConfig:
 
 
 @dataclass(frozen=True)
-class EntryCaches:
-    """What makes the caches of a rung, and the bytes that it keeps once for all tokens."""
+class CacheFactory:
+    """What makes the caches of an entry, and the bytes that it stores once for all tokens."""
 
     new_cache: NewCache
     static_bytes: int = 0
@@ -116,7 +124,7 @@ class LadderEntry:
         name, family: what it is called, and with which others a figure joins it.
         source: paper or library.
         how: what reads it: "our cache", our cache by a "published rule", or "transformers' cache".
-        make: its caches, from what was calibrated.
+        make: its caches, from what the lab has learned.
         whole: tokens that it keeps whole.
         step: tokens of a call; None is a whole window, where that comes to the same.
     """
@@ -125,63 +133,16 @@ class LadderEntry:
     family: str
     source: str
     how: How
-    make: Callable[[Calibrated], EntryCaches]
+    make: Callable[[LadderLab], CacheFactory]
     whole: int
     step: int | None = None
 
-
-@dataclass(frozen=True, eq=False)
-class Calibrated:
-    """What rungs learn on the calibration side of a text, made when it is first asked for."""
-
-    loaded: LoadedModel
-    text: Text
-    config: LadderConfig
-    folder: Path
-
-    @cached_property
-    def states(self) -> dict[int, LayerStates]:
-        """Keys and values of the coded layers on windows from all over the text."""
-        widest = max(layer.head_dim for layer in compressible_layers(self.loaded).values())
-        n = math.ceil(self.config.calibrate.keys_per_dim * widest / self.loaded.context)
-        return read_states(self.loaded, full_windows(self.loaded, self.text.calibration, n))
-
-    @cached_property
-    def _made(self) -> dict[tuple[Rule, str], Codes]:
-        return {}
-
-    def codes(self, rule: Rule, side: Literal["keys", "values"]) -> Codes:
-        """The code of that rule for each layer; what it learns is learned once."""
-        if (rule, side) not in self._made:
-            found = {i: rule(getattr(states, side)) for i, states in self.states.items()}
-            self._made[rule, side] = found
-        return self._made[rule, side]
-
-    def codec(self, signs: Signs) -> KeyCodec:
-        """Signs on a learned lattice or of a learned rotation, or of a random Hadamard matrix.
-
-        What is learned is kept in a file.
-        """
-        if signs == "srht":
-            return KeyCodec(self._srht(), self.loaded.weights_hash)
-        file = self.folder / f"{signs}.safetensors"
-        if not file.exists():
-            learning = replace(self.config.calibrate, code=signs)
-            learn_codec(self.loaded, self.text, learning).save(file, bits=8)
-        return KeyCodec.load(file, self.loaded.weights_hash)
-
-    def _srht(self) -> dict[int, SignQuantizer]:
-        found = {}
-        for index, layer in coded_layers(self.loaded, self.config.calibrate).items():
-            keys = self.states[index].keys
-            turns = rotate_heads(keys, "srht", seed=0)
-            centering = Centering.fit(keys, "token_mean" if layer.mean_cancels else "none")
-            found[index] = SignQuantizer(turns, centering, self.config.calibrate.scale_rule)
-        return found
+    def __str__(self) -> str:
+        return self.name
 
 
 def ladder_entries(loaded: LoadedModel, config: LadderConfig) -> list[LadderEntry]:
-    """All rungs, the heaviest families first; nothing is learned yet."""
+    """List all ways, those of most bits first; nothing is learned yet."""
     quarot = "QuaRot: Ashkboos et al. 2024, arXiv 2404.00456"
     kivi = "Liu et al. 2024, arXiv 2402.02750"
     turbo = "Zandieh et al. 2025, arXiv 2504.19874"
@@ -228,66 +189,125 @@ def ladder_entries(loaded: LoadedModel, config: LadderConfig) -> list[LadderEntr
     for bits in (2, 1):
         both = _sized(NSNQuantLike, bits_per_level=bits)
         found.append(_ruled(f"NSNQuant-like {bits}", "NSNQuant-like", nsn, both, both, config))
-    return found + [
-        _ruled("PQ-1, V 4", "PQ", product, pq, _grouped(4), config),
-        _ruled("PQ-1", "PQ", product, pq, pq, config),
-        _cached("lattice, V 4", "learned lattice", here, "sign", "int4", config, "lattice"),
-        _cached("lattice, V 2", "learned lattice", here, "sign", "int2", config, "lattice"),
-        _cached(
-            "learned rotation, V 4",
-            "rotated signs",
-            "the paper",
-            "sign",
-            "int4",
-            config,
-            "rotation",
-        ),
-        _cached("SRHT signs, V 4", "rotated signs", here, "sign", "int4", config, "srht"),
-    ]
-
-
-def n_parts(loaded: LoadedModel, config: LadderConfig) -> int:
-    """How often `measure` tells of its progress."""
-    return len(ladder_entries(loaded, config))
-
-
-def measure(
-    loaded: LoadedModel,
-    text: Text,
-    config: LadderConfig,
-    scratch: Path,
-    progress: Progress | None = None,
-) -> dict[str, list[Row]]:
-    """Judge every rung; rows that an interrupted run left are not made again.
-
-    Tables "exact" (one row) and "ladder". Of a rung: ``key_bits``, ``value_bits`` and ``bits`` are
-    those of a coordinate that is coded, with scales, zeros and norms. ``bits_512`` adds the whole
-    tokens, at the length judged (512 tokens for the minis), and for a rung of our cache the room of
-    a page that is not full. ``bits_8192`` is the same by arithmetic at 8192 tokens, and has
-    ``static_bytes`` too, spread over one such sequence. Our cache keeps the codes of its whole
-    tokens as well, transformers' do not. ``n_packed``: keys that queries at the end of a window saw
-    as codes. ``gap``: perplexity lost, in per cent, with its interval over documents; ``end_gap``:
-    over the last quarter of the window. ``kl``: nats to a token. ``pareto``: no other rung has both
-    fewer ``bits_8192`` and a smaller gap.
-
-    Raises ``InputError`` as `calibrate.learn_codec` and `cache_quality.full_windows` do, and if a
-    rung has coded nothing.
-    """
-    tell = progress or (lambda part: None)
-    kept = Scratch.of(
-        scratch, loaded.weights_hash, loaded.context, text.fingerprint, __version__, asdict(config)
+    return (
+        found
+        + [
+            _ruled("PQ-1, V 4", "PQ", product, pq, _grouped(4), config),
+            _ruled("PQ-1", "PQ", product, pq, pq, config),
+            _cached("lattice, V 4", "learned lattice", here, "sign", "int4", config, "lattice"),
+            _cached("lattice, V 2", "learned lattice", here, "sign", "int2", config, "lattice"),
+            _cached(
+                "learned rotation, V 4",
+                "rotated signs",
+                "the paper",
+                "sign",
+                "int4",
+                config,
+                "rotation",
+            ),
+            _cached("SRHT signs, V 4", "rotated signs", here, "sign", "int4", config, "srht"),
+        ]
+        + [
+            _cached(f"{name}, V 4", name, here, "sign", "int4", config, name)
+            for name in registry.names()
+            if name not in ("lattice", "rotation")
+        ]
     )
-    calibrated = Calibrated(loaded, text, config, kept.folder)
-    judge = Judge(loaded, text.evaluation, text.calibration, config.quality)
-    rows = []
-    for rung in ladder_entries(loaded, config):
-        rows.append(kept.row(rung.name, lambda: _judged(judge, rung, calibrated)))
-        tell(f"judged {rung.name}")
-    return {"exact": [judge.exact_row()], "ladder": with_pareto(rows)}
+
+
+class LadderLab(Lab[LadderConfig, LadderEntry]):
+    """Tables "exact" (one row) and "ladder", one row for each way to keep keys and values.
+
+    In "ladder", ``key_bits``, ``value_bits`` and ``bits`` are those of a coordinate that is coded,
+    with scales, zeros and norms. ``bits_512`` adds the whole tokens, at the length judged (512
+    tokens for the minis), and for our cache the rest of a page that is not full. ``bits_8192`` is
+    the same by arithmetic at 8192 tokens, and has ``static_bytes`` too, spread over one such
+    sequence. Our cache keeps the codes of its whole tokens as well, transformers' do not.
+    ``n_packed``: keys that queries at the end of a window met as codes. ``gap``: perplexity lost,
+    in per cent, with its interval over documents; ``end_gap``: over the last quarter of the window.
+    ``kl``: nats per token. ``pareto``: no other entry has both fewer ``bits_8192`` and a smaller
+    gap.
+
+    Running raises ``InputError`` as `calibrate.learn_codec` and `cache_quality.full_windows` do,
+    and if a cache has coded nothing.
+    """
+
+    def cases(self) -> list[LadderEntry]:
+        return ladder_entries(self.loaded, self.config)
+
+    def measure(self, case: LadderEntry) -> Tables:
+        caches = case.make(self)
+        quality = self.judge.judged(caches.new_cache, step=case.step)
+        layers = compressible_layers(self.loaded).values()
+        n = LONG * sum(2 * layer.n_heads * layer.head_dim for layer in layers)
+        coded = LONG - (case.whole if case.how == "transformers' cache" else 0)
+        long = (quality["bits"] * coded + 16 * case.whole) / LONG + 8 * caches.static_bytes / n
+        row = {
+            "name": case.name,
+            "family": case.family,
+            "source": case.source,
+            "how": case.how,
+            "key_bits": quality["key_bits"],
+            "value_bits": quality["value_bits"],
+            "bits": quality["bits"],
+            "bits_512": quality["effective_bits"],
+            "bits_8192": long,
+            "static_bytes": caches.static_bytes,
+            "whole": case.whole,
+        }
+        return {"ladder": [row | {name: quality[name] for name in QUALITY}]}
+
+    def summarise(self, tables: Tables) -> Tables:
+        return {"exact": [self.judge.exact_row()], "ladder": with_pareto(tables["ladder"])}
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(self.loaded, self.text.evaluation, self.text.calibration, self.config.quality)
+
+    @cached_property
+    def states(self) -> dict[int, LayerStates]:
+        """Keys and values of the coded layers on windows from all over the calibration text."""
+        widest = max(layer.head_dim for layer in compressible_layers(self.loaded).values())
+        n = math.ceil(self.config.calibrate.keys_per_dim * widest / self.loaded.context)
+        return read_states(self.loaded, full_windows(self.loaded, self.text.calibration, n))
+
+    @cached_property
+    def _fitted(self) -> dict[tuple[Rule, str], Codes]:
+        return {}
+
+    def codes(self, rule: Rule, side: Literal["keys", "values"]) -> Codes:
+        """Fit the code of that rule for each layer; what it learns is learned once."""
+        if (rule, side) not in self._fitted:
+            self._fitted[rule, side] = {
+                i: rule(getattr(states, side)) for i, states in self.states.items()
+            }
+        return self._fitted[rule, side]
+
+    def codec(self, signs: str) -> KeyCodec:
+        """Learn signs on a lattice or of a rotation, or draw them by a random Hadamard matrix.
+
+        What is learned is kept in a file.
+        """
+        if signs == "srht":
+            return KeyCodec(self._srht(), self.loaded.weights_hash)
+        file = self.scratch.file(signs, ".safetensors")
+        if not file.exists():
+            learning = replace(self.config.calibrate, code=signs)
+            learn_codec(self.loaded, self.text, learning).save(file, bits=8)
+        return KeyCodec.load(file, self.loaded.weights_hash)
+
+    def _srht(self) -> dict[int, SignQuantizer]:
+        layers = {}
+        for index, layer in coded_layers(self.loaded, self.config.calibrate).items():
+            keys = self.states[index].keys
+            rotations = rotate_heads(keys, "srht", seed=0)
+            centering = Centering.fit(keys, "token_mean" if layer.mean_cancels else "none")
+            layers[index] = SignQuantizer(rotations, centering, self.config.calibrate.scale_rule)
+        return layers
 
 
 def with_pareto(rows: Sequence[Row]) -> list[Row]:
-    """The same rows, each told whether no other has fewer ``bits_8192`` and a smaller ``gap``."""
+    """Add to each row whether no other has fewer ``bits_8192`` and a smaller ``gap``."""
     return [
         {
             **row,
@@ -300,45 +320,7 @@ def with_pareto(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _judged(judge: Judge, rung: LadderEntry, calibrated: Calibrated) -> Row:
-    made = rung.make(calibrated)
-    found = judge.judged(made.new_cache, step=rung.step)
-    layers = compressible_layers(calibrated.loaded).values()
-    n = LONG * sum(2 * layer.n_heads * layer.head_dim for layer in layers)
-    coded = LONG - (rung.whole if rung.how == "transformers' cache" else 0)
-    long = (found["bits"] * coded + 16 * rung.whole) / LONG + 8 * made.static_bytes / n
-    return {
-        "name": rung.name,
-        "family": rung.family,
-        "source": rung.source,
-        "how": rung.how,
-        "key_bits": found["key_bits"],
-        "value_bits": found["value_bits"],
-        "bits": found["bits"],
-        "bits_512": found["effective_bits"],
-        "bits_8192": long,
-        "static_bytes": made.static_bytes,
-        "whole": rung.whole,
-        **{
-            name: found[name]
-            for name in (
-                "n_packed",
-                "perplexity",
-                "gap",
-                "gap_low",
-                "gap_high",
-                "end_gap",
-                "end_gap_low",
-                "end_gap_high",
-                "kl",
-                "top1",
-                "needle",
-            )
-        },
-    }
-
-
-# How a rung is made.
+# How an entry is made.
 
 
 def _cached(
@@ -348,7 +330,7 @@ def _cached(
     keys: KeyFormat,
     values: ValueFormat,
     config: LadderConfig,
-    signs: Signs | None = None,
+    signs: str | None = None,
     *,
     window: bool = True,
 ) -> LadderEntry:
@@ -356,13 +338,13 @@ def _cached(
     kept = (config.window, config.sinks) if window else (0, 0)
     cache = replace(_whole_config(*kept), key_format=keys, value_format=values)
 
-    def make(calibrated: Calibrated) -> EntryCaches:
+    def make(lab: LadderLab) -> CacheFactory:
         codec, static = None, 0
         if signs is not None:
-            codec = calibrated.codec(signs)
+            codec = lab.codec(signs)
             for code in codec.layers.values():  # a matrix of a seed is not stored
                 static += code.centering.n_bytes if signs == "srht" else code.static_bytes
-        return EntryCaches(lambda: SignKeyCache(calibrated.loaded, codec, cache), static)
+        return CacheFactory(lambda: SignKeyCache(lab.loaded, codec, cache), static)
 
     return LadderEntry(name, family, source, "our cache", make, sum(kept))
 
@@ -372,13 +354,13 @@ def _ruled(
 ) -> LadderEntry:
     """One by a published rule."""
 
-    def make(calibrated: Calibrated) -> EntryCaches:
-        sides = calibrated.codes(keys, "keys"), calibrated.codes(values, "values")
+    def make(lab: LadderLab) -> CacheFactory:
+        sides = lab.codes(keys, "keys"), lab.codes(values, "values")
         codes = [code for side in sides for code in side.values()]
         blocks = any(code.group > 1 for code in codes)
         cache = _whole_config(*((config.whole, 0) if blocks else (config.window, config.sinks)))
         static = sum(code.static_bytes for code in codes)
-        return EntryCaches(lambda: SimulatedCache(calibrated.loaded, *sides, cache), static)
+        return CacheFactory(lambda: SimulatedCache(lab.loaded, *sides, cache), static)
 
     return LadderEntry(name, family, source, "published rule", make, config.whole)
 
@@ -386,12 +368,10 @@ def _ruled(
 def _theirs(
     name: str, family: str, source: str, backend: Backend, bits: int, config: LadderConfig
 ) -> LadderEntry:
-    """One of transformers' own caches: of its latest tokens none to all are whole, half on average."""
+    """Make one of transformers' own caches: half of its latest tokens are whole on average."""
 
-    def make(calibrated: Calibrated) -> EntryCaches:
-        return EntryCaches(
-            lambda: QuantizedLayers(calibrated.loaded, backend, bits, 2 * config.whole)
-        )
+    def make(lab: LadderLab) -> CacheFactory:
+        return CacheFactory(lambda: QuantizedLayers(lab.loaded, backend, bits, 2 * config.whole))
 
     return LadderEntry(name, family, source, "transformers' cache", make, config.whole, STEP)
 
@@ -412,5 +392,5 @@ def _sized(kind: type[Quantizer], **arguments) -> Rule:
 
 
 def _grouped(bits: int, size: int | None = None) -> Rule:
-    """Rounded coordinates, so many to a scale; None is a whole vector, as our cache rounds values."""
+    """Round coordinates, ``size`` to a scale; None is a vector, as our cache rounds values."""
     return lambda vectors: Rounded(bits, min(size or vectors.shape[-1], vectors.shape[-1]))

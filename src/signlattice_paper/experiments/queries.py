@@ -12,20 +12,15 @@ reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from signlattice import __version__
 from signlattice.cache.simulated import Codes, QueryCode
-from signlattice.data.texts import Text
 from signlattice.errors import InputError
-from signlattice.io import Scratch
-from signlattice.models.loading import LoadedModel
 from signlattice.models.states import LayerStates
 from signlattice.quantizers.basis import LatticeConfig, learn_basis
 from signlattice.quantizers.centering import Centering
@@ -36,10 +31,8 @@ from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.factory import rotate_heads
 from signlattice.rotations.learned import learn_matrices
 from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig
+from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.records import Row
-
-Progress = Callable[[str], object]
-"""Told of each part of the work as it is done."""
 
 KEYS = ("whole", "rotation", "lattice", "frame")
 """How keys are read: as they are; as signs of a rotation learned on them, or of a lattice; or as
@@ -83,7 +76,7 @@ class Case:
 
     ``keys`` of `KEYS`; ``frame`` of `FRAMES`, "" for queries that stay whole. ``mean`` of each
     query head: "in" the code; taken off and "kept" whole, to meet the keys as they are read; or
-    "dropped", which is not what attention asks for. ``main``: whether its heads are told.
+    "dropped", which is not what attention asks for. ``main``: whether its heads have rows.
     """
 
     keys: str
@@ -104,7 +97,7 @@ class Case:
 
 
 def cases(config: QueriesConfig) -> list[Case]:
-    """All that is measured."""
+    """List all that is measured."""
     found = [Case("whole", mean="dropped"), Case("whole", "own", mean="dropped")]
     for keys in ("whole", "rotation", "lattice"):
         if keys != "whole":
@@ -124,58 +117,155 @@ def cases(config: QueriesConfig) -> list[Case]:
     ]
 
 
-def n_parts(loaded: LoadedModel, config: QueriesConfig) -> int:
-    """How often `measure` tells of its progress."""
-    return len(cases(config)) + 1
-
-
-def measure(
-    loaded: LoadedModel,
-    text: Text,
-    config: QueriesConfig,
-    scratch: Path,
-    progress: Progress | None = None,
-) -> dict[str, list[Row]]:
+class QueriesLab(Lab[QueriesConfig, Case]):
     """Tables "exact", "means" (how much of the queries their mean is), "rows" and "heads".
 
     ``extra`` is what a row's gap has over that of whole queries with the same keys; ``mean_bits``
-    what a kept mean adds to a coordinate of each key. What an interrupted run left in ``scratch``
-    is not made again. Raises ``InputError`` as `cache_quality.full_windows` does.
+    what a kept mean adds to a coordinate of each key. Rotations are fitted on the calibration side
+    of the text.
+
+    Running raises ``InputError`` as `cache_quality.full_windows` does.
     """
-    tell = progress or (lambda part: None)
-    kept = Scratch.of(scratch, loaded.weights_hash, text.fingerprint, __version__, asdict(config))
-    comparison = Comparison(loaded, text, config.comparison, kept)
-    frames = Frames(comparison)
-    tables: dict[str, list[Row]] = {
-        "exact": [comparison.exact_row()],
-        "means": mean_rows(comparison.fit),
-    }
-    tell("looked at means")
-    rows, heads = [], []
-    whole = {"whole": 0.0}  # the gap of whole queries, by how keys are read
-    for case in cases(config):
-        keys, queries = frames.keys(case), frames.queries(case)
-        losses = comparison.row(repr(case), keys, queries=queries)
-        seen = kept.row(
-            f"heads of {case}", lambda: {"heads": comparison.heads(keys, queries=queries)}
-        )["heads"]
-        if not case.frame and case.mean == "in":
-            whole[case.keys] = losses["gap"]
-        known = frames.described(case)
+
+    def cases(self) -> list[Case]:
+        return cases(self.config)
+
+    def measure(self, case: Case) -> Tables:
+        keys, queries = self.keys(case), self.queries(case)
+        losses = self.comparison.row(str(case), keys, queries=queries)
+        heads = self.comparison.heads(keys, queries=queries)
+        described = self.described(case)
         means = {
-            name: sum(head[name] for head in seen) / len(seen)
+            name: sum(head[name] for head in heads) / len(heads)
             for name in ("correlation", "attention_kl")
         }
-        extra = losses["gap"] - whole[case.keys] if case.keys in whole else None
-        rows.append(known | losses | {"extra": extra} | means)
-        if case.main:
-            heads += [known | head for head in seen]
-        tell(f"compared {case.keys}")
-    return tables | {"rows": rows, "heads": heads}
+        return {
+            "rows": [described | losses | means],
+            "heads": [described | head for head in heads] if case.main else [],
+        }
+
+    def summarise(self, tables: Tables) -> Tables:
+        whole = {"whole": 0.0}  # the gap of whole queries, by how keys are read
+        whole |= {r["k"]: r["gap"] for r in tables["rows"] if not r["frame"] and r["mean"] == "in"}
+        return {
+            "exact": [self.comparison.exact_row()],
+            "means": mean_rows(self.comparison.fit),
+            "rows": [
+                row | {"extra": row["gap"] - whole[row["k"]] if row["k"] in whole else None}
+                for row in tables["rows"]
+            ],
+            "heads": tables["heads"],
+        }
+
+    @cached_property
+    def comparison(self) -> Comparison:
+        return Comparison(self.loaded, self.text, self.config.comparison, self.scratch)
+
+    def described(self, case: Case) -> Row:
+        """Name a case by the columns that are known before anything is measured."""
+        d = next(iter(self.comparison.layers.values())).head_dim
+        states = next(iter(self.comparison.fit.values()))
+        readers = sum(map(len, states.queries.values())) // len(states.keys)
+        coded = "signed" if case.levels == 1 else "levels"
+        return {
+            "k": case.keys,
+            "q": coded if case.frame else "whole",
+            "frame": case.frame,
+            "levels": case.levels if case.frame else None,
+            "mean": case.mean,
+            "rule": case.rule if case.frame else "",
+            "counted": case.counted,
+            "q_bits": case.levels + 16 / d if case.frame else 16.0,
+            "mean_bits": 16 * readers / d if case.mean == "kept" else 0.0,
+        }
+
+    def keys(self, case: Case) -> Codes:
+        """Fit the code of each layer's keys, at the unbiased scale, means taken off."""
+        if case.keys == "whole":
+            return {}
+        if case.keys == "lattice":
+            return {
+                index: SignQuantizer(
+                    basis,
+                    self.comparison.key_centerings[index],
+                    metric=self.comparison.query_metrics[index].float(),
+                )
+                for index, basis in self._lattices.items()
+            }
+        frame = "keys" if case.keys == "rotation" else case.frame
+        return {
+            index: LevelQuantizer(self.comparison.key_centerings[index], rotation, 1, "unbiased")
+            for index, rotation in self.rotations(frame).items()
+        }
+
+    def queries(self, case: Case) -> dict[int, QueryCode]:
+        """Fit what reads the queries of each layer that asks for coded keys, by its index."""
+        if not case.frame and case.mean == "in":
+            return {}
+        return {
+            reader: self._query_code(case, source, reader, states.queries[reader])
+            for source, states in self.comparison.fit.items()
+            for reader in states.queries
+        }
+
+    def _query_code(self, case: Case, source: int, reader: int, queries: Tensor) -> QueryCode:
+        mean = queries.mean(1)
+        if not case.frame:
+            return lambda query: query - mean.unsqueeze(1).to(query)
+        centred = case.mean != "in"
+        if case.frame == "own":
+            rotation = self.rotations("own", centred)[reader]
+        else:
+            rotation = self.rotations(case.frame, centred)[source]
+            rotation = rotation.repeat_interleave(len(queries) // len(rotation), 0)
+        centering = Centering("token_mean", mean) if centred else Centering("none")
+        code = LevelQuantizer(centering, rotation, case.levels, case.rule)
+        if case.mean == "dropped":
+            return lambda query: code.reconstruct(query) - mean.unsqueeze(1).to(query)
+        return code.reconstruct
+
+    def rotations(self, frame: str, centred: bool = False) -> dict[int, Tensor]:
+        """Learn a rotation for each KV head [H, D, D] by layer, or of ``own`` for each query head
+        [Hq, D, D], by the layer that asks.
+
+        ``centred``: learned on queries without their mean. Learned on as many vectors each, keys
+        always without their mean.
+        """
+        fit, seed = self.comparison.fit, self.config.comparison.seed
+        if frame == "srht":
+            return {i: rotate_heads(s.keys, "srht", seed) for i, s in fit.items()}
+        keys = self.comparison.centred_keys
+        if frame == "keys":
+            vectors = keys
+        elif frame == "own":
+            vectors = {
+                reader: _without_mean(queries) if centred else queries
+                for states in fit.values()
+                for reader, queries in states.queries.items()
+            }
+        else:
+            vectors = {index: pooled_queries(states, centred) for index, states in fit.items()}
+        if frame == "both":
+            vectors = {
+                i: torch.cat([keys[i][:, ::2], queries[:, 1::2]], 1)
+                for i, queries in vectors.items()
+            }
+        name = frame if frame == "keys" else f"{frame}, {'centred' if centred else 'as they are'}"
+        return self.scratch.tensors(name, _learned, vectors, seed)
+
+    @cached_property
+    def _lattices(self) -> dict[int, Tensor]:
+        return self.scratch.tensors("lattice", self._learn_lattices)
+
+    def _learn_lattices(self) -> dict[int, Tensor]:
+        return {
+            index: learn_basis(keys, self.comparison.query_metrics[index], LatticeConfig())
+            for index, keys in self.comparison.centred_keys.items()
+        }
 
 
 def mean_rows(fit: Mapping[int, LayerStates]) -> list[Row]:
-    """How much of the queries of each head their mean m is.
+    """Measure how much of the queries of each head their mean m is.
 
     ``energy``: ‖m‖² / E‖q‖². ``score``: the share of m·k in the variance of scores over the keys of
     a head, mᵀΣm / E qᵀΣq with the keys' covariance Σ: what is lost if the mean is left out.
@@ -203,121 +293,8 @@ def mean_rows(fit: Mapping[int, LayerStates]) -> list[Row]:
     return rows
 
 
-class Frames:
-    """Rotations of KV heads and of query heads, fitted on the calibration side of a comparison.
-
-    What is learned is kept in the comparison's scratch folder.
-    """
-
-    def __init__(self, comparison: Comparison) -> None:
-        self.comparison = comparison
-        self.seed = comparison.config.seed
-
-    def described(self, case: Case) -> Row:
-        """The columns of a case that are known before anything is measured."""
-        d = next(iter(self.comparison.layers.values())).head_dim
-        states = next(iter(self.comparison.fit.values()))
-        readers = sum(map(len, states.queries.values())) // len(states.keys)
-        coded = "signed" if case.levels == 1 else "levels"
-        return {
-            "k": case.keys,
-            "q": coded if case.frame else "whole",
-            "frame": case.frame,
-            "levels": case.levels if case.frame else None,
-            "mean": case.mean,
-            "rule": case.rule if case.frame else "",
-            "counted": case.counted,
-            "q_bits": case.levels + 16 / d if case.frame else 16.0,
-            "mean_bits": 16 * readers / d if case.mean == "kept" else 0.0,
-        }
-
-    def keys(self, case: Case) -> Codes:
-        """The code of the keys of each layer, at the unbiased scale, means taken off."""
-        if case.keys == "whole":
-            return {}
-        if case.keys == "lattice":
-            return {
-                index: SignQuantizer(
-                    basis,
-                    self.comparison.key_centerings[index],
-                    metric=self.comparison.query_metrics[index].float(),
-                )
-                for index, basis in self._lattices.items()
-            }
-        frame = "keys" if case.keys == "rotation" else case.frame
-        return {
-            index: LevelQuantizer(self.comparison.key_centerings[index], rotation, 1, "unbiased")
-            for index, rotation in self.rotations(frame).items()
-        }
-
-    def queries(self, case: Case) -> dict[int, QueryCode]:
-        """What reads the queries of every layer that asks for coded keys, by its index."""
-        if not case.frame and case.mean == "in":
-            return {}
-        return {
-            reader: self._query_code(case, source, reader, states.queries[reader])
-            for source, states in self.comparison.fit.items()
-            for reader in states.queries
-        }
-
-    def _query_code(self, case: Case, source: int, reader: int, queries: Tensor) -> QueryCode:
-        mean = queries.mean(1)
-        if not case.frame:
-            return lambda query: query - mean.unsqueeze(1).to(query)
-        centred = case.mean != "in"
-        if case.frame == "own":
-            rotation = self.rotations("own", centred)[reader]
-        else:
-            rotation = self.rotations(case.frame, centred)[source]
-            rotation = rotation.repeat_interleave(len(queries) // len(rotation), 0)
-        centering = Centering("token_mean", mean) if centred else Centering("none")
-        code = LevelQuantizer(centering, rotation, case.levels, case.rule)
-        if case.mean == "dropped":
-            return lambda query: code.reconstruct(query) - mean.unsqueeze(1).to(query)
-        return code.reconstruct
-
-    def rotations(self, frame: str, centred: bool = False) -> dict[int, Tensor]:
-        """A rotation for each KV head [H, D, D] by layer, or of ``own`` for each query head
-        [Hq, D, D], by the layer that asks.
-
-        ``centred``: learned on queries without their mean. Learned on as many vectors each, keys
-        always without their mean.
-        """
-        fit = self.comparison.fit
-        if frame == "srht":
-            return {i: rotate_heads(s.keys, "srht", self.seed) for i, s in fit.items()}
-        keys = self.comparison.centred_keys
-        if frame == "keys":
-            vectors = keys
-        elif frame == "own":
-            vectors = {
-                reader: _without_mean(queries) if centred else queries
-                for states in fit.values()
-                for reader, queries in states.queries.items()
-            }
-        else:
-            vectors = {index: pooled_queries(states, centred) for index, states in fit.items()}
-        if frame == "both":
-            vectors = {
-                i: torch.cat([keys[i][:, ::2], queries[:, 1::2]], 1)
-                for i, queries in vectors.items()
-            }
-        name = frame if frame == "keys" else f"{frame}, {'centred' if centred else 'as they are'}"
-        return self.comparison.scratch.tensors(name, lambda: _learned(vectors, self.seed))
-
-    @cached_property
-    def _lattices(self) -> dict[int, Tensor]:
-        def learn() -> dict[int, Tensor]:
-            return {
-                index: learn_basis(keys, self.comparison.query_metrics[index], LatticeConfig())
-                for index, keys in self.comparison.centred_keys.items()
-            }
-
-        return self.comparison.scratch.tensors("lattice", learn)
-
-
 def pooled_queries(states: LayerStates, centred: bool) -> Tensor:
-    """Queries of all heads and layers that read each KV head, as many as there are keys, [H, N, D].
+    """Sample queries of all heads and layers that read each KV head, as many as keys, [H, N, D].
 
     ``centred``: each query head without its mean.
     """

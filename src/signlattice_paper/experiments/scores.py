@@ -22,6 +22,7 @@ from signlattice.cache.simulated import quantized_attention
 from signlattice.errors import InputError
 from signlattice.evaluation.bootstrap import Interval, bootstrap
 from signlattice.evaluation.perplexity import TokenLosses, perplexity, perplexity_gap, token_losses
+from signlattice.io import Progress, no_progress
 from signlattice.models.hooks import attention_hook, attention_layers, score_scaling
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage
@@ -30,7 +31,6 @@ from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.levels import LevelQuantizer
 from signlattice.quantizers.scales import token_scale
 from signlattice.rotations.factory import rotate_heads
-from signlattice_paper.experiments.solvers import Progress, tell
 from signlattice_paper.records import Row
 
 SIDES = ("keys", "queries", "both")
@@ -179,7 +179,7 @@ def calibrate(
     pieces: Sequence[Passage],
     codec: KeyCodec,
     config: ScoresConfig,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Calibrated:
     """Means of keys and values, and the five rotations of keys and queries.
 
@@ -201,7 +201,7 @@ def calibrate(
             ("learned_both", both, "annealed"),
         ):
             rotations[name][layer] = rotate_heads(vectors, kind, config.seed)
-        tell(progress)
+        progress(f"learned rotations of layer {layer}")
     value_mean = {layer: states.value.mean(1) for layer, states in pooled.items()}
     return Calibrated(key_mean, value_mean, rotations)
 
@@ -212,7 +212,7 @@ def score_rows(
     calibrated: Calibrated,
     pieces: Sequence[Passage],
     config: ScoresConfig,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> tuple[list[Row], list[Row]]:
     """What signing each side does to the scores: a row per head, and a row per mean over heads.
 
@@ -230,7 +230,7 @@ def score_rows(
                 )
                 for side, figures in measured.items():
                     found.setdefault((rotation, side, layer), []).append(figures)
-        tell(progress)
+        progress("compared the scores of a passage")
     return _head_rows(found, pieces), _mean_rows(found, pieces)
 
 
@@ -339,7 +339,7 @@ def perplexity_rows(
     pieces: Sequence[Passage],
     exact: TokenLosses,
     config: ScoresConfig,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> list[Row]:
     """Perplexity with keys, queries or both signed in every layer: a row per rotation and side."""
     rows: list[Row] = []
@@ -349,7 +349,7 @@ def perplexity_rows(
             with signed_attention(loaded.model, matrices, calibrated.key_mean, side):
                 losses = token_losses(loaded, pieces)
             rows.append({"rotation": rotation, "side": side} | _gap(losses, exact))
-            tell(progress)
+            progress(f"read with {rotation}, {side} signed")
     return rows
 
 
@@ -359,7 +359,7 @@ def value_rows(
     keys: KeyCodec,
     pieces: Sequence[Passage],
     exact: TokenLosses,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> list[Row]:
     """A first look: perplexity with one-bit values after an SRHT, by scale rule.
 
@@ -375,7 +375,7 @@ def value_rows(
             with quantized_attention(loaded, coded_keys, codes):
                 losses = token_losses(loaded, pieces)
             rows.append({"coded": coded, "value_rule": rule} | _gap(losses, exact))
-            tell(progress)
+            progress(f"read with coded {coded}, {rule}")
     return rows
 
 

@@ -10,20 +10,16 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from signlattice import __version__
 from signlattice.cache.sign_key_cache import CacheConfig
 from signlattice.cache.simulated import Codes, SimulatedCache
-from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import Judge, QualityConfig
-from signlattice.io import Scratch
-from signlattice.models.loading import LoadedModel
 from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.basis import LatticeConfig, learn_basis
 from signlattice.quantizers.centering import Centering
@@ -34,16 +30,17 @@ from signlattice.rotations.config import CalibrationWarning, LearnConfig
 from signlattice.rotations.factory import rotate_heads
 from signlattice.rotations.learned import learn_matrices
 from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig
+from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.experiments.snapshots import snapshots
 from signlattice_paper.records import Row
 
-Progress = Callable[[str], object]
-"""Told of each part of the work as it is done."""
+Vectors = dict[int, Tensor]
+"""Keys [H, N, D] or matrices [H, n, D], by layer."""
 
 AT = (50, 200, 500)
 """Steps at which the paper reports; its solver is looked at there and at its end."""
 
-_TOLD = -1  # beside the matrices of layers: how long they took, and of how many keys
+_COST = -1  # beside the matrices of layers: how long they took, and of how many keys
 _SECOND_SEED = 1000  # of the rotation of residuals, apart from those of the heads
 
 
@@ -127,7 +124,7 @@ class Case:
 
 
 def trainings(config: SecondConfig) -> list[Training]:
-    """All that is learned, along the training of each kind."""
+    """List all that is learned, along the training of each kind."""
     return [
         *(Training("annealed", times) for times in config.annealed),
         *(Training("gradient", step) for step in _points(config.gradient)),
@@ -139,7 +136,7 @@ def trainings(config: SecondConfig) -> list[Training]:
 
 
 def cases(config: SecondConfig) -> list[Case]:
-    """All codes: those of one bit along their training, those of two, and both sides coded."""
+    """List all codes: of one bit along their training, of two bits, and of both sides."""
     kept = {NONE, ROTATION, LATTICE, Training("gradient", config.gradient)}
     found = [
         Case(
@@ -174,53 +171,236 @@ def cases(config: SecondConfig) -> list[Case]:
     ]
 
 
-def n_parts(loaded: LoadedModel, config: SecondConfig) -> int:
-    """How often `measure` tells of its progress."""
-    wanted = cases(config)
-    return len(wanted) + sum(case.windowed for case in wanted)
+@dataclass(frozen=True, eq=False)
+class _Learned:
+    """Matrices [H, n, D] by layer, the wall seconds they took, and the keys of a head."""
+
+    matrices: Vectors
+    seconds: float = 0.0
+    n_keys: int = 0
 
 
-def measure(
-    loaded: LoadedModel,
-    text: Text,
-    config: SecondConfig,
-    scratch: Path,
-    progress: Progress | None = None,
-) -> dict[str, list[Row]]:
+class SecondLab(Lab[SecondConfig, Case]):
     """Tables "rows" (nothing whole), "windowed" (through a cache), "exact" and "verdict".
 
-    What an interrupted run left in ``scratch`` is not made again. Raises ``InputError`` as
-    `cache_quality.full_windows` does.
+    Running raises ``InputError`` as `cache_quality.full_windows` does.
     """
-    tell = progress or (lambda part: None)
-    kept = Scratch.of(scratch, loaded.weights_hash, text.fingerprint, __version__, asdict(config))
-    comparison = Comparison(loaded, text, config.comparison, kept)
-    maker = _Maker(comparison, _with_more_keys(comparison, text, config), config.gradient)
-    quality = QualityConfig(n_passages=config.comparison.n_passages, n_needles=1)
-    judge = Judge(loaded, text.evaluation, text.calibration, quality)
-    whole, windowed = [], []
-    for case in cases(config):
-        known = maker.described(case)
-        keys, values = maker.keys(case), maker.values(case.value_bits)
-        losses = comparison.row(repr(case), keys, values)
-        heads = kept.row(f"heads of {case}", lambda: _means(comparison.heads(keys, values)))
-        whole.append(known | losses | heads)
-        tell(f"compared {case.code}")
+
+    def cases(self) -> list[Case]:
+        return cases(self.config)
+
+    def measure(self, case: Case) -> Tables:
+        described = self.described(case)
+        keys, values = self.keys(case), self.values(case.value_bits)
+        losses = self.comparison.row(str(case), keys, values)
+        heads = self.comparison.heads(keys, values)
+        means = {
+            name: sum(head[name] for head in heads) / len(heads)
+            for name in ("score_error", "attention_kl")
+        }
+        tables = {"rows": [described | losses | means], "windowed": []}
         if case.windowed:
-            windowed.append(
-                known | kept.row(f"cache of {case}", lambda: _judged(judge, keys, values, config))
+            quality = self.judge.judged(lambda: self._cache(keys, values), with_needles=False)
+            kept = {"window": self.config.window, "sinks": self.config.sinks}
+            tables["windowed"] = [described | kept | quality]
+        return tables
+
+    def summarise(self, tables: Tables) -> Tables:
+        return {
+            "exact": [self.comparison.exact_row()],
+            **tables,
+            "verdict": [verdict(tables["rows"])],
+        }
+
+    @cached_property
+    def comparison(self) -> Comparison:
+        return Comparison(self.loaded, self.text, self.config.comparison, self.scratch)
+
+    @cached_property
+    def more(self) -> Comparison:
+        """The comparison with more keys to learn from."""
+        n_fit = self.config.more_keys * self.config.comparison.n_fit
+        config = replace(self.config.comparison, n_fit=n_fit)
+        return Comparison(self.loaded, self.text, config, self.scratch)
+
+    @cached_property
+    def judge(self) -> Judge:
+        quality = QualityConfig(n_passages=self.config.comparison.n_passages, n_needles=1)
+        return Judge(self.loaded, self.text.evaluation, self.text.calibration, quality)
+
+    def _cache(self, keys: Codes, values: Codes) -> SimulatedCache:
+        window, sinks = self.config.window, self.config.sinks
+        cache = CacheConfig(window=window, sinks=sinks, dtype=torch.float16)
+        return SimulatedCache(self.loaded, keys, values, cache)
+
+    def described(self, case: Case) -> Row:
+        """Name a case by the columns that are known before anything is measured."""
+        keys, values = self.keys(case), self.values(case.value_bits)
+        learned, training = self.learned(case.training), case.training
+        key_bits = next(iter(keys.values())).bits
+        value_bits = next(iter(values.values())).bits if values else 16.0
+        return {
+            "code": case.code,
+            "levels": case.bits,
+            "solver": training.solver,
+            "effort": training.effort,
+            "more_keys": training.more_keys,
+            "second": case.second,
+            "first_rule": case.first_rule,
+            "two_scales": case.two_scales,
+            "rule": case.rule,
+            "value_levels": case.value_bits,
+            "bits": key_bits,
+            "both_bits": key_bits + value_bits,
+            "static_bytes": sum(code.static_bytes for code in (*keys.values(), *values.values())),
+            "steps": self._steps(training),
+            "n_keys": learned.n_keys,
+            "seconds": learned.seconds + self._second(case).seconds,
+        }
+
+    def keys(self, case: Case) -> Codes:
+        """Fit the code of the keys of each layer."""
+        matrices = self.learned(case.training).matrices
+        seconds = self._second(case).matrices
+        n_learned = (case.training != NONE) + (case.second == "learned")
+        codes: dict[int, Quantizer] = {}
+        for index, matrix in matrices.items():
+            centering = self.comparison.key_centerings[index]
+            if case.code == "lattice":
+                metric = self.comparison.query_metrics[index].float()
+                codes[index] = BasisQuantizer(centering, matrix, metric, case.rule)
+            elif case.code == "residual":
+                codes[index] = ResidualQuantizer(
+                    centering,
+                    matrix,
+                    seconds[index],
+                    case.rule,
+                    case.first_rule,
+                    case.two_scales,
+                    n_learned,
+                )
+            else:
+                codes[index] = LevelQuantizer(
+                    centering, matrix, case.bits, case.rule, learned=n_learned > 0
+                )
+        return codes
+
+    def values(self, bits: int | None) -> Codes:
+        """Fit Gaussian levels of least error, after a static mean and an SRHT."""
+        if bits is None:
+            return {}
+        return {
+            index: LevelQuantizer(
+                Centering.fit(states.values, "token_mean"),
+                rotate_heads(states.values, "srht", self.config.comparison.seed),
+                bits,
             )
-            tell(f"judged {case.code}")
-    return {
-        "exact": [comparison.exact_row()],
-        "rows": whole,
-        "windowed": windowed,
-        "verdict": [verdict(whole)],
-    }
+            for index, states in self.comparison.fit.items()
+        }
+
+    def learned(self, training: Training) -> _Learned:
+        """Learn by a training, or load what an earlier run learned."""
+        fit = self.comparison if training.more_keys == 1 else self.more
+        if training == NONE:
+            return _Learned(_srht(self._centred(fit), self.config.comparison.seed))
+        if training.solver == "gradient":
+            return self._path()[int(training.effort)]
+        if training.solver == "annealed":
+            return self._timed(training, fit, self._annealed, training)
+        return self._timed(training, fit, self._lattice, training)
+
+    def _lattice(self, keys: Vectors, training: Training) -> Vectors:
+        config = LatticeConfig(rounds=int(training.effort))
+        per_dim = 2 if training.solver == LATTICE_2.solver else 1
+        metrics = self.comparison.query_metrics
+        return {
+            i: learn_basis(x, metrics[i], config, vectors_per_dim=per_dim) for i, x in keys.items()
+        }
+
+    def _centred(self, comparison: Comparison) -> Vectors:
+        return {
+            index: self.comparison.key_centerings[index].split(states.keys)[0]
+            for index, states in comparison.fit.items()
+        }
+
+    def _second(self, case: Case) -> _Learned:
+        """What rotates the residual of a case: nothing, if it has none."""
+        if case.code != "residual":
+            return _Learned({})
+        first = self.learned(case.training).matrices
+        if case.second == "same":
+            return _Learned(first)
+        if case.second == "SRHT":
+            return _Learned(_srht(first, self.config.comparison.seed + _SECOND_SEED))
+        name = f"residual of {case.training}"
+        return self._timed(name, self.comparison, self._of_residual, first)
+
+    def _of_residual(self, keys: Vectors, first: Vectors) -> Vectors:
+        """Rotations learned on what signs in the ``first`` rotations leave of keys."""
+        none = Centering("none")
+        left = {i: ResidualQuantizer(none, first[i], first[i]).residual(x) for i, x in keys.items()}
+        return self._annealed(left, ROTATION)
+
+    def _annealed(self, keys: Vectors, training: Training) -> Vectors:
+        seed = self.config.comparison.seed
+        return {
+            i: learn_matrices(x, replace(_annealing(x.shape[-1], training), seed=seed))
+            for i, x in keys.items()
+        }
+
+    def _steps(self, training: Training) -> int:
+        """Steps or rounds; of the annealed solver those before its polish, in the first layer."""
+        if training.solver != "annealed":
+            return int(training.effort)
+        learn = _annealing(next(iter(self.comparison.layers.values())).head_dim, training)
+        return learn.steps + learn.warm_steps
+
+    def _path(self) -> dict[int, _Learned]:
+        """The paper's solver at the steps that are looked at: one run, [points, H, D, D]."""
+        path = self.scratch.tensors("gradient", self._run_path)
+        seconds, n_keys = path.pop(_COST), _count(self._centred(self.comparison))
+        return {
+            step: _Learned({i: m[place] for i, m in path.items()}, float(seconds[place]), n_keys)
+            for place, step in enumerate(_points(self.config.gradient))
+        }
+
+    def _run_path(self) -> Vectors:
+        last, seed = self.config.gradient, self.config.comparison.seed
+        learn = LearnConfig(solver="gradient", steps=last, seed=seed, trace_every=last)
+        matrices, seconds = {}, torch.zeros(len(_points(last)), dtype=torch.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CalibrationWarning)
+            for index, keys in self._centred(self.comparison).items():
+                heads = [snapshots(head, learn)[1:] for head in keys]
+                matrices[index] = torch.stack(
+                    [torch.stack([point.rotation for point in head]) for head in heads], 1
+                )
+                for head in heads:
+                    seconds += torch.tensor([shot.point.seconds for shot in head])
+        return matrices | {_COST: seconds}
+
+    def _timed(
+        self, name: object, fit: Comparison, learn: Callable[..., Vectors], *arguments: object
+    ) -> _Learned:
+        """Learn on the centred keys of ``fit``, or load what an earlier run learned."""
+        learned = self.scratch.tensors(str(name), self._time, fit, learn, *arguments)
+        seconds, n_keys = learned.pop(_COST).tolist()
+        return _Learned(learned, seconds, int(n_keys))
+
+    def _time(self, fit: Comparison, learn: Callable[..., Vectors], *arguments: object) -> Vectors:
+        keys = self._centred(fit)
+        start = time.perf_counter()
+        learned = learn(keys, *arguments)
+        cost = [time.perf_counter() - start, _count(keys)]
+        return learned | {_COST: torch.tensor(cost, dtype=torch.float64)}
+
+
+def _srht(vectors: Vectors, seed: int) -> Vectors:
+    return {i: rotate_heads(x, "srht", seed) for i, x in vectors.items()}
 
 
 def verdict(rows: Sequence[Row]) -> Row:
-    """What closes how much of the perplexity gap of one bit with the learned rotation.
+    """Compare what closes the perplexity gap of one bit with the learned rotation, and how far.
 
     ``base`` is that gap in per cent; the others are gaps too, and ``…_closed`` the share of the
     base that is gone. ``training``: the best of more steps, more keys and the paper's solver at one
@@ -255,219 +435,6 @@ def verdict(rows: Sequence[Row]) -> Row:
     return {"base": base, **found, **closed, **both}
 
 
-def _means(heads: Sequence[Row]) -> Row:
-    names = ("score_error", "attention_kl")
-    return {name: sum(head[name] for head in heads) / len(heads) for name in names}
-
-
-def _judged(judge: Judge, keys: Codes, values: Codes, config: SecondConfig) -> Row:
-    cache = CacheConfig(window=config.window, sinks=config.sinks, dtype=torch.float16)
-    row = judge.judged(
-        lambda: SimulatedCache(judge.loaded, keys, values, cache), with_needles=False
-    )
-    return {"window": config.window, "sinks": config.sinks, **row}
-
-
-def _with_more_keys(comparison: Comparison, text: Text, config: SecondConfig) -> Comparison:
-    n_fit = config.more_keys * config.comparison.n_fit
-    more = replace(config.comparison, n_fit=n_fit)
-    return Comparison(comparison.loaded, text, more, comparison.scratch)
-
-
-@dataclass(frozen=True, eq=False)
-class _Learned:
-    """Matrices [H, n, D] by layer, the wall seconds they took, and the keys of a head."""
-
-    matrices: dict[int, Tensor]
-    seconds: float = 0.0
-    n_keys: int = 0
-
-
-class _Maker:
-    """Makes the codes of a comparison; what is learned is kept in its scratch folder."""
-
-    def __init__(self, comparison: Comparison, more: Comparison, gradient: int) -> None:
-        self.comparison, self.more, self.gradient = comparison, more, gradient
-        self.seed = comparison.config.seed
-
-    def described(self, case: Case) -> Row:
-        """The columns of a case that are known before anything is measured."""
-        keys, values = self.keys(case), self.values(case.value_bits)
-        learned, training = self.learned(case.training), case.training
-        key_bits = next(iter(keys.values())).bits
-        value_bits = next(iter(values.values())).bits if values else 16.0
-        return {
-            "code": case.code,
-            "levels": case.bits,
-            "solver": training.solver,
-            "effort": training.effort,
-            "more_keys": training.more_keys,
-            "second": case.second,
-            "first_rule": case.first_rule,
-            "two_scales": case.two_scales,
-            "rule": case.rule,
-            "value_levels": case.value_bits,
-            "bits": key_bits,
-            "both_bits": key_bits + value_bits,
-            "static_bytes": sum(code.static_bytes for code in (*keys.values(), *values.values())),
-            "steps": self._steps(training),
-            "n_keys": learned.n_keys,
-            "seconds": learned.seconds + self._second(case).seconds,
-        }
-
-    def keys(self, case: Case) -> Codes:
-        """The code of the keys of every layer."""
-        matrices = self.learned(case.training).matrices
-        seconds = self._second(case).matrices
-        n_learned = (case.training != NONE) + (case.second == "learned")
-        codes: dict[int, Quantizer] = {}
-        for index, matrix in matrices.items():
-            centering = self.comparison.key_centerings[index]
-            if case.code == "lattice":
-                metric = self.comparison.query_metrics[index].float()
-                codes[index] = BasisQuantizer(centering, matrix, metric, case.rule)
-            elif case.code == "residual":
-                codes[index] = ResidualQuantizer(
-                    centering,
-                    matrix,
-                    seconds[index],
-                    case.rule,
-                    case.first_rule,
-                    case.two_scales,
-                    n_learned,
-                )
-            else:
-                codes[index] = LevelQuantizer(
-                    centering, matrix, case.bits, case.rule, learned=n_learned > 0
-                )
-        return codes
-
-    def values(self, bits: int | None) -> Codes:
-        """Gaussian levels of least error, after a static mean and an SRHT."""
-        if bits is None:
-            return {}
-        return {
-            index: LevelQuantizer(
-                Centering.fit(states.values, "token_mean"),
-                rotate_heads(states.values, "srht", self.seed),
-                bits,
-            )
-            for index, states in self.comparison.fit.items()
-        }
-
-    def learned(self, training: Training) -> _Learned:
-        """What a training gives."""
-        fit = self.comparison if training.more_keys == 1 else self.more
-        if training == NONE:
-            states = fit.fit.items()
-            return _Learned({i: rotate_heads(seen.keys, "srht", self.seed) for i, seen in states})
-        if training.solver == "gradient":
-            return self._path()[int(training.effort)]
-        if training.solver == "annealed":
-            return self._timed(training, fit, lambda keys: self._annealed(keys, training))
-        config = LatticeConfig(rounds=int(training.effort))
-        per_dim = 2 if training.solver == LATTICE_2.solver else 1
-        return self._timed(
-            training,
-            fit,
-            lambda keys: {
-                index: learn_basis(
-                    x, self.comparison.query_metrics[index], config, vectors_per_dim=per_dim
-                )
-                for index, x in keys.items()
-            },
-        )
-
-    def _centred(self, comparison: Comparison) -> dict[int, Tensor]:
-        return {
-            index: self.comparison.key_centerings[index].split(states.keys)[0]
-            for index, states in comparison.fit.items()
-        }
-
-    def _second(self, case: Case) -> _Learned:
-        """What turns the residual of a case: nothing, if it has none."""
-        if case.code != "residual":
-            return _Learned({})
-        first = self.learned(case.training).matrices
-        if case.second == "same":
-            return _Learned(first)
-        if case.second == "SRHT":
-            seed = self.seed + _SECOND_SEED
-            return _Learned({i: rotate_heads(r, "srht", seed) for i, r in first.items()})
-        return self._timed(
-            f"residual of {case.training}",
-            self.comparison,
-            lambda keys: self._annealed(
-                {
-                    i: ResidualQuantizer(Centering("none"), first[i], first[i]).residual(x)
-                    for i, x in keys.items()
-                },
-                ROTATION,
-            ),
-        )
-
-    def _annealed(self, keys: dict[int, Tensor], training: Training) -> dict[int, Tensor]:
-        return {
-            index: learn_matrices(
-                vectors, replace(_annealing(vectors.shape[-1], training), seed=self.seed)
-            )
-            for index, vectors in keys.items()
-        }
-
-    def _steps(self, training: Training) -> int:
-        """Steps or rounds; of the annealed solver those before its polish, in the first layer."""
-        if training.solver != "annealed":
-            return int(training.effort)
-        learn = _annealing(next(iter(self.comparison.layers.values())).head_dim, training)
-        return learn.steps + learn.warm_steps
-
-    def _path(self) -> dict[int, _Learned]:
-        """The paper's solver at the steps that are looked at: one run, [points, H, D, D]."""
-        learn = LearnConfig(
-            solver="gradient", steps=self.gradient, seed=self.seed, trace_every=self.gradient
-        )
-        steps = _points(self.gradient)
-
-        def run() -> dict[int, Tensor]:
-            matrices, seconds = {}, torch.zeros(len(steps), dtype=torch.float64)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", CalibrationWarning)
-                for index, keys in self._centred(self.comparison).items():
-                    heads = [snapshots(head, learn)[1:] for head in keys]
-                    matrices[index] = torch.stack(
-                        [torch.stack([point.rotation for point in head]) for head in heads], 1
-                    )
-                    for head in heads:
-                        seconds += torch.tensor([shot.point.seconds for shot in head])
-            return matrices | {_TOLD: seconds}
-
-        found = self.comparison.scratch.tensors("gradient", run)
-        seconds, n_keys = found.pop(_TOLD), _count(self._centred(self.comparison))
-        return {
-            step: _Learned({i: m[place] for i, m in found.items()}, float(seconds[place]), n_keys)
-            for place, step in enumerate(steps)
-        }
-
-    def _timed(
-        self,
-        name: object,
-        fit: Comparison,
-        learn: Callable[[dict[int, Tensor]], dict[int, Tensor]],
-    ) -> _Learned:
-        """What is learned of centred keys, or was by an earlier run: with the time of then."""
-
-        def run() -> dict[int, Tensor]:
-            keys = self._centred(fit)
-            start = time.perf_counter()
-            found = learn(keys)
-            told = [time.perf_counter() - start, _count(keys)]
-            return found | {_TOLD: torch.tensor(told, dtype=torch.float64)}
-
-        found = self.comparison.scratch.tensors(str(name), run)
-        seconds, n_keys = found.pop(_TOLD).tolist()
-        return _Learned(found, seconds, int(n_keys))
-
-
 def _annealing(d: int, training: Training) -> LearnConfig:
     own = LearnConfig().resolved(d)
     steps, warm_steps = (max(1, round(training.effort * n)) for n in (own.steps, own.warm_steps))
@@ -478,5 +445,5 @@ def _points(gradient: int) -> list[int]:
     return [*(step for step in AT if step < gradient), gradient]
 
 
-def _count(keys: dict[int, Tensor]) -> int:
+def _count(keys: Vectors) -> int:
     return next(iter(keys.values())).shape[1]

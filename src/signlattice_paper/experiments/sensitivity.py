@@ -11,14 +11,13 @@ from __future__ import annotations
 import ast
 import doctest
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from signlattice import __version__
 from signlattice.cache.sign_key_cache import CacheConfig
 from signlattice.calibration import (
     CalibrationConfig,
@@ -31,17 +30,14 @@ from signlattice.data.corpus import Document
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import Judge, QualityConfig
-from signlattice.io import Scratch
 from signlattice.models.capture import KeyBank, capture_passages, open_bank
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage, passages, take_tokens
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.rotations.fixed import srht
+from signlattice_paper.experiments.runner import Lab, TableCase, Tables
 from signlattice_paper.records import Row
-
-Progress = Callable[[str], object]
-"""Told of each row as it is done."""
 
 ALL = "all"
 """The whole of a side of the text, among the domains."""
@@ -133,17 +129,17 @@ class SensitivityConfig:
             raise InputError(f"packages={list(self.packages)}: {taken} are domains already")
 
     def cache(self, window: int, **changes) -> CacheConfig:
-        """The base case with another window, and anything else that is changed of it."""
+        """Configure the base case with another window, and anything else that is changed of it."""
         sinks = self.sinks if window else 0
         return CacheConfig(window=window, sinks=sinks, dtype=torch.float16, **changes)
 
     def eighth(self, context: int) -> int:
-        """The window that keeps an eighth of a context whole, sinks among it."""
+        """Compute the window that keeps an eighth of a context whole, sinks among it."""
         return context // 8 - self.sinks
 
 
 def docstrings(documents: Sequence[Document]) -> tuple[Document, ...]:
-    """The docstrings of Python files, without their examples, a document for each file.
+    """Extract the docstrings of Python files, without examples, a document for each file.
 
     Files that have none, or that do not parse, are left out.
     """
@@ -167,26 +163,30 @@ def _prose(node: ast.AST) -> str:
 
 
 def domains(text: Text, config: SensitivityConfig) -> dict[str, Text]:
-    """The text cut to each package, to its docstrings, and whole; sides stay what they are.
+    """Cut a text to each package, to its docstrings, and whole; sides stay what they are.
 
     Raises ``InputError`` if one of them has nothing on a side.
     """
 
-    def cut(name: str, choose: Callable[[Sequence[Document]], tuple[Document, ...]]) -> Text:
-        sides = {side: choose(getattr(text, side)) for side in ("calibration", "evaluation")}
-        if empty := [side for side, chosen in sides.items() if not chosen]:
-            raise InputError(f"{text.name} has nothing of {name!r} on the side of {empty[0]}")
-        return replace(text, name=f"{text.name}, {name}", **sides)
+    parts = {package: _cut(text, package, _of_package) for package in config.packages}
+    return parts | {PROSE: _cut(text, PROSE, lambda side, _: docstrings(side)), ALL: text}
 
-    found = {
-        package: cut(package, lambda side: tuple(d for d in side if d.package == package))
-        for package in config.packages
-    }
-    return found | {PROSE: cut(PROSE, docstrings), ALL: text}
+
+def _of_package(side: Sequence[Document], package: str) -> tuple[Document, ...]:
+    return tuple(document for document in side if document.package == package)
+
+
+def _cut(
+    text: Text, name: str, choose: Callable[[Sequence[Document], str], tuple[Document, ...]]
+) -> Text:
+    sides = {side: choose(getattr(text, side), name) for side in ("calibration", "evaluation")}
+    if empty := [side for side, chosen in sides.items() if not chosen]:
+        raise InputError(f"{text.name} has nothing of {name!r} on the side of {empty[0]}")
+    return replace(text, name=f"{text.name}, {name}", **sides)
 
 
 def exemptions(layers: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Sets of layers to keep whole, by what they are called; no two are equal, none is all."""
+    """List sets of layers to keep whole, by name; no two are equal, none is all."""
     named = {"none": ()}
     named |= {str(layer): (layer,) for layer in layers}
     named["first and last"] = (layers[0], layers[-1])
@@ -198,13 +198,7 @@ def exemptions(layers: Sequence[int]) -> dict[str, tuple[int, ...]]:
     return {name: exempt for exempt, name in found.items()}
 
 
-def measure(
-    loaded: LoadedModel,
-    text: Text,
-    config: SensitivityConfig,
-    scratch: Path,
-    progress: Progress | None = None,
-) -> dict[str, list[Row]]:
+class SensitivityLab(Lab[SensitivityConfig, TableCase]):
     """Tables "calibration", "domain", "seeds", "exempt", "window", "context" and "summary".
 
     A row has its ``factor`` and ``setting`` and the ``code``: "lattice", "rotation" (learned) or
@@ -218,35 +212,214 @@ def measure(
     The codecs of the first three tables are learned on a random sample of tokens from whole windows
     all over the calibration side: keys, mean and metric. A number of keys that the text does not
     have is left out. The base case, of the other tables, is what `calibrate.learn_codec` gives.
-    Codecs and rows that an interrupted run left in ``scratch`` are not made again.
 
     Raises ``InputError`` if the model's context is too short for ``config``, or the text for the
     smallest calibration.
     """
-    if config.contexts[-1] > loaded.context:
-        raise InputError(
-            f"contexts={list(config.contexts)}: {loaded.name} reads {loaded.context} tokens"
+
+    def __init__(
+        self, loaded: LoadedModel, text: Text, config: SensitivityConfig, scratch: Path
+    ) -> None:
+        if config.contexts[-1] > loaded.context:
+            raise InputError(
+                f"contexts={list(config.contexts)}: {loaded.name} reads {loaded.context} tokens"
+            )
+        if config.windows[-1] + config.sinks >= loaded.context:
+            raise InputError(
+                f"windows={list(config.windows)}: with {config.sinks} sinks the last holds all "
+                f"{loaded.context} tokens"
+            )
+        super().__init__(loaded, text, config, scratch)
+        self.d = max(layer.head_dim for layer in coded_layers(loaded, config.calibrate).values())
+        self.source = self._source("text", text, max(*config.keys_per_dim, config.sample))
+        least = max(config.keys_per_dim[0], config.sample) * self.d
+        if self.source.n_tokens < least:
+            raise InputError(
+                f"{text.name} has {self.source.n_tokens} tokens to calibrate on: give {least}, or "
+                "smaller keys_per_dim and sample"
+            )
+
+    def cases(self) -> list[TableCase]:
+        config, n_tokens = self.config, self.source.n_tokens
+        layers = tuple(coded_layers(self.loaded, config.calibrate))
+        settings = {
+            "calibration": [n for n in config.keys_per_dim if n * self.d <= n_tokens],
+            "domain": [*config.packages, PROSE, ALL],
+            "seeds": config.seeds,
+            "exempt": exemptions(layers),
+            "window": config.windows,
+            "context": config.contexts,
+        }
+        return [TableCase(table, (each,)) for table, of in settings.items() for each in of]
+
+    def measure(self, case: TableCase) -> Tables:
+        return {case.table: list(getattr(self, case.table)(*case.arguments))}
+
+    def summarise(self, tables: Tables) -> Tables:
+        return {**tables, "summary": summary(tables, self.config)}
+
+    def calibration(self, per_dim: int) -> Iterator[Row]:
+        """Vary the number of keys that a code is learned on."""
+        for learned in self._learned(self.source, per_dim, self.config.calibrate.seed):
+            yield self._row("calibration", str(per_dim), learned, self.evaluation)
+
+    def domain(self, evaluated: str) -> Iterator[Row]:
+        """Vary the text that a code is learned on, for one text that it is used on."""
+        evaluation = self._evaluation(evaluated, self._domains[evaluated], self.loaded.context)
+        shortest = min(self._domain_sources, key=lambda source: source.n_tokens)
+        per_dim = min(self.config.sample, shortest.n_tokens // self.d)
+        if not per_dim:
+            raise InputError(
+                f"{shortest.name!r} has {shortest.n_tokens} tokens to calibrate on: give {self.d}"
+            )
+        for source in self._domain_sources:
+            for learned in self._learned(source, per_dim, self.config.calibrate.seed):
+                row = self._row("domain", source.name, learned, evaluation)
+                yield {**row, "evaluated": evaluated}
+
+    def seeds(self, seed: int) -> Iterator[Row]:
+        """Vary the seed of the sample of keys and of the learning, or of a random rotation."""
+        for learned in (
+            *self._learned(self.source, self.config.sample, seed),
+            self._random(seed),
+        ):
+            yield self._row("seed", str(seed), learned, self.evaluation)
+
+    def exempt(self, name: str) -> Iterator[Row]:
+        """Vary the layers that keep their keys."""
+        layers = tuple(coded_layers(self.loaded, self.config.calibrate))
+        cache = self.config.cache(self.config.window, exempt=exemptions(layers)[name])
+        yield self._row("exempt", name, self._base["lattice"], self.evaluation, cache)
+
+    def window(self, window: int) -> Iterator[Row]:
+        """Vary the number of latest tokens that stay whole."""
+        for learned in self._base.values():
+            cache = self.config.cache(window)
+            yield self._row("window", str(window), learned, self.evaluation, cache)
+
+    def context(self, context: int) -> Iterator[Row]:
+        """Vary the tokens of a text, a fixed number of them whole, or a fixed share."""
+        evaluation = self._evaluation(ALL, self.text, context)
+        for window in dict.fromkeys((self.config.window, self.config.eighth(context))):
+            for learned in self._base.values():
+                cache = self.config.cache(window)
+                row = self._row("context", str(context), learned, evaluation, cache)
+                yield {**row, "window": window}
+
+    @cached_property
+    def evaluation(self) -> _Evaluation:
+        """Windows of all the text, as long as the model reads."""
+        return self._evaluation(ALL, self.text, self.loaded.context)
+
+    @cached_property
+    def _domains(self) -> dict[str, Text]:
+        return domains(self.text, self.config)
+
+    @cached_property
+    def _domain_sources(self) -> list[_Source]:
+        per_dim = POOL * self.config.sample
+        return [self._source(name, part, per_dim) for name, part in self._domains.items()]
+
+    def _evaluation(self, name: str, text: Text, context: int) -> _Evaluation:
+        """Evaluate on as many tokens as ever, however short the context."""
+        quality = self.config.quality
+        n_passages = quality.n_passages * self.loaded.context // context
+        return _Evaluation(
+            f"{name}, {context} tokens",
+            replace(self.loaded, context=context),
+            text,
+            replace(quality, n_passages=n_passages),
+            self.config.calibrate.n_held_out,
         )
-    if config.windows[-1] + config.sinks >= loaded.context:
-        raise InputError(
-            f"windows={list(config.windows)}: with {config.sinks} sinks the last holds all "
-            f"{loaded.context} tokens"
-        )
-    lab = _Lab(loaded, text, config, scratch, progress or (lambda part: None))
-    tables = {
-        "calibration": list(lab.calibration()),
-        "domain": list(lab.domain()),
-        "seeds": list(lab.seeds()),
-        "exempt": list(lab.exempt()),
-        "window": list(lab.window()),
-        "context": list(lab.context()),
-    }
-    return tables | {"summary": summary(tables, config)}
+
+    def _source(self, name: str, text: Text, per_dim: int) -> _Source:
+        """Whole windows, where there are any: a domain of short documents has late keys too."""
+        pieces = passages(self.loaded, text.calibration)
+        pieces = [piece for piece in pieces if len(piece.ids) == self.loaded.context] or pieces
+        pieces = take_tokens(pieces, per_dim * self.d)
+        return _Source(name, self.loaded, pieces, self.scratch.file(f"keys of {name}", ""))
+
+    @cached_property
+    def _base(self) -> dict[str, _LearnedCodec]:
+        """The base case's codes, the best first."""
+        return {code: self._calibrated(code) for code in LEARNED} | {
+            "srht": self._random(self.config.calibrate.seed)
+        }
+
+    def _calibrated(self, code: str) -> _LearnedCodec:
+        file = self.scratch.file(f"base {code}", ".safetensors")
+        if not file.exists():
+            config = replace(self.config.calibrate, code=code)
+            learn_codec(self.loaded, self.text, config).save(file, bits=8)
+        codec = KeyCodec.load(file, self.loaded.weights_hash)
+        inside, outside = codec.calibration.noise_null
+        known = {"n_keys": codec.calibration.n_keys}
+        known |= {"null_in_sample": inside, "null_held_out": outside}
+        return _LearnedCodec(f"base {code}", code, codec, _UNKNOWN | known)
+
+    def _random(self, seed: int) -> _LearnedCodec:
+        """Random Hadamard transforms, no two alike, with the base case's means."""
+        codec = self._calibrated("rotation").codec
+        n_heads = sum(code.n_heads for code in codec.layers.values())
+        drawn = iter(range(seed * n_heads, (seed + 1) * n_heads))
+        layers = {
+            index: replace(
+                code,
+                basis=torch.stack([srht(code.head_dim, next(drawn)) for _ in range(code.n_heads)]),
+            )
+            for index, code in codec.layers.items()
+        }
+        codec = KeyCodec(layers, self.loaded.weights_hash)
+        return _LearnedCodec(f"srht {seed}", "srht", codec, _UNKNOWN)
+
+    def _learned(self, source: _Source, per_dim: int, seed: int) -> Iterator[_LearnedCodec]:
+        """Learn both codes on one sample, of so many tokens for each coordinate of a head."""
+        n_keys = per_dim * self.d
+        sample = _Sample(source, n_keys, seed)
+        for code in LEARNED:
+            name = f"{source.name}: {code}, N/d {per_dim}, seed {seed}"
+            file = self.scratch.file(name, ".safetensors")
+            config = replace(self.config.calibrate, code=code, keys_per_dim=per_dim, seed=seed)
+            # the row of facts is there only after the codec's file
+            facts = self.scratch.row(name, self._learn, sample, config, file)
+            null = self.scratch.row(f"null: {code}, {n_keys} keys", self._null, code, n_keys)
+            codec = KeyCodec.load(file, self.loaded.weights_hash)
+            yield _LearnedCodec(name, code, codec, facts | null)
+
+    def _learn(self, sample: _Sample, config: CalibrationConfig, file: Path) -> Row:
+        layers = learn_layers(self.loaded, sample.bank, config)
+        codec = KeyCodec(layers, self.loaded.weights_hash)
+        codec.save(file, bits=8)
+        keys = {index: sample.bank.keys(index) for index in layers}
+        return {"n_keys": sample.n_tokens, "beta_in_sample": _beta(codec, keys)}
+
+    def _null(self, code: str, n_keys: int) -> Row:
+        betas = null_betas(n_keys, self.d, replace(self.config.calibrate, code=code))
+        known = betas if max(betas) <= 1 and min(betas) > 0 else (None, None)
+        return dict(zip(("null_in_sample", "null_held_out"), known))
+
+    def _row(
+        self,
+        factor: str,
+        setting: str,
+        learned: _LearnedCodec,
+        evaluation: _Evaluation,
+        cache: CacheConfig | None = None,
+    ) -> Row:
+        """Measure what a codec's cache loses; the base case's unless another is given."""
+        cache = cache or self.config.cache(self.config.window)
+        where = f"{learned.name}; on {evaluation.name}"
+        beta = self.scratch.row(where, evaluation.beta, learned.codec)
+        lost = self.scratch.row(f"{where}; {cache}", evaluation.lost, learned.codec, cache)
+        head = {"factor": factor, "setting": setting, "code": learned.code}
+        return {**head, **learned.facts, **beta, **lost}
 
 
 def summary(tables: Mapping[str, Sequence[Row]], config: SensitivityConfig) -> list[Row]:
-    """How far what is lost goes over the settings of each factor, by either ``measure``: "gap", in
-    per cent, and "kl", which fewer tokens settle. For the lattice, but for the draw of the SRHT.
+    """Measure the range of what is lost over the settings of each factor.
+
+    By either ``measure``: "gap", in per cent, and "kl", which needs fewer tokens. For the lattice,
+    but for the draw of the SRHT.
 
     ``range`` is ``high`` less ``low`` over ``settings`` rows, ``ratio`` what it is of the base
     case's loss. Of the ``kind`` "choice" are all factors but the last four, "code": what is gained
@@ -330,7 +503,7 @@ def _ranges(
 
 
 @dataclass(frozen=True, eq=False)
-class _Learned:
+class _LearnedCodec:
     """A codec, by a name that no other of the run has, and what rows say of its calibration."""
 
     name: str
@@ -359,7 +532,7 @@ class _Source:
         return capture_passages(self.loaded, self.pieces, folder=self.folder)
 
     def sample(self, n_tokens: int, seed: int) -> KeyBank:
-        """Keys and queries of so many tokens; by the same seed, fewer are among more."""
+        """Draw keys and queries of so many tokens; by the same seed, fewer are among more."""
         if n_tokens == self.n_tokens:
             return self.bank
         generator = torch.Generator().manual_seed(seed)
@@ -370,6 +543,19 @@ class _Source:
                 few.append("keys", index, self.bank.keys(index).transpose(0, 1)[chosen])
             few.append("queries", index, self.bank.queries(index).transpose(0, 1)[chosen])
         return few
+
+
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """Tokens drawn from a source, when they are first wanted."""
+
+    source: _Source
+    n_tokens: int
+    seed: int
+
+    @cached_property
+    def bank(self) -> KeyBank:
+        return self.source.sample(self.n_tokens, self.seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -393,203 +579,14 @@ class _Evaluation:
         bank = capture_passages(self.loaded, take_tokens(pieces, self.n_held_out), queries=False)
         return {layer: bank.keys(layer) for layer in bank.layers}
 
+    def beta(self, codec: KeyCodec) -> Row:
+        """Measure the mean cosine of held-out keys to their lattice points."""
+        return {"beta": _beta(codec, self.keys)}
 
-class _Lab:
-    """The tables of one model and text, row by row."""
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        text: Text,
-        config: SensitivityConfig,
-        scratch: Path,
-        tell: Progress,
-    ) -> None:
-        self.loaded, self.text, self.config, self.tell = loaded, text, config, tell
-        self.kept = Scratch.of(
-            scratch,
-            loaded.weights_hash,
-            loaded.context,
-            text.fingerprint,
-            __version__,
-            asdict(config),
-        )
-        self.d = max(layer.head_dim for layer in coded_layers(loaded, config.calibrate).values())
-        self.evaluation = self._evaluation(ALL, text, loaded.context)
-        self.source = self._source("text", text, max(*config.keys_per_dim, config.sample))
-        least = max(config.keys_per_dim[0], config.sample) * self.d
-        if self.source.n_tokens < least:
-            raise InputError(
-                f"{text.name} has {self.source.n_tokens} tokens to calibrate on: give {least}, or "
-                "smaller keys_per_dim and sample"
-            )
-
-    def calibration(self) -> Iterator[Row]:
-        """By the number of keys that a code is learned on."""
-        for per_dim in self.config.keys_per_dim:
-            if per_dim * self.d > self.source.n_tokens:
-                break
-            for learned in self._learned(self.source, per_dim, self.config.calibrate.seed):
-                yield self._row("calibration", str(per_dim), learned, self.evaluation)
-
-    def domain(self) -> Iterator[Row]:
-        """By the text that a code is learned on, for each text that it is used on."""
-        parts = domains(self.text, self.config)
-        sources = [
-            self._source(name, part, POOL * self.config.sample) for name, part in parts.items()
-        ]
-        shortest = min(sources, key=lambda source: source.n_tokens)
-        per_dim = min(self.config.sample, shortest.n_tokens // self.d)
-        if not per_dim:
-            raise InputError(
-                f"{shortest.name!r} has {shortest.n_tokens} tokens to calibrate on: give {self.d}"
-            )
-        codes = [
-            (source.name, learned)
-            for source in sources
-            for learned in self._learned(source, per_dim, self.config.calibrate.seed)
-        ]
-        for name, part in parts.items():
-            evaluation = self._evaluation(name, part, self.loaded.context)
-            for calibrated, learned in codes:
-                row = self._row("domain", calibrated, learned, evaluation)
-                yield {**row, "evaluated": name}
-
-    def seeds(self) -> Iterator[Row]:
-        """By the seed of the sample of keys and of the learning, or of a random rotation."""
-        for seed in self.config.seeds:
-            for learned in (
-                *self._learned(self.source, self.config.sample, seed),
-                self._random(seed),
-            ):
-                yield self._row("seed", str(seed), learned, self.evaluation)
-
-    def exempt(self) -> Iterator[Row]:
-        """By the layers that keep their keys."""
-        layers = tuple(coded_layers(self.loaded, self.config.calibrate))
-        for name, exempt in exemptions(layers).items():
-            cache = self.config.cache(self.config.window, exempt=exempt)
-            yield self._row("exempt", name, self._base["lattice"], self.evaluation, cache)
-
-    def window(self) -> Iterator[Row]:
-        """By the tokens that are seen whole."""
-        for window in self.config.windows:
-            for learned in self._base.values():
-                cache = self.config.cache(window)
-                yield self._row("window", str(window), learned, self.evaluation, cache)
-
-    def context(self) -> Iterator[Row]:
-        """By the tokens of a text, a fixed number of them whole, or a fixed share."""
-        for context in self.config.contexts:
-            evaluation = self._evaluation(ALL, self.text, context)
-            for window in dict.fromkeys((self.config.window, self.config.eighth(context))):
-                for learned in self._base.values():
-                    cache = self.config.cache(window)
-                    row = self._row("context", str(context), learned, evaluation, cache)
-                    yield {**row, "window": window}
-
-    def _evaluation(self, name: str, text: Text, context: int) -> _Evaluation:
-        """On as many tokens as ever, however short the context."""
-        quality = self.config.quality
-        n_passages = quality.n_passages * self.loaded.context // context
-        return _Evaluation(
-            f"{name}, {context} tokens",
-            replace(self.loaded, context=context),
-            text,
-            replace(quality, n_passages=n_passages),
-            self.config.calibrate.n_held_out,
-        )
-
-    def _source(self, name: str, text: Text, per_dim: int) -> _Source:
-        """Whole windows, where there are any: a domain of short documents has late keys too."""
-        pieces = passages(self.loaded, text.calibration)
-        pieces = [piece for piece in pieces if len(piece.ids) == self.loaded.context] or pieces
-        pieces = take_tokens(pieces, per_dim * self.d)
-        return _Source(name, self.loaded, pieces, self.kept.file(f"keys of {name}", ""))
-
-    @cached_property
-    def _base(self) -> dict[str, _Learned]:
-        """The base case's codes, the best first."""
-        return {code: self._calibrated(code) for code in LEARNED} | {
-            "srht": self._random(self.config.calibrate.seed)
-        }
-
-    def _calibrated(self, code: str) -> _Learned:
-        file = self.kept.file(f"base {code}", ".safetensors")
-        if not file.exists():
-            config = replace(self.config.calibrate, code=code)
-            learn_codec(self.loaded, self.text, config).save(file, bits=8)
-        codec = KeyCodec.load(file, self.loaded.weights_hash)
-        inside, outside = codec.calibration.noise_null
-        known = {"n_keys": codec.calibration.n_keys}
-        known |= {"null_in_sample": inside, "null_held_out": outside}
-        return _Learned(f"base {code}", code, codec, _UNKNOWN | known)
-
-    def _random(self, seed: int) -> _Learned:
-        """Random Hadamard transforms, no two alike, with the base case's means."""
-        codec = self._calibrated("rotation").codec
-        n_heads = sum(code.n_heads for code in codec.layers.values())
-        drawn = iter(range(seed * n_heads, (seed + 1) * n_heads))
-        layers = {
-            index: replace(
-                code,
-                basis=torch.stack([srht(code.head_dim, next(drawn)) for _ in range(code.n_heads)]),
-            )
-            for index, code in codec.layers.items()
-        }
-        codec = KeyCodec(layers, self.loaded.weights_hash)
-        return _Learned(f"srht {seed}", "srht", codec, _UNKNOWN)
-
-    def _learned(self, source: _Source, per_dim: int, seed: int) -> Iterator[_Learned]:
-        """Both codes of one sample, of so many tokens for each coordinate of a head."""
-        n_keys = per_dim * self.d
-        bank = cache(lambda: source.sample(n_keys, seed))
-        for code in LEARNED:
-            name = f"{source.name}: {code}, N/d {per_dim}, seed {seed}"
-            file = self.kept.file(name, ".safetensors")
-            config = replace(self.config.calibrate, code=code, keys_per_dim=per_dim, seed=seed)
-
-            def learn() -> Row:
-                layers = learn_layers(self.loaded, bank(), config)
-                codec = KeyCodec(layers, self.loaded.weights_hash)
-                codec.save(file, bits=8)
-                keys = {index: bank().keys(index) for index in layers}
-                return {"n_keys": n_keys, "beta_in_sample": _beta(codec, keys)}
-
-            facts = self.kept.row(name, learn)  # which is there only after the codec's file
-            codec = KeyCodec.load(file, self.loaded.weights_hash)
-            yield _Learned(name, code, codec, facts | self._null(code, n_keys))
-
-    def _null(self, code: str, n_keys: int) -> Row:
-        def betas() -> Row:
-            config = replace(self.config.calibrate, code=code)
-            found = null_betas(n_keys, self.d, config)
-            known = found if max(found) <= 1 and min(found) > 0 else (None, None)
-            return dict(zip(("null_in_sample", "null_held_out"), known))
-
-        return self.kept.row(f"null: {code}, {n_keys} keys", betas)
-
-    def _row(
-        self,
-        factor: str,
-        setting: str,
-        learned: _Learned,
-        evaluation: _Evaluation,
-        cache: CacheConfig | None = None,
-    ) -> Row:
-        """What a codec's cache loses; the base case's unless another is given."""
-        cache = cache or self.config.cache(self.config.window)
-
-        def lost() -> Row:
-            row = evaluation.judge.row(learned.codec, cache, with_needles=False)
-            return {name: row[name] for name in _QUALITY}
-
-        where = f"{learned.name}; on {evaluation.name}"
-        beta = self.kept.row(where, lambda: {"beta": _beta(learned.codec, evaluation.keys)})
-        found = self.kept.row(f"{where}; {cache}", lost)
-        self.tell(f"{factor} {setting}, {learned.code}")
-        head = {"factor": factor, "setting": setting, "code": learned.code}
-        return {**head, **learned.facts, **beta, **found}
+    def lost(self, codec: KeyCodec, cache: CacheConfig) -> Row:
+        """Measure what a cache with that codec loses."""
+        row = self.judge.row(codec, cache, with_needles=False)
+        return {name: row[name] for name in _QUALITY}
 
 
 def _beta(codec: KeyCodec, keys: Mapping[int, Tensor]) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from signlattice.data import corpus
+from signlattice.data.corpus import Document
+from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.models.capture import KeyBank, calibration_keys, capture_passages
 from signlattice.models.loading import LoadedModel
@@ -17,10 +20,11 @@ from signlattice.rotations.config import SOLVERS, CalibrationWarning, LearnConfi
 from signlattice.rotations.learned import learn_rotation
 from signlattice.rotations.null import noise_null
 from signlattice.rotations.synthetic import KeySet, noise_keys, planted_keys
+from signlattice_paper.experiments.runner import Lab, TableCase, Tables
 from signlattice_paper.records import Row
 
-Progress = Callable[[], object]
-"""Told after every finished part of a lab's work."""
+NO_TRACE = 10**6
+"""Steps between points of a trace that is not looked at: more than any solver makes."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +66,61 @@ class SolverConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
 
-    def n_runs(self, n_heads: int) -> int:
-        """Solver runs in all, for a model with so many KV heads per layer."""
-        per_head = len(self.layers) * len(self.centerings)
-        traced = len(self.planted) + 1 + per_head
-        null = len(self.null_dims) * len(self.null_ratios) * len(self.null_solvers)
-        return len(SOLVERS) * traced + null + 2 * per_head * n_heads
+
+class SolverLab(Lab[SolverConfig, TableCase]):
+    """Tables "sets" (what is traced), "traces", "null" and "bar" (ITQ and annealed on every head).
+
+    Running raises ``InputError`` as `head_keys` does.
+    """
+
+    def cases(self) -> list[TableCase]:
+        config = self.config
+        arguments = {
+            "traces": itertools.product(self.sets, SOLVERS),
+            "null": itertools.product(config.null_dims, config.null_ratios, config.null_solvers),
+            "bar": zip(self.heads),
+        }
+        return [TableCase(table, given) for table, each in arguments.items() for given in each]
+
+    def measure(self, case: TableCase) -> Tables:
+        return {case.table: getattr(self, case.table)(*case.arguments)}
+
+    def summarise(self, tables: Tables) -> Tables:
+        return {"sets": describe(list(self.sets.values())), **tables}
+
+    def traces(self, name: str, solver: str) -> list[Row]:
+        """Trace a solver on a set of keys."""
+        return trace_rows(self.sets[name], solver, self.config)
+
+    def null(self, d: int, keys_per_dim: int, solver: str) -> list[Row]:
+        """Measure what a solver reaches on noise."""
+        return [null_row(d, keys_per_dim, solver, self.config.seed)]
+
+    def bar(self, name: str) -> list[Row]:
+        """Compare ITQ and the annealed solver on a head."""
+        return [bar_row(self.heads[name], self.config)]
+
+    @cached_property
+    def heads(self) -> dict[str, KeySet]:
+        """Keys of the model's heads, by name."""
+        heads = head_keys(self.loaded, self.text, self.config)
+        return {keys.name: keys for keys in heads}
+
+    @cached_property
+    def sets(self) -> dict[str, KeySet]:
+        """Keys that traces are kept of, by name."""
+        sets = traced_sets(list(self.heads.values()), self.config)
+        return {keys.name: keys for keys in sets}
 
 
-def head_keys(loaded: LoadedModel, config: SolverConfig) -> list[KeySet]:
-    """One set per centering, layer and head, in this order, after RoPE.
+def head_keys(loaded: LoadedModel, text: Text, config: SolverConfig) -> list[KeySet]:
+    """Capture one set per centering, layer and head, in this order, after RoPE.
 
     Keys to learn from, and the mean that is taken off, are of calibration documents; those held
     out are of evaluation documents. Raises ``InputError`` if the model lacks a layer or the
     calibration text is short of ``config.n_keys`` tokens.
     """
-    fit, held_out = (_bank(loaded, split, config) for split in ("calibration", "evaluation"))
+    fit, held_out = (_bank(loaded, side, config) for side in (text.calibration, text.evaluation))
     if missing := sorted(set(config.layers) - set(fit.layers)):
         raise InputError(f"layers {missing}: the model has layers {fit.layers}")
     fit_keys = calibration_keys(fit, config.n_keys, config.seed)
@@ -94,7 +137,7 @@ def head_keys(loaded: LoadedModel, config: SolverConfig) -> list[KeySet]:
 
 
 def traced_sets(heads: Sequence[KeySet], config: SolverConfig) -> list[KeySet]:
-    """What traces are kept of: planted keys, noise, and the first head of each layer."""
+    """List what traces are kept of: planted keys, noise, the first head of each layer."""
     planted = [planted_keys(d, n, config.seed) for d, n in config.planted]
     first = [
         keys
@@ -104,33 +147,25 @@ def traced_sets(heads: Sequence[KeySet], config: SolverConfig) -> list[KeySet]:
     return [*planted, noise_keys(*config.noise, config.seed), *first]
 
 
-def traces(
-    sets: Sequence[KeySet], config: SolverConfig, progress: Progress | None = None
-) -> list[Row]:
-    """The way of every solver on every set, from an SRHT: a row per point of its trace."""
-    rows: list[Row] = []
-    for keys in sets:
-        for solver in SOLVERS:
-            trace = _learned(keys, solver, config, config.trace_every).trace
-            for point in trace:
-                rows.append(
-                    {
-                        "keys": keys.name,
-                        "kind": keys.kind,
-                        "solver": solver,
-                        "step": point.step,
-                        "stage": point.stage,
-                        "train_beta": point.train_beta,
-                        "held_out_beta": point.held_out_beta,
-                        "seconds": round(point.seconds, 3),
-                    }
-                )
-            tell(progress)
-    return rows
+def trace_rows(keys: KeySet, solver: str, config: SolverConfig) -> list[Row]:
+    """Trace a solver on a set of keys, from an SRHT: a row per point of its trace."""
+    return [
+        {
+            "keys": keys.name,
+            "kind": keys.kind,
+            "solver": solver,
+            "step": point.step,
+            "stage": point.stage,
+            "train_beta": point.train_beta,
+            "held_out_beta": point.held_out_beta,
+            "seconds": round(point.seconds, 3),
+        }
+        for point in _learned(keys, solver, config, config.trace_every).trace
+    ]
 
 
 def describe(sets: Sequence[KeySet]) -> list[Row]:
-    """Size, and optimum where it is known, of every set: a row each."""
+    """Tell the size of every set, and its optimum where it is known: a row each."""
     return [
         {
             "keys": keys.name,
@@ -144,68 +179,43 @@ def describe(sets: Sequence[KeySet]) -> list[Row]:
     ]
 
 
-def bar(
-    heads: Sequence[KeySet], config: SolverConfig, progress: Progress | None = None
-) -> list[Row]:
-    """ITQ and the annealed solver on every set: held-out betas, difference and ratio of times."""
-    rows: list[Row] = []
-    for keys in heads:
-        learned = {}
-        for solver in ("itq", "annealed"):
-            learned[solver] = _learned(keys, solver, config, trace_every=10**6)
-            tell(progress)
-        itq, annealed = learned["itq"], learned["annealed"]
-        rows.append(
-            {
-                "keys": keys.name,
-                "kind": keys.kind,
-                "itq": itq.held_out_beta,
-                "annealed": annealed.held_out_beta,
-                "difference": annealed.held_out_beta - itq.held_out_beta,
-                "itq_seconds": itq.seconds,
-                "annealed_seconds": annealed.seconds,
-                "time_ratio": annealed.seconds / itq.seconds,
-            }
-        )
-    return rows
+def bar_row(keys: KeySet, config: SolverConfig) -> Row:
+    """Compare ITQ and the annealed solver: held-out betas, difference and ratio of times."""
+    itq, annealed = (_learned(keys, solver, config, NO_TRACE) for solver in ("itq", "annealed"))
+    return {
+        "keys": keys.name,
+        "kind": keys.kind,
+        "itq": itq.held_out_beta,
+        "annealed": annealed.held_out_beta,
+        "difference": annealed.held_out_beta - itq.held_out_beta,
+        "itq_seconds": itq.seconds,
+        "annealed_seconds": annealed.seconds,
+        "time_ratio": annealed.seconds / itq.seconds,
+    }
 
 
-def noise_nulls(config: SolverConfig, progress: Progress | None = None) -> list[Row]:
-    """What solvers reach on noise, in sample and held out, at every d and number of keys.
+def null_row(d: int, keys_per_dim: int, solver: str, seed: int) -> Row:
+    """Measure what a solver reaches on noise, in sample and held out.
 
     The warning that there are few keys per dimension is not given: that is what is measured.
     """
-    rows: list[Row] = []
-    for d in config.null_dims:
-        for ratio in config.null_ratios:
-            for solver in config.null_solvers:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", CalibrationWarning)
-                    learn = LearnConfig(solver=solver, seed=config.seed, trace_every=10**6)
-                    in_sample, held_out = noise_null(ratio * d, d, learn, config.seed)
-                rows.append(
-                    {
-                        "solver": solver,
-                        "d": d,
-                        "keys_per_dim": ratio,
-                        "in_sample": in_sample,
-                        "held_out": held_out,
-                        "coefficient": (in_sample - held_out) * math.sqrt(ratio),
-                    }
-                )
-                tell(progress)
-    return rows
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        learn = LearnConfig(solver=solver, seed=seed, trace_every=NO_TRACE)
+        in_sample, held_out = noise_null(keys_per_dim * d, d, learn, seed)
+    return {
+        "solver": solver,
+        "d": d,
+        "keys_per_dim": keys_per_dim,
+        "in_sample": in_sample,
+        "held_out": held_out,
+        "coefficient": (in_sample - held_out) * math.sqrt(keys_per_dim),
+    }
 
 
-def tell(progress: Progress | None) -> None:
-    """Say that a part is done, if anybody listens."""
-    if progress is not None:
-        progress()
-
-
-def _bank(loaded: LoadedModel, split: corpus.Split, config: SolverConfig) -> KeyBank:
-    """Keys of passages from all over a split, of twice the tokens that will be drawn from it."""
-    pieces = passages(loaded, corpus.documents(split), config.windows)
+def _bank(loaded: LoadedModel, side: Sequence[Document], config: SolverConfig) -> KeyBank:
+    """Keys of passages from all over a side, of twice the tokens that will be drawn from it."""
+    pieces = passages(loaded, side, config.windows)
     n_tokens = sum(len(piece.ids) for piece in pieces)
     return capture_passages(
         loaded, pieces[:: max(1, n_tokens // (2 * config.n_keys))], queries=False

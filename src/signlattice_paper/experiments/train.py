@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from signlattice.data import corpus
-from signlattice.errors import InputError, IntegrityError
+from signlattice.errors import InputError
+from signlattice.io import Progress, Scratch, no_progress
 from signlattice.models.loading import no_progress_bar, weights_hash
 from signlattice.models.minis import ModelSpec
 
@@ -58,7 +57,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class LossPoint:
-    """One training step: tokens seen after it, its loss in nats per token, its seconds."""
+    """One training step: tokens read until then, its loss in nats per token, seconds until then."""
 
     step: int
     tokens: int
@@ -80,24 +79,27 @@ def train(
     spec: ModelSpec,
     config: TrainConfig,
     scratch: Path,
-    progress: Callable[[LossPoint], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Trained:
     """Train ``spec`` on the corpus's train side; go on from ``scratch`` if it holds a checkpoint.
 
-    Batches depend on the seed and the step alone, so a resumed run sees what an uninterrupted one
-    would. Raises ``IntegrityError`` if the checkpoint belongs to another spec, config or corpus.
+    A checkpoint of another spec, configuration or corpus is not taken. Batches depend on the seed
+    and the step alone, so that a resumed run reads what an uninterrupted one would. ``progress`` is
+    called once for every step, those of the checkpoint included.
     """
-    scratch.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(spec, scratch)
+    folder = _folder(spec, config, scratch)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(spec, folder)
     stream = _token_stream(tokenizer)
-    identity = _identity(spec, config, stream)
 
     torch.manual_seed(config.seed)
     model = spec.build().to(config.device)
     balanced = hasattr(model.config, "output_router_logits")  # a loss that evens out the experts
     model.config.output_router_logits = balanced
     optimizer = _optimizer(model, config)
-    losses = _resume(scratch, identity, model, optimizer)
+    losses = _resume(folder, model, optimizer)
+    for point in losses:
+        progress(f"step {point.step}")
 
     model.train()
     started = time.perf_counter() - (losses[-1].seconds if losses else 0.0)
@@ -119,10 +121,9 @@ def train(
             seconds=time.perf_counter() - started,
         )
         losses.append(point)
-        if progress is not None:
-            progress(point)
+        progress(f"step {point.step}")
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            _save_state(scratch, identity, model, optimizer, losses)
+            _save_state(folder, model, optimizer, losses)
     if balanced:
         model.config.output_router_logits = False
     return Trained(model.eval(), tokenizer, tuple(losses), losses[-1].seconds)
@@ -153,8 +154,8 @@ def save_checkpoint(trained: Trained, spec: ModelSpec, folder: Path) -> str:
     return digest
 
 
-def _tokenizer(spec: ModelSpec, scratch: Path) -> Tokenizer:
-    file = scratch / "tokenizer.json"
+def _tokenizer(spec: ModelSpec, folder: Path) -> Tokenizer:
+    file = folder / "tokenizer.json"
     if not file.exists():
         texts = (document.text for document in corpus.documents("train"))
         corpus.train_tokenizer(texts, spec.vocab_size).save(str(file))
@@ -206,35 +207,29 @@ def _token_loss(model: PreTrainedModel, output) -> float:
     return float(loss)
 
 
-def _identity(spec: ModelSpec, config: TrainConfig, stream: Tensor) -> str:
-    """What a checkpoint must match to be resumed: spec, config and tokens, but not the device."""
+def _folder(spec: ModelSpec, config: TrainConfig, scratch: Path) -> Path:
+    """Name a folder for what depends on spec, configuration and corpus, but not on the device."""
     settings = asdict(config) | {"device": None, "checkpoint_every": None}
-    digest = hashlib.sha256(json.dumps([asdict(spec), settings], sort_keys=True).encode())
-    digest.update(stream.numpy().tobytes())
-    return digest.hexdigest()
+    text = corpus.fingerprint(corpus.documents("train"))
+    return Scratch.of(scratch, asdict(spec), settings, text).folder
 
 
-def _save_state(scratch: Path, identity: str, model, optimizer, losses: list[LossPoint]) -> None:
+def _save_state(folder: Path, model, optimizer, losses: list[LossPoint]) -> None:
     state = {
-        "identity": identity,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "losses": [asdict(point) for point in losses],
     }
-    building = scratch / "state.part"
+    building = folder / "state.part"
     torch.save(state, building)
-    os.replace(building, scratch / "state.pt")
+    os.replace(building, folder / "state.pt")
 
 
-def _resume(scratch: Path, identity: str, model, optimizer) -> list[LossPoint]:
-    file = scratch / "state.pt"
+def _resume(folder: Path, model, optimizer) -> list[LossPoint]:
+    file = folder / "state.pt"
     if not file.exists():
         return []
     state = torch.load(file, weights_only=True, map_location="cpu")
-    if state["identity"] != identity:
-        raise IntegrityError(
-            f"{file} is of another model, configuration or corpus: delete {scratch} to start anew"
-        )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return [LossPoint(**point) for point in state["losses"]]

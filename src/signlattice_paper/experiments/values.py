@@ -13,24 +13,19 @@ of the model has a part in it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from signlattice import __version__
 from signlattice.cache.simulated import Codes, quantized_attention
 from signlattice.calibration import CalibrationConfig
-from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.io import Scratch
 from signlattice.models.hooks import attention_layers
-from signlattice.models.loading import LoadedModel
-from signlattice.models.states import compressible_layers
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering
 from signlattice.quantizers.levels import LevelQuantizer
 from signlattice.quantizers.scales import SCALE_RULES
@@ -38,10 +33,8 @@ from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.factory import rotate_heads
 from signlattice.rotations.learned import learn_matrices
 from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig, shipped_lattice
+from signlattice_paper.experiments.runner import Lab, TableCase, Tables
 from signlattice_paper.records import Row
-
-Progress = Callable[[str], object]
-"""Told of each part of the work as it is done."""
 
 ROTATIONS = ("identity", "srht", "learned")
 COMPARED_RULES = ("mse", "unbiased")
@@ -106,7 +99,7 @@ class ValuesConfig:
             _check_widths("pairs", pair)
 
     def rules_at(self, bits: int) -> tuple[str, ...]:
-        """The rules that are measured at a width."""
+        """List the rules that are measured at a width."""
         return self.rules_of_eight if bits == 8 else self.rules
 
 
@@ -119,9 +112,7 @@ class LevelSpec:
     centering: str = "token_mean"
     rule: str = "mse"
 
-    @property
-    def name(self) -> str:
-        """Of its rows in the scratch folder."""
+    def __str__(self) -> str:
         return " ".join(map(str, astuple(self)))
 
 
@@ -140,12 +131,12 @@ class SideCase:
 
     @property
     def side(self) -> str:
-        """Which side is coded: "keys", "values" or "both"."""
+        """Name the side that is coded: "keys", "values" or "both"."""
         return "keys" if self.v is None else "values" if self.k is None else "both"
 
 
 def value_codes(config: ValuesConfig) -> list[LevelSpec]:
-    """All codes of values that are crossed."""
+    """List all codes of values that are crossed."""
     return [
         LevelSpec(bits, rotation, centering, rule)
         for bits in config.bits
@@ -156,7 +147,7 @@ def value_codes(config: ValuesConfig) -> list[LevelSpec]:
 
 
 def side_cases(config: ValuesConfig) -> list[SideCase]:
-    """Keys alone, values alone and both at equal bits, the unequal pairs, and the lattice."""
+    """List keys alone, values alone, both at equal bits, unequal pairs, and the lattice."""
     found = []
     for rule in COMPARED_RULES:
         for bits in config.bits:
@@ -168,207 +159,144 @@ def side_cases(config: ValuesConfig) -> list[SideCase]:
     return list(dict.fromkeys(found))
 
 
-def n_parts(loaded: LoadedModel, config: ValuesConfig) -> int:
-    """How often `measure` tells of its progress: once for each row but that of exact attention."""
-    owners = compressible_layers(loaded)
-    readers = [layer for layer in attention_layers(loaded.model).values() if layer.source in owners]
-    return (
-        2 * len(value_codes(config))
-        + len(side_cases(config))
-        + len(list(_outputs(config))) * len(readers)
-        + len(owners) * len(config.layer_bits) * len(COMPARED_RULES)
-        + len(_head_codes(config)) * sum(layer.n_heads for layer in readers)
-        + len(config.bits) * len(config.rotations)
-    )
+class ValuesLab(Lab[ValuesConfig, TableCase]):
+    """Tables of what values lose, each by the method of its name, and one row of exact attention.
 
-
-def measure(
-    loaded: LoadedModel,
-    text: Text,
-    config: ValuesConfig,
-    scratch: Path,
-    progress: Progress | None = None,
-) -> dict[str, list[Row]]:
-    """The tables of the lab; rows that an interrupted run left are not made again.
-
-    - ``exact``: one row, exact attention.
-    - ``rows``: every code of values, beside exact keys (``k`` "exact") and beside keys on their
-      one-bit lattice ("one bit"). ``bits`` are those of the levels; ``key_bits`` and ``value_bits``
-      are of a coordinate, with scales and means of tokens counted.
-    - ``added``: what the best code of each width and rotation adds to one-bit keys: its gap is over
-      the model with one-bit keys and exact values, with an interval of its own.
-    - ``sides``: the same code on keys, on values, or on both (`SideCase`).
-    - ``outputs``: error of attention's output with keys or with values coded, by layer.
-    - ``layers``: values coded in one layer at a time.
-    - ``heads``: error of attention's output per head under two rules, keys exact; ``cosine`` of a
-      held-out value to its code, which at one bit is β; ``effective_keys`` is 1 / E Σ w².
-
-    Gaps are as in `Comparison.row`, output errors as in `comparison.head_errors`. Raises
+    Gaps are as in `Comparison.row`, output errors as in `comparison.head_errors`. Running raises
     ``InputError`` as `cache_quality.full_windows` does, and `calibrate.learn_codec` where the model
     has no lattice.
     """
-    tell = progress or (lambda part: None)
-    kept = Scratch.of(scratch, loaded.weights_hash, text.fingerprint, __version__, asdict(config))
-    study = _Study(loaded, text, config, kept)
-    makers = {
-        "rows": study.rows,
-        "sides": study.sides,
-        "outputs": study.outputs,
-        "layers": study.layers,
-        "heads": study.heads,
-    }
-    tables = {"exact": [study.comparison.exact_row()]}
-    for name, make in makers.items():
-        tables[name] = list(_told(make(), name, tell))
-    tables["added"] = list(_told(study.added(tables["rows"]), "added", tell))
-    return tables
 
+    def cases(self) -> list[TableCase]:
+        config, layers = self.config, self.comparison.layers
+        sides = side_cases(config)
+        arguments = {
+            "rows": itertools.product(("exact", "one bit"), value_codes(config)),
+            "sides": ((case,) for case in sides),
+            "outputs": ((case.code, case.k, case.rule) for case in sides if case.side == "keys"),
+            "layers": itertools.product(layers, config.layer_bits, COMPARED_RULES),
+            "heads": itertools.product(config.head_bits, config.rotations, config.centerings),
+            "added": itertools.product(config.bits, config.rotations),
+        }
+        return [TableCase(table, given) for table, each in arguments.items() for given in each]
 
-def best(rows: Iterable[Row], bits: int, k: str, **wanted: str) -> Row:
-    """The row of ``rows`` with the smallest gap among those of a width.
+    def measure(self, case: TableCase) -> Tables:
+        return {case.table: list(getattr(self, case.table)(*case.arguments))}
 
-    ``k`` is "exact" or "one bit"; ``wanted`` are other columns, such as a rotation. Raises
-    ``InputError`` if there is none.
-    """
-    wanted |= {"bits": bits, "k": k}
-    found = [row for row in rows if all(row[name] == wanted[name] for name in wanted)]
-    if not found:
-        raise InputError(f"no row has {wanted}")
-    return min(found, key=lambda row: row["gap"])
+    def summarise(self, tables: Tables) -> Tables:
+        return {"exact": [self.comparison.exact_row()], **tables}
 
+    def rows(self, k: str, code: LevelSpec) -> Iterator[Row]:
+        """Measure a code of values beside exact keys or beside keys on their one-bit lattice.
 
-def needed_bits(rows: Iterable[Row], percent: float) -> int | None:
-    """The fewest bits of values at which some code surely loses no more than ``percent``.
+        ``bits`` are those of the levels; ``key_bits`` and ``value_bits`` are of a coordinate, with
+        scales and means of tokens counted.
+        """
+        row = self._row("lattice" if k == "one bit" else None, code)
+        yield {"k": k, **asdict(code), "learned": code.rotation == "learned", **row}
 
-    Surely: the upper end of the interval of its gap. None where no code does. Of the table "rows"
-    give those of one ``k``; those of "added" say what values lose beyond one-bit keys.
-    """
-    return min((row["bits"] for row in rows if row["gap_high"] <= percent), default=None)
+    def added(self, bits: int, rotation: str) -> Iterator[Row]:
+        """Measure what the best code of a width and rotation adds to one-bit keys.
 
+        Its gap is over the model with one-bit keys and exact values, with an interval of its own.
+        """
+        codes = [c for c in value_codes(self.config) if (c.bits, c.rotation) == (bits, rotation)]
+        rows = [row for code in codes for row in self.rows("one bit", code)]
+        row = best(rows, bits, "one bit")
+        spec = LevelSpec(bits, rotation, row["centering"], row["rule"])
+        values = self._codes("values", spec)  # fitted on exact states
+        with quantized_attention(self.loaded, self._lattice):  # its exact attention has coded keys
+            losses = self._beside_one_bit.row(str(spec), values=values)
+        yield asdict(spec) | {"value_bits": row["value_bits"]} | losses
 
-class _Study:
-    """Codes of one model, built once, and the tables that are measured with them."""
+    def sides(self, case: SideCase) -> Iterator[Row]:
+        """Measure the same code on keys, on values, or on both."""
+        keys = "lattice" if case.code == "lattice" else _plain(case.k, case.rule)
+        row = self._row(keys, _plain(case.v, case.rule))
+        yield {**asdict(case), "side": case.side, **row}
 
-    def __init__(
-        self, loaded: LoadedModel, text: Text, config: ValuesConfig, scratch: Scratch
-    ) -> None:
-        self.config = config
-        self.comparison = Comparison(loaded, text, config.comparison, scratch)
-        self._loaded = loaded
-        self._text = text
-        self._scratch = scratch
-        self._turns: dict[tuple[str, str, str], dict[int, Tensor]] = {}
+    def layers(self, layer: int, bits: int, rule: str) -> Iterator[Row]:
+        """Measure values coded in one layer alone, after an SRHT and a static mean."""
+        code = _plain(bits, rule)
+        values = {layer: self._codes("values", code)[layer]}
+        row = self.comparison.row(f"layer {layer}, {code}", values=values)
+        yield {"layer": layer, "bits": bits, "rule": rule, **row}
 
-    def rows(self) -> Iterator[Row]:
-        """Of every code of values, with keys exact and at one bit."""
-        for k, lattice in (("exact", False), ("one bit", True)):
-            for code in value_codes(self.config):
-                row = self._row("lattice" if lattice else None, code)
-                yield {"k": k, **asdict(code), "learned": code.rotation == "learned", **row}
+    def outputs(self, code: str, bits: int, rule: str) -> Iterator[Row]:
+        """Measure by layer the error of attention's output with keys or with values coded."""
+        spec = _plain(bits, rule)
+        keys = self._heads("lattice" if code == "lattice" else spec, None)
+        values = self._heads(None, spec)
+        for layer in dict.fromkeys(head["layer"] for head in keys):
+            of_keys, of_values = (
+                [head["output_error"] for head in side if head["layer"] == layer]
+                for side in (keys, values)
+            )
+            yield {
+                "code": code,
+                "bits": bits,
+                "rule": rule,
+                "layer": layer,
+                "keys": fmean(of_keys),
+                "values": fmean(of_values),
+            }
 
-    def added(self, rows: Sequence[Row]) -> Iterator[Row]:
-        """Of the best code of each width and rotation, beside one-bit keys, against these alone."""
-        alone = Comparison(
-            self._loaded,
-            self._text,
-            self.config.comparison,
-            Scratch(self._scratch.folder / "beside one-bit keys"),
-        )
-        chosen = [
-            best(rows, bits, "one bit", rotation=rotation)
-            for bits in self.config.bits
-            for rotation in self.config.rotations
-        ]
-        specs = [
-            LevelSpec(row["bits"], row["rotation"], row["centering"], row["rule"]) for row in chosen
-        ]
-        values = [self._codes("values", spec) for spec in specs]  # fitted on exact states
-        with quantized_attention(
-            self._loaded, self._lattice
-        ):  # what is exact in there has coded keys
-            for row, spec, codes in zip(chosen, specs, values):
-                width = {"value_bits": row["value_bits"]}
-                yield asdict(spec) | width | alone.row(spec.name, values=codes)
+    def heads(self, bits: int, rotation: str, centering: str) -> Iterator[Row]:
+        """Measure the error of the output of each head under two rules, keys exact.
 
-    def sides(self) -> Iterator[Row]:
-        """Of every `SideCase`."""
-        for case in side_cases(self.config):
-            keys = "lattice" if case.code == "lattice" else _plain(case.k, case.rule)
-            row = self._row(keys, _plain(case.v, case.rule))
-            yield {**asdict(case), "side": case.side, **row}
+        ``cosine`` of a held-out value to its code: at one bit β. ``effective_keys``: 1 / E Σ w².
+        """
+        specs = [LevelSpec(bits, rotation, centering, rule) for rule in COMPARED_RULES]
+        cosines = self._cosines(specs[0])
+        for least, unbiased in zip(*(self._heads(None, spec) for spec in specs)):
+            layer, source, head = (least[name] for name in ("layer", "source", "head"))
+            yield {
+                "layer": layer,
+                "source": source,
+                "head": head,
+                "bits": bits,
+                "rotation": rotation,
+                "centering": centering,
+                "output_error_mse": least["output_error"],
+                "output_error_unbiased": unbiased["output_error"],
+                "cosine": cosines[source][head].item(),
+                "effective_keys": self._effective_keys[layer][head].item(),
+            }
 
-    def layers(self) -> Iterator[Row]:
-        """Of values coded in one layer at a time, after an SRHT and a static mean."""
-        for layer in self.comparison.layers:
-            for bits in self.config.layer_bits:
-                for rule in COMPARED_RULES:
-                    code = _plain(bits, rule)
-                    values = {layer: self._codes("values", code)[layer]}
-                    row = self.comparison.row(f"layer {layer}, {code.name}", values=values)
-                    yield {"layer": layer, "bits": bits, "rule": rule, **row}
+    @cached_property
+    def comparison(self) -> Comparison:
+        return Comparison(self.loaded, self.text, self.config.comparison, self.scratch)
 
-    def outputs(self) -> Iterator[Row]:
-        """Error of the output by layer, mean over heads, with the same code on either side."""
-        for code, bits, rule in _outputs(self.config):
-            spec = _plain(bits, rule)
-            keys = self._heads("lattice" if code == "lattice" else spec, None)
-            values = self._heads(None, spec)
-            for layer in dict.fromkeys(head["layer"] for head in keys):
-                of_keys, of_values = (
-                    [head["output_error"] for head in side if head["layer"] == layer]
-                    for side in (keys, values)
-                )
-                yield {
-                    "code": code,
-                    "bits": bits,
-                    "rule": rule,
-                    "layer": layer,
-                    "keys": fmean(of_keys),
-                    "values": fmean(of_values),
-                }
-
-    def heads(self) -> Iterator[Row]:
-        """Error of the output in each head, beside what goes into it."""
-        effective = self._effective_keys()
-        for bits, rotation, centering in _head_codes(self.config):
-            specs = [LevelSpec(bits, rotation, centering, rule) for rule in COMPARED_RULES]
-            cosines = self._cosines(specs[0])
-            for least, unbiased in zip(*(self._heads(None, spec) for spec in specs)):
-                layer, source, head = (least[name] for name in ("layer", "source", "head"))
-                yield {
-                    "layer": layer,
-                    "source": source,
-                    "head": head,
-                    "bits": bits,
-                    "rotation": rotation,
-                    "centering": centering,
-                    "output_error_mse": least["output_error"],
-                    "output_error_unbiased": unbiased["output_error"],
-                    "cosine": cosines[source][head].item(),
-                    "effective_keys": effective[layer][head].item(),
-                }
+    @cached_property
+    def _beside_one_bit(self) -> Comparison:
+        """A comparison of values whose exact attention is computed with keys at one bit."""
+        scratch = Scratch(self.scratch.folder / "beside one-bit keys")
+        return Comparison(self.loaded, self.text, self.config.comparison, scratch)
 
     def _row(self, keys: LevelSpec | str | None, values: LevelSpec | None) -> Row:
         codes = self._codes("keys", keys), self._codes("values", values)
         width = {"key_bits": _width(codes[0]), "value_bits": _width(codes[1])}
         return width | self.comparison.row(_pair_name(keys, values), *codes)
 
-    def _heads(self, keys: LevelSpec | str | None, values: LevelSpec | None) -> list[Row]:
-        codes = self._codes("keys", keys), self._codes("values", values)
+    def _heads(self, keys: LevelSpec | str | None, values: LevelSpec | None) -> Sequence[Row]:
         name = f"heads: {_pair_name(keys, values)}"
-        return self._scratch.row(name, lambda: {"heads": self.comparison.heads(*codes)})["heads"]
+        return self.scratch.row(name, self._compare_heads, keys, values)["heads"]
+
+    def _compare_heads(self, keys: LevelSpec | str | None, values: LevelSpec | None) -> dict:
+        codes = self._codes("keys", keys), self._codes("values", values)
+        return {"heads": self.comparison.heads(*codes)}
 
     def _codes(self, side: str, spec: LevelSpec | str | None) -> Codes:
-        """By layer; ``spec`` None is no code, and "lattice" is that of the keys."""
+        """Fit a code by layer; ``spec`` None is no code, and "lattice" is that of the keys."""
         if spec is None:
             return {}
         if spec == "lattice":
             return self._lattice
-        turns = self._rotations(side, spec.rotation, spec.centering)
+        rotations = self._rotations(side, spec.rotation, spec.centering)
         return {
             layer: LevelQuantizer(
                 Centering.fit(getattr(states, side), spec.centering),
-                turns[layer],
+                rotations[layer],
                 spec.bits,
                 spec.rule,
                 spec.rotation == "learned",
@@ -376,30 +304,32 @@ class _Study:
             for layer, states in self.comparison.fit.items()
         }
 
+    @cached_property
+    def _known_rotations(self) -> dict[tuple[str, str, str], dict[int, Tensor]]:
+        return {}
+
     def _rotations(self, side: str, rotation: str, centering: str) -> dict[int, Tensor]:
         name = (side, rotation, centering)
-        if name not in self._turns:
-            self._turns[name] = {
+        if name not in self._known_rotations:
+            self._known_rotations[name] = {
                 layer: self._rotation(layer, getattr(states, side), rotation, centering)
                 for layer, states in self.comparison.fit.items()
             }
-        return self._turns[name]
+        return self._known_rotations[name]
 
     def _rotation(self, layer: int, vectors: Tensor, rotation: str, centering: str) -> Tensor:
+        seed = self.config.comparison.seed
         if rotation != "learned":
-            return rotate_heads(vectors, rotation, self.config.comparison.seed)
+            return rotate_heads(vectors, rotation, seed)
         centred, _ = Centering.fit(vectors, centering).split(vectors)
-        kept = self._scratch.tensors(
-            f"R_V of layer {layer}, {centering}",
-            lambda: {0: learned_rotations(centred, self.config.comparison.seed)},
-        )
-        return kept[0]
+        name = f"R_V of layer {layer}, {centering}"
+        return self.scratch.tensors(name, lambda: {0: learned_rotations(centred, seed)})[0]
 
     @cached_property
     def _lattice(self) -> Codes:
         """The one-bit keys: the codec beside the model, or one that is learned if there is none."""
-        kept = self._scratch.file("lattice", ".safetensors")
-        codec = shipped_lattice(self._loaded, self._text, self.config.calibrate, kept)
+        kept = self.scratch.file("lattice", ".safetensors")
+        codec = shipped_lattice(self.loaded, self.text, self.config.calibrate, kept)
         return {layer: code for layer, code in codec.layers.items()}
 
     def _cosines(self, spec: LevelSpec) -> dict[int, Tensor]:
@@ -412,9 +342,10 @@ class _Study:
             found[layer] = torch.cosine_similarity(centred, coded, dim=-1).mean(-1)
         return found
 
+    @cached_property
     def _effective_keys(self) -> dict[int, Tensor]:
         """1 / E Σ w² of exact attention [H], by the layer that asks."""
-        readers, squares = attention_layers(self._loaded.model), {}
+        readers, squares = attention_layers(self.loaded.model), {}
         for states in self.comparison.held_out:
             for seen in states.values():
                 for reader, queries in seen.queries.items():
@@ -426,8 +357,30 @@ class _Study:
         return {reader: 1 / mean for reader, mean in squares.items()}
 
 
+def best(rows: Iterable[Row], bits: int, k: str, **wanted: str) -> Row:
+    """Find the row of the smallest gap among those of a width.
+
+    ``k`` is "exact" or "one bit"; ``wanted`` are other columns, such as a rotation. Raises
+    ``InputError`` if there is none.
+    """
+    wanted |= {"bits": bits, "k": k}
+    found = [row for row in rows if all(row[name] == wanted[name] for name in wanted)]
+    if not found:
+        raise InputError(f"no row has {wanted}")
+    return min(found, key=lambda row: row["gap"])
+
+
+def needed_bits(rows: Iterable[Row], percent: float) -> int | None:
+    """Find the fewest bits of values at which some code surely loses no more than ``percent``.
+
+    Surely: the upper end of the interval of its gap. None where no code does. Of the table "rows"
+    give those of one ``k``; those of "added" say what values lose beyond one-bit keys.
+    """
+    return min((row["bits"] for row in rows if row["gap_high"] <= percent), default=None)
+
+
 def learned_rotations(centred: Tensor, seed: int) -> Tensor:
-    """R_V of centred values [H, N, D]: the rotations [H, D, D] of the largest β, head by head.
+    """Learn R_V of centred values [H, N, D]: the rotations [H, D, D] of the largest β by head.
 
     Raises ``InputError`` as `learn.learn_rotations` does.
     """
@@ -439,31 +392,13 @@ def _plain(bits: int | None, rule: str) -> LevelSpec | None:
     return None if bits is None else LevelSpec(bits, rule=rule)
 
 
-def _outputs(config: ValuesConfig) -> Iterator[tuple[str, int, str]]:
-    """(code of the keys, bits, rule) of the table "outputs"."""
-    for case in side_cases(config):
-        if case.side == "keys":
-            yield case.code, case.k, case.rule
-
-
-def _head_codes(config: ValuesConfig) -> list[tuple[int, str, str]]:
-    return list(itertools.product(config.head_bits, config.rotations, config.centerings))
-
-
 def _pair_name(keys: LevelSpec | str | None, values: LevelSpec | None) -> str:
-    names = (spec.name if isinstance(spec, LevelSpec) else spec for spec in (keys, values))
-    return " | ".join(name or "exact" for name in names)
+    return " | ".join("exact" if spec is None else str(spec) for spec in (keys, values))
 
 
 def _width(codes: Codes) -> float:
     """Bits to a coordinate, mean over layers; of no code, those of what is whole."""
     return fmean(code.bits for code in codes.values()) if codes else WHOLE
-
-
-def _told(rows: Iterable[Row], name: str, tell: Progress) -> Iterator[Row]:
-    for row in rows:
-        yield row
-        tell(name)
 
 
 def _check_widths(name: str, widths: Sequence[int]) -> None:

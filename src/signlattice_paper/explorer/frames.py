@@ -111,7 +111,7 @@ def frame_svg(frame: Frame, scope: str = "") -> str:
         _tidy(element)
     _prune(root)
     _scope_ids(root, scope + frame.label)
-    view = root.get("viewBox")
+    view = root.attrib["viewBox"]
     root.attrib.clear()
     root.attrib |= {
         "class": "frame",

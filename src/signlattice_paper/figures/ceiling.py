@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from signlattice.alignment import haar_beta, rank_ceiling
 from signlattice_paper.densities import density
-from signlattice_paper.figures.style import COLOURS, Figure, styled
+from signlattice_paper.figures.style import COLOURS, NO_LAYOUT, Figure, styled
 
 _SIZE = (5.4, 3.9)
 _PANELS = {
@@ -25,7 +25,7 @@ _TOP = 0.8  # of the density axis; the laws of small rank go beyond it
 @styled
 def fig_rank(rank: int, d: int) -> Figure:
     """Isotropic keys of one rank in ``d`` dimensions: spectrum, marginal law, ceiling of β."""
-    figure = Figure(figsize=_SIZE, layout="none")
+    figure = Figure(figsize=_SIZE, layout=NO_LAYOUT)
     grid = figure.add_gridspec(2, 2, **_PANELS)
     _draw_spectrum(figure.add_subplot(grid[0, :]), rank, d)
     _draw_marginal(figure.add_subplot(grid[1, 0]), rank)

@@ -14,7 +14,7 @@ from torch import Tensor
 from signlattice import alignment as cosines
 from signlattice.errors import InputError
 from signlattice_paper.densities import Density
-from signlattice_paper.figures.style import COLOURS, Figure, styled
+from signlattice_paper.figures.style import COLOURS, NO_LAYOUT, Figure, styled
 
 __all__ = ["BINS", "EDGE", "Marginal", "angle", "fig_beta", "marginal"]
 
@@ -92,7 +92,7 @@ def fig_beta(
     that of (|x| - α)² times the density. With ``measured`` both are those of its histogram, and
     the law is a line for comparison. The axis of β is even in the angle whose cosine is β.
     """
-    figure = Figure(figsize=(_WIDTH, 4.5), layout="none")
+    figure = Figure(figsize=(_WIDTH, 4.5), layout=NO_LAYOUT)
     axes = figure.add_axes((0.09, 0.435, 0.885, 0.362))
     figure.text(0.012, 0.955, f"β = {law.beta:.4f}", fontsize=13, weight="bold", va="center")
     figure.text(0.29, 0.955, title, fontsize=12, va="center")

@@ -12,7 +12,6 @@ from signlattice_paper.figures.style import COLOURS, Figure, styled
 _PARTS = {
     "capture": ("sky", "//"),
     "learning": ("blue", ""),
-    "communication": ("vermilion", "xx"),
     "disk": ("orange", ".."),
 }
 

@@ -32,16 +32,14 @@ def fig_calibration(record: RunRecord) -> Figure:
         rows = select(record.table("calibration"), code=code)
         x = [int(row["setting"]) for row in rows]
         style = {"color": COLOURS[colour], "marker": marker, "ms": 5}
-
-        def values(name: str) -> list[float]:
-            return [np.nan if row[name] is None else row[name] for row in rows]
-
-        low = np.subtract(values("gap"), values("gap_low"))
-        high = np.subtract(values("gap_high"), values("gap"))
-        above.errorbar(x, values("gap"), (low, high), capsize=2, label=label, **style)
-        below.plot(x, values("beta"), **style)
-        below.plot(x, values("beta_in_sample"), lw=1, markerfacecolor="white", **style)
-        below.plot(x, values("null_in_sample"), ls="--", lw=1.2, color=COLOURS[colour])
+        gap, low, high, beta, in_sample, null = (
+            np.array([row[name] for row in rows], float)  # None is NaN: not drawn
+            for name in ("gap", "gap_low", "gap_high", "beta", "beta_in_sample", "null_in_sample")
+        )
+        above.errorbar(x, gap, (gap - low, high - gap), capsize=2, label=label, **style)
+        below.plot(x, beta, **style)
+        below.plot(x, in_sample, lw=1, markerfacecolor="white", **style)
+        below.plot(x, null, ls="--", lw=1.2, color=COLOURS[colour])
     above.set(xscale="log", yscale="log", ylabel="perplexity lost, %")
     above.set_xticks(x, map(str, x))
     above.yaxis.set_major_formatter("{x:g}")

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from signlattice_paper.figures.style import COLOURS, Figure, styled
+from signlattice_paper.figures.style import COLOURS, NO_LAYOUT, Figure, styled
 
 SHOWN = 90
 """Scores that are drawn; slopes and spreads are those of all."""
@@ -75,7 +75,7 @@ def fig_slopes(
     ``seen`` has, for every β of the slider, that β and its rules, whose slopes and spreads are
     drawn as points on the curves of the theory.
     """
-    figure = Figure(figsize=_SIZE, layout="none")
+    figure = Figure(figsize=_SIZE, layout=NO_LAYOUT)
     grid = figure.add_gridspec(2, 1, **_GRID)
     above, below = grid[0].subgridspec(1, 3, wspace=0.1), grid[1].subgridspec(1, 2, wspace=0.18)
     for column, (rule, scores) in enumerate(rules.items()):

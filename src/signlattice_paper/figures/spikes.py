@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from signlattice.alignment import beta, haar_beta
-from signlattice_paper.figures.style import COLOURS, Figure, styled
+from signlattice_paper.figures.style import COLOURS, NO_LAYOUT, Figure, styled
 
 _SIZE = (5.4, 4.2)
 _GRID = {
@@ -36,7 +36,7 @@ def fig_spikes(
     ``courses`` has the mean β of every count after "one round" and after "two rounds"; ``chosen``
     is the place of this key among the counts, whose own β is marked.
     """
-    figure = Figure(figsize=_SIZE, layout="none")
+    figure = Figure(figsize=_SIZE, layout=NO_LAYOUT)
     grid = figure.add_gridspec(3, 2, **_GRID)
     for row, (y, (name, colour)) in enumerate(zip(stages, _ROUNDS, strict=True)):
         axes = figure.add_subplot(grid[row, 0])

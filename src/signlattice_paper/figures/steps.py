@@ -12,7 +12,7 @@ from torch import Tensor
 
 from signlattice.alignment import GAUSSIAN_BETA
 from signlattice_paper.densities import density
-from signlattice_paper.figures.style import COLOURS, Figure, styled
+from signlattice_paper.figures.style import COLOURS, NO_LAYOUT, Figure, styled
 
 _SIZE = (5.4, 4.3)
 _GRID = {
@@ -51,7 +51,7 @@ def fig_steps(
 
     ``optimum`` is the β of the rotation that planted the keys, None where no such is known.
     """
-    figure = Figure(figsize=_SIZE, layout="none")
+    figure = Figure(figsize=_SIZE, layout=NO_LAYOUT)
     grid = figure.add_gridspec(2, 2, **_GRID)
     for column, stand in enumerate(stands):
         axes = figure.add_subplot(grid[0, column])

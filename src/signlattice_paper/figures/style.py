@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib as mpl
+from cycler import cycler
 from matplotlib import figure as mpl_figure
 
 COLOURS = {
@@ -22,6 +24,9 @@ COLOURS = {
 }
 """Okabe and Ito's palette, and a grey that passes WCAG AA on white."""
 
+NO_LAYOUT: Any = "none"
+"""For a figure that places its axes itself; Any, since matplotlib's types leave it out."""
+
 _SCREEN = 100  # dots per inch
 
 _STYLE = {
@@ -36,7 +41,7 @@ _STYLE = {
     "axes.labelsize": 11,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
-    "axes.prop_cycle": mpl.cycler(
+    "axes.prop_cycle": cycler(
         color=[COLOURS[name] for name in ("blue", "vermilion", "green", "purple", "orange", "sky")]
     ),
     "grid.color": "#dddddd",
@@ -67,7 +72,8 @@ def styled(function: Callable[..., Figure]) -> Callable[..., Figure]:
 
     @functools.wraps(function)
     def draw(*args, **kwargs) -> Figure:
-        with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE, "backend": mpl.rcParams["backend"]}):
+        settings: dict[Any, Any] = {**mpl.rcParamsDefault, **_STYLE}
+        with mpl.rc_context({**settings, "backend": mpl.rcParams["backend"]}):
             return function(*args, **kwargs)
 
     return draw

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from signlattice.alignment import beta, cosine, haar_beta
 from signlattice.bits import sign
-from signlattice_paper.figures.style import COLOURS, Figure, styled
+from signlattice_paper.figures.style import COLOURS, NO_LAYOUT, Figure, styled
 
 _SIZE = (5.4, 3.05)
 _PANELS = {"left": 0.07, "right": 0.98, "bottom": 0.16, "top": 0.89, "wspace": 0.3}
@@ -32,7 +32,7 @@ def fig_plane_turned(y: Tensor, homes: Tensor, curve: Curve, degrees: float) -> 
     ``homes`` [N, 2] are signs by which keys are coloured, the same in every frame, so that one sees
     which keys share a corner and which a corner has lost.
     """
-    figure = Figure(figsize=_SIZE, layout="none")
+    figure = Figure(figsize=_SIZE, layout=NO_LAYOUT)
     cloud, course = figure.subplots(1, 2, gridspec_kw=_PANELS)
     for corner, (colour, marker) in zip(itertools.product((1, -1), repeat=2), _HOMES):
         chosen = y[(homes == torch.tensor(corner)).all(-1)]
@@ -56,7 +56,7 @@ def fig_space_turned(y: Tensor, curve: Curve, degrees: float) -> Figure:
 
     Keys are coloured by how near they are to their corner, and fade with distance.
     """
-    figure = Figure(figsize=_SIZE, layout="none")
+    figure = Figure(figsize=_SIZE, layout=NO_LAYOUT)
     cube, course = figure.subplots(1, 2, gridspec_kw=_PANELS | {"left": 0.01})
     alpha = float(y.abs().mean())
     _draw_cube(cube, alpha)

@@ -319,7 +319,7 @@ def decode_attention(
             factor,
             cap,
         )
-    if n_whole:
+    if whole is not None and n_whole:
         k, v = interpreter_view(whole.keys), interpreter_view(whole.values)
         launch = plan(d, dv, group, torch.promote_types(seen.dtype, k.dtype), packed=False)
         launch(

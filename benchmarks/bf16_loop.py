@@ -1,6 +1,6 @@
-"""The control of the CPU path: its loop, softmax and values and all, on keys in bfloat16.
+"""The control of the CPU kernel: the same loop, softmax and values included, on keys in bfloat16.
 
-What packed keys gain on a CPU is measured against this, and not against a loop of other making.
+Against it, what packed keys gain on a CPU is due to the packing and not to the loop.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FOUR, _ONE = vectors.bfloat16_dots(4), vectors.bfloat16_dots(1)
 def _scores(keys, row, first, n, scores):
     stored, queries = keys
     group, d = queries.shape[1:]
-    found = np.empty(vectors.LANES, np.float32)
+    sums = np.empty(vectors.LANES, np.float32)
     padded = np.zeros((vectors.LANES, d), np.uint16)
     g = 0
     while g < group:
@@ -32,12 +32,12 @@ def _scores(keys, row, first, n, scores):
                 padded[:there] = here[:there]
                 here = padded
             if n_rows == 4:
-                _FOUR(queries[row, g:].ctypes.data, here.ctypes.data, found.ctypes.data, d)
+                _FOUR(queries[row, g:].ctypes.data, here.ctypes.data, sums.ctypes.data, d)
             else:
-                _ONE(queries[row, g:].ctypes.data, here.ctypes.data, found.ctypes.data, d)
+                _ONE(queries[row, g:].ctypes.data, here.ctypes.data, sums.ctypes.data, d)
             for r in range(n_rows):
                 for j in range(there):
-                    scores[g + r, t + j] = found[r * step + j]
+                    scores[g + r, t + j] = sums[r * step + j]
         g += n_rows
 
 
@@ -50,9 +50,9 @@ def decode_attention(
     scaling: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """As `reference.decode_attention`, for keys [B, H, C, D] in bfloat16 with D a multiple of 16.
+    """Attend to keys [B, H, C, D] in bfloat16, D a multiple of 16.
 
-    Returns [B, Hq, Dv] in the dtype of ``query``.
+    Otherwise as in `reference.decode_attention`; returns [B, Hq, Dv] in the dtype of ``query``.
     """
     q = query.float().unflatten(1, (keys.shape[1], -1)) * (scaling * LOG2E)
     arrays = rows_of(as_bits(keys)), rows_of(q)

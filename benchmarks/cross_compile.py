@@ -1,8 +1,8 @@
 """Compile every kernel for GPUs that are not here, and print what each takes of one, as JSON.
 
-``python cross_compile.py 90`` compiles the cases in `cases.DEFAULT` for sm_90, ``--all`` after it
-all cases, and a word after it those whose name holds it. The exit status is 1 if any case fails,
-spills registers, or needs more shared memory than there is.
+``python cross_compile.py 90`` compiles the cases in `kernel_cases.DEFAULT` for sm_90; ``--all``
+after it all cases, and a word after it those whose name contains it. The exit status is 1 if any
+case fails, spills registers, or needs more shared memory than there is.
 
 The wrappers are called as a user would call them, on CPU tensors; in place of a launch the kernel
 is compiled for the architecture, specialised as Triton would specialise it on these arguments.
@@ -21,13 +21,13 @@ from types import SimpleNamespace
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when triton is first imported
 
-import cases
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import kernel_cases
 from signlattice.kernels import runtime
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -84,7 +84,7 @@ def report(name: str, arch: int) -> dict:
         {"kernel": launch.kernel.__name__} | compiled(launch, arguments, arch)
     )
     try:
-        cases.CASES[name]()
+        kernel_cases.CASES[name]()
     except Exception as error:  # a kernel that does not compile is a finding, not a crash
         return {"case": name, "error": f"{type(error).__name__}: {error}"[:2000]}
     return {"case": name, "launches": launches}
@@ -101,9 +101,9 @@ def main(arch: int, wanted: str | None = None) -> int:
     """Print one line of JSON for every case that is asked for; return the exit status."""
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
     runtime._check_device = lambda devices: None
-    names = cases.DEFAULT
+    names = kernel_cases.DEFAULT
     if wanted is not None:
-        names = [name for name in cases.CASES if wanted == "--all" or wanted in name]
+        names = [name for name in kernel_cases.CASES if wanted == "--all" or wanted in name]
     failed = not names
     for name in names:
         line = report(name, arch)

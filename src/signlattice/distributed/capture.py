@@ -1,0 +1,61 @@
+"""Capture keys by several processes, each its share of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from signlattice.distributed.workers import Workers
+from signlattice.models.capture import KeyBank, capture_passages, join_banks, open_bank
+from signlattice.models.loading import LoadedModel
+from signlattice.models.passages import BATCH, Passage
+
+__all__ = ["capture_parts", "split_batches"]
+
+MAX_PARTS = 64
+"""Parts of a capture at most: work for as many processes, and what an interruption loses is one."""
+
+
+def split_batches(pieces: Sequence[Passage], batch_size: int) -> list[list[Passage]]:
+    """Split passages into parts of whole batches.
+
+    Captured one after another, the parts give the batches of a capture of all ``pieces``, hence the
+    same keys in the same order.
+    """
+    by_length = sorted(pieces, key=lambda piece: -len(piece.ids))  # as `passages.batches` sorts
+    n_batches = -(-len(by_length) // batch_size)
+    size = batch_size * -(-n_batches // MAX_PARTS)
+    return [by_length[start : start + size] for start in range(0, len(by_length), size)]
+
+
+def capture_parts(
+    loaded: LoadedModel,
+    parts: Sequence[Sequence[Passage]],
+    folder: Path,
+    workers: Workers = Workers(),
+    *,
+    queries: bool = True,
+    batch_size: int = BATCH,
+    progress: Callable[[], object] | None = None,
+) -> KeyBank:
+    """Capture each part to a folder of its own in ``folder``, and open them as one bank, in order.
+
+    All ``workers`` call this, and each captures its share. A part that an earlier run finished is
+    not captured again, however many processes that run had; ``progress`` is called for the others.
+
+    Raises ``IntegrityError`` if a part is damaged.
+    """
+    folders = [folder / f"{number:05d}" for number in range(len(parts))]
+    for number in workers.share(range(len(parts))):
+        if not (folders[number] / "index.json").is_file():
+            capture_passages(
+                loaded,
+                parts[number],
+                queries=queries,
+                folder=folders[number],
+                batch_size=batch_size,
+            )
+            if progress is not None:
+                progress()
+    workers.barrier()
+    return join_banks(list(map(open_bank, folders)))
