@@ -49,7 +49,7 @@ pdf: $(STAMP) ## print the built book with Chromium: _build/signlattice.pdf
 	$(BIN)/python book/_ext/print_book.py
 
 lab: $(STAMP) ## the heavy notebooks: make lab MODEL=<mini> [LAB=ablation]
-	$(BIN)/signlattice-paper run $(LAB:%=book/lab/%.ipynb) $(LAB_OPTIONS)
+	$(BIN)/signlattice-paper run $(foreach lab,$(LAB),$(call quoted,book/lab/$(lab).ipynb)) $(LAB_OPTIONS)
 
 estimate: $(STAMP) ## what a full-size model takes: make estimate MODEL=<name or path>
 	$(BIN)/signlattice estimate $(call quoted,$(MODEL)) $(if $(REVISION),--revision $(call quoted,$(REVISION))) $(if $(CONTEXT),--context $(call quoted,$(CONTEXT)))

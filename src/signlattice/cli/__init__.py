@@ -30,7 +30,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; only wrong usage, help and version raise SystemExit."""
+    """Run a command and return its exit code; wrong usage, help and version raise SystemExit."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows no β
@@ -299,7 +299,9 @@ def _estimate(commands: argparse._SubParsersAction) -> None:
         "signlattice estimate OLMoE-1B-7B",
     )
     command.add_argument(
-        "model", metavar="MODEL", help="a model of the paper, a name on the hub, or a folder"
+        "model",
+        metavar="MODEL",
+        help="a model of the paper, a small one of ours, a name on the hub, or a folder",
     )
     command.add_argument("--revision", help="branch, tag or commit of a model on the hub")
     command.add_argument(

@@ -1,7 +1,8 @@
 """Models of full size, by their name on the hub or by their folder, and what they will take.
 
-Everything is told before a weight is fetched: ``signlattice estimate Gemma-4-E2B`` prints it. Only safetensors are read, and no code of a repository is run. Of a model that also
-sees or hears, the text decoder alone is loaded.
+Everything is said before a weight is fetched: ``signlattice estimate Gemma-4-E2B`` prints it. Only
+safetensors are read, and no code of a repository is run. Of a model that also sees or hears, the
+text decoder alone is loaded.
 """
 
 from __future__ import annotations
@@ -91,9 +92,21 @@ class Preflight:
         """What a record names as its model: repository and commit, or the folder."""
         return f"{self.repository}@{self.revision}" if self.repository else self.name
 
+    def key_bytes(self, n_tokens: int) -> int:
+        """Count the bytes of the keys of ``n_tokens`` calibration tokens on disk."""
+        return sum(keys.n_bytes() for keys in self._groups(n_tokens))
+
+    def hours(self, n_tokens: int) -> tuple[tuple[cost.Machine, int, float], ...]:
+        """Estimate capture and learning from ``n_tokens``: (machine, its GPUs, hours)."""
+        groups = self._groups(n_tokens)
+        return tuple(
+            (machine, n_gpus, _hours(self.active, groups, machine, n_gpus))
+            for machine in (cost.A100, cost.H100)
+            for n_gpus in (1, 8)
+        )
+
     def table(self, n_tokens: int = 1_000_000) -> tuple[tuple[str, str], ...]:
-        """The estimate for ``n_tokens`` calibration tokens in rows of (what, how much)."""
-        groups = [cost.Keys(*group, n_tokens) for group in self.keys]
+        """Write the estimate for ``n_tokens`` calibration tokens in rows of (what, how much)."""
         rows = [
             ("model", self.model_id),
             ("parameters", f"{self.parameters / 1e9:.3g} billion, {self.active / 1e9:.3g} active"),
@@ -102,17 +115,19 @@ class Preflight:
             ("context", f"{self.context} tokens"),
         ]
         rows += [("keys", f"{n} layers of {h} heads of {d}") for n, h, d in self.keys]
-        rows += [(f"keys of {n_tokens:,} tokens", f"{_total(groups) / _GB:.3g} GB on disk")]
-        for machine in (cost.A100, cost.H100):
-            for n_gpus in (1, 8):
-                hours = _hours(self.active, groups, machine, n_gpus)
-                label = f"{n_gpus} × {machine.device.name}"
-                rows.append((label, f"{hours:.2g} hours, at {machine.efficiency:.0%} of its rates"))
+        key_bytes = self.key_bytes(n_tokens)
+        rows += [(f"keys of {n_tokens:,} tokens", f"{key_bytes / _GB:.3g} GB on disk")]
+        rows += [
+            (
+                f"{n_gpus} × {machine.device.name}",
+                f"{hours:.2g} hours, at {machine.efficiency:.0%} of its rates",
+            )
+            for machine, n_gpus, hours in self.hours(n_tokens)
+        ]
         return tuple(rows)
 
-
-def _total(groups: list[cost.Keys]) -> int:
-    return sum(keys.n_bytes() for keys in groups)
+    def _groups(self, n_tokens: int) -> list[cost.Keys]:
+        return [cost.Keys(*group, n_tokens) for group in self.keys]
 
 
 def _hours(active: int, groups: list[cost.Keys], machine: cost.Machine, n_gpus: int) -> float:
@@ -129,8 +144,6 @@ def _hours(active: int, groups: list[cost.Keys], machine: cost.Machine, n_gpus: 
 
 def record_name(name: str) -> str:
     """A word for the record of a model, from its name or folder: letters, digits, ``._-``."""
-    if name in REPOSITORIES:
-        return name
     word = re.sub(r"[^\w.-]+", "--", name.strip().rstrip("/").removeprefix("./")).strip("-.")
     if not word:
         raise InputError(f"model {name!r}: give a name on the hub or a folder")
@@ -149,7 +162,8 @@ def preflight(
     fetched.
 
     Args:
-        name: one of the paper's models (`minis.PAPER_MODELS`), another name on the hub, or the folder of a checkpoint.
+        name: one of the paper's models (`minis.PAPER_MODELS`), another name on the hub, or the
+            folder of a checkpoint.
         revision: branch, tag or commit; it is resolved to a commit. Not for folders.
         dtype: "auto" is that of the checkpoint; "float32", "bfloat16", "float16" or a torch dtype.
         context: tokens of the windows that will be read; None is what the model reads, at most
@@ -320,7 +334,8 @@ def check_checkpoint(folder: Path) -> tuple[str, ...]:
         for shard in sorted(_indexed(folder / INDEX)):
             if shard not in shards:
                 raise IntegrityError(
-                    f"{display_path(folder / shard)} is missing, which {INDEX} names: fetch it again"
+                    f"{display_path(folder / shard)} is missing, which {INDEX} names: "
+                    "fetch it again"
                 )
     for shard in sorted(shards):
         try:
@@ -445,8 +460,8 @@ def _check_disk(name: str, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise InputError(
-            f"{name} is {needed / _GB:.3g} GB to fetch, {display_path(cache)} has {free / _GB:.3g} GB "
-            "free: make room, or set HF_HUB_CACHE to a larger disk"
+            f"{name} is {needed / _GB:.3g} GB to fetch, {display_path(cache)} has "
+            f"{free / _GB:.3g} GB free: make room, or set HF_HUB_CACHE to a larger disk"
         )
 
 

@@ -168,7 +168,7 @@ def load(
 ) -> LoadedModel:
     """A mini by its name, or any decoder by its name on the hub or its folder.
 
-    Raises as `models.load_model` and `fullsize.load_full` do.
+    Raises as `loading.load_model` and `full_size.load_full` do.
     """
     if name in MINIS:
         loaded = load_model(name)
@@ -187,7 +187,7 @@ def estimate(
 ) -> tuple[tuple[str, str], ...]:
     """What a model of full size will take, in rows of (what, how much); none for a mini.
 
-    Raises as `fullsize.preflight` does.
+    Raises as `full_size.preflight` does.
     """
     if name in MINIS:
         return ()
