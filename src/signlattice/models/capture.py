@@ -163,6 +163,17 @@ def capture(
 
     Raises ``InputError`` on an unknown stage, a model without decoder attention or (``pre_rope``)
     without separate key projections, and a folder that holds a capture already.
+
+    Example:
+        >>> import torch
+        >>> from signlattice import capture, load_model
+        >>> loaded = load_model("olmoe-mini")
+        >>> with capture(loaded.model) as bank:
+        ...     _ = loaded.model(torch.tensor([loaded.encode(["def add(a, b):"])[0]]))
+        >>> bank.layers
+        [0, 1, 2, 3]
+        >>> bank.keys(0).shape[0], bank.keys(0).shape[2]  # heads, head_dim
+        (4, 64)
     """
     if stage not in ("post_rope", "pre_rope"):
         raise InputError(f"unknown stage {stage!r}: use 'post_rope' or 'pre_rope'")
