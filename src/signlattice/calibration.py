@@ -53,6 +53,11 @@ class CalibrationConfig:
 
     Raises:
         InputError: on an unknown name, or a count below 1.
+
+    Example:
+        >>> from signlattice import CalibrationConfig
+        >>> CalibrationConfig(code="rotation", keys_per_dim=128).scale_rule
+        'unbiased'
     """
 
     code: str = "lattice"
@@ -111,6 +116,18 @@ def learn_codec(
     and layers that are done are kept there: a run that was interrupted goes on where it was.
 
     Raises ``InputError`` as `coded_layers`, and on a text too short for the head sizes.
+
+    Example:
+        >>> from signlattice import CalibrationConfig, LearnConfig, learn_codec, load_model, read_text
+        >>> config = CalibrationConfig(
+        ...     code="rotation",
+        ...     keys_per_dim=128,
+        ...     n_held_out=512,
+        ...     rotation=LearnConfig(solver="itq", steps=2),  # two steps, to be quick: leave it out
+        ... )
+        >>> codec = learn_codec(load_model("olmoe-mini"), read_text("corpus"), config)
+        >>> sorted(codec.layers)
+        [0, 1, 2, 3]
     """
     codec = learn_codec_shared(Workers(), loaded, text, config, scratch, progress)
     assert codec is not None  # a process alone leads
@@ -213,7 +230,19 @@ def n_parts(loaded: LoadedModel, config: CalibrationConfig) -> int:
 def measure_codec(
     loaded: LoadedModel, codec: KeyCodec, pieces: Sequence[Passage], batch_size: int = 16
 ) -> dict[int, HeadQuality]:
-    """β, distortion and KL of the attention weights, of each layer and head on some passages."""
+    """β, distortion and KL of the attention weights, of each layer and head on some passages.
+
+    Example:
+        >>> from signlattice import KeyCodec, load_model, measure_codec, read_text
+        >>> from signlattice.models.loading import MODELS
+        >>> from signlattice.models.passages import passages
+        >>> loaded = load_model("olmoe-mini")
+        >>> codec = KeyCodec.load(MODELS / "olmoe-mini" / "lattice.safetensors", loaded.weights_hash)
+        >>> pieces = passages(loaded, read_text("corpus").evaluation)[:2]
+        >>> quality = measure_codec(loaded, codec, pieces)
+        >>> bool(quality[0].beta.mean() > 0.8)
+        True
+    """
     codec.check_model(loaded.weights_hash)
     bank = capture_passages(loaded, pieces, batch_size=batch_size)
     layers = attention_layers(loaded.model)

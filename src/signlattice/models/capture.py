@@ -192,6 +192,17 @@ def capture(
     Raises:
         InputError: on an unknown stage or kind of state, a model without decoder attention or
             ("pre_rope") without separate key projections, and a folder that holds a capture.
+
+    Example:
+        >>> import torch
+        >>> from signlattice import capture, load_model
+        >>> loaded = load_model("olmoe-mini")
+        >>> with capture(loaded.model) as bank:
+        ...     _ = loaded.model(torch.tensor([loaded.encode(["def add(a, b):"])[0]]))
+        >>> bank.layers
+        [0, 1, 2, 3]
+        >>> bank.keys(0).shape[0], bank.keys(0).shape[2]  # heads, head_dim
+        (4, 64)
     """
     _check_capture(stage, states, folder)
     if folder is not None:

@@ -223,6 +223,15 @@ def load_full(
     """Load a model, fetched if need be, after a `preflight`: same arguments, same errors.
 
     ``name`` of the result is the record's model id: repository and commit, or the folder.
+
+    Example:
+        A folder is taken as it is; a name on the hub is fetched:
+
+        >>> from signlattice import load_full
+        >>> from signlattice.models.loading import MODELS
+        >>> loaded = load_full(str(MODELS / "olmoe-mini"), device_map="cpu")
+        >>> loaded.head_dim
+        64
     """
     found = preflight(name, revision=revision, dtype=dtype, context=context, device_map=device_map)
     folder = found.folder or _fetched(found)
