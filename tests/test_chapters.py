@@ -18,7 +18,7 @@ from signlattice_paper.claims import Claim, load_claims
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
-PAGES = sorted((ROOT / "book").glob("*.md"))
+PAGES = sorted((ROOT / "book").glob("*.md")) + sorted((ROOT / "book" / "api").glob("*.md"))
 LABS = sorted((ROOT / "book" / "lab").glob("*.ipynb"))
 CLAIMS = load_claims()
 

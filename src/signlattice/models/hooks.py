@@ -232,6 +232,15 @@ def attention_hook(model: PreTrainedModel, hook: AttentionHook) -> Iterator[None
         _active_hook.reset(token)
 
 
+def on_keys(change: Callable[[int, Tensor], Tensor]) -> AttentionHook:
+    """Make a hook that hands ``change`` the layer and its keys [B, H, T, D], and nothing else."""
+
+    def hook(layer: int, query: Tensor, key: Tensor, value: Tensor) -> AttentionInputs:
+        return query, change(layer, key), value
+
+    return hook
+
+
 def attach_attention(model: PreTrainedModel) -> None:
     """Let ``model`` attend through the hooked function from now on: with tensors nothing changes.
 
