@@ -188,9 +188,7 @@ class SignKeyCache(Cache):
 
     def stats(self) -> CacheStats:
         """Return what is in the cache now."""
-        parts: dict[str, int] = dict.fromkeys(
-            ("keys", "values", "window", "sinks", "whole layers"), 0
-        )
+        parts = _zeros("keys", "values", "window", "sinks", "whole layers")
         n_packed = expected = fp16 = batch = 0
         coordinates = _zeros("keys", "values")
         packed_bits = _zeros("keys", "values")

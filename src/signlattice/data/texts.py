@@ -232,8 +232,8 @@ def _own(path: Path) -> dict[Split, list[Document]]:
     if total < LEAST_BYTES:
         raise InputError(
             f"{display_path(path)} holds {total} bytes of text, about {total // 4} tokens: "
-            f"give at least {LEAST_BYTES}, about {LEAST_BYTES // 4} tokens; 128 tokens per coordinate of a head "
-            "are enough"
+            f"give at least {LEAST_BYTES}, about {LEAST_BYTES // 4} tokens; "
+            "128 tokens per coordinate of a head are enough"
         )
     return _divided(pieces, total)
 
