@@ -1,4 +1,4 @@
-"""What the Hugging Face hub says of a model or a text, and its refusals in words of our own."""
+"""Find models and texts on the Hugging Face hub, and explain its refusals."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, errors, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -22,6 +21,9 @@ from huggingface_hub.errors import (
 from signlattice.errors import InputError
 
 Kind = Literal["model", "dataset"]
+
+_HTTP_ERROR: type[Exception] = vars(errors)["HTTPError"]
+"""Of the HTTP client of huggingface_hub, which has another name from version to version."""
 
 
 class Unreachable(InputError):
@@ -38,7 +40,7 @@ class Repository:
 
 
 def resolve(name: str, revision: str | None = None, kind: Kind = "model") -> Repository:
-    """The commit that ``revision`` (a branch, tag or commit; None is the main branch) names now.
+    """Find the commit that ``revision`` (branch, tag or commit; None: the main branch) names now.
 
     Raises ``InputError`` if the repository or the revision is not there, or may not be read with
     the token that is there, or with none; ``Unreachable`` without a network.
@@ -52,6 +54,7 @@ def resolve(name: str, revision: str | None = None, kind: Kind = "model") -> Rep
                 raise InputError(_gated(name, "there is no token"))
             api.auth_check(name, repo_type=kind)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    assert info.sha is not None  # the hub names the commit of whatever it describes
     return Repository(name, info.sha, sizes)
 
 
@@ -64,7 +67,7 @@ def _gated(name: str, why: str) -> str:
 
 @contextmanager
 def refusals(name: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the hub's client raises into ``InputError`` and ``Unreachable`` (see `resolve`)."""
+    """Raise ``InputError`` and ``Unreachable`` for the errors of the hub's client."""
     try:
         yield
     except GatedRepoError:
@@ -96,7 +99,7 @@ def refusals(name: str, revision: str | None = None) -> Iterator[None]:
                 f"the hub refuses the token for {name}: log in anew with `hf auth login`"
             ) from None
         raise Unreachable(f"the hub answers {status} when asked for {name}: try later") from None
-    except (HTTPError, ConnectionError, TimeoutError) as error:
+    except (_HTTP_ERROR, ConnectionError, TimeoutError) as error:
         raise Unreachable(
             f"{name} is not in the cache and the hub is out of reach ({type(error).__name__}): "
             "go online once, unset HF_HUB_OFFLINE, or give a folder"

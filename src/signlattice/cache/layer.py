@@ -1,15 +1,16 @@
 """One layer of a compressed cache: what it keeps, and how queries attend to it.
 
 Every token is packed as it comes. Beside that, its layer keeps the last ``window`` tokens and the
-first ``sinks`` ones whole. A query sees a token whole if it is a sink, or fewer than ``window``
-tokens back; else it sees what was packed. So what a query sees does not depend on how a text was
-cut into calls: a prompt in one call, in chunks or token by token comes to the same.
+first ``sinks`` ones in full precision. A query attends to a token in full precision if it is a sink
+or fewer than ``window`` tokens back, else to its reconstruction. So the output does not depend on
+how a text was cut into calls: a prompt in one call, in chunks or token by token comes to the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +38,10 @@ from signlattice.models.hooks import AttentionLayer
 from signlattice.quantizers.base import StoredQuantizer
 
 NewStorages = Callable[[torch.dtype], tuple[Store, Store]]
-"""Makes empty stores of keys and of values; the dtype is that of what is whole."""
+"""Makes empty stores of keys and of values; the dtype is that of full precision."""
 
 BLOCK = 256
-"""Queries that attend at once where a prompt is read: keys are whole for those near, not all."""
+"""Queries of a prompt that attend at once: only keys near them are needed in full precision."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,12 @@ class LayerFormat:
 
 @dataclass(frozen=True)
 class LayerFootprint:
-    """What a layer holds.
+    """Tokens and bytes that a layer holds.
 
     Attributes:
         shape: of one token of a sequence; ``batch``: sequences; ``n_slots``: tokens that are kept.
         n_seen: tokens that a query can see, fewer than are kept where a window slides.
-        n_packed: keys of all heads and sequences that are seen only packed.
+        n_packed: keys of all heads and sequences that are read only from packed bytes.
         bits: of a packed key and of a packed value.
         stores, recent, sinks: bytes that are allocated, of "keys" and of "values".
     """
@@ -123,11 +124,20 @@ class PackedLayer(CacheLayerMixin):
     def _clear(self) -> None:
         self.n_tokens = 0
         self.first = 0  # token of slot 0
-        self.key_storage: Store | None = None
-        self.value_storage: Store | None = None
+        self._stores: dict[str, Store] = {}  # of keys and values, from the first token on
         self.recent: dict[str, Tensor] = {}  # keys and values [B, H, R, D] of the last tokens
         self.sinks: dict[str, Tensor] = {}  # keys and values [B, H, S, D]
         self.is_initialized = False
+
+    @property
+    def key_storage(self) -> Store:
+        """Store of the keys, from the first token on."""
+        return self._stores["keys"]
+
+    @property
+    def value_storage(self) -> Store:
+        """Store of the values, from the first token on."""
+        return self._stores["values"]
 
     def __repr__(self) -> str:
         return f"PackedLayer({self.format.keys}, {self.format.values}, {self.n_tokens} tokens)"
@@ -135,7 +145,10 @@ class PackedLayer(CacheLayerMixin):
     # What is kept.
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room of the first keys and values. Raises ``InputError`` if the code is of others."""
+        """Allocate what the first keys and values need.
+
+        Raises ``InputError`` if the code is for other heads.
+        """
         batch, n_heads, _, d = key_states.shape
         expected = (self.layer.n_heads, self.layer.head_dim)
         if (n_heads, d) != expected:
@@ -149,7 +162,7 @@ class PackedLayer(CacheLayerMixin):
         if self.code is not None:
             self.code = self.code.to(self.device)
             self.mean = self.code.static_mean
-        self.key_storage, self.value_storage = self.new_storages(self.dtype)
+        self._stores["keys"], self._stores["values"] = self.new_storages(self.dtype)
         for kept, n in ((self.recent, 0), (self.sinks, self.format.sinks)):
             kept["keys"] = key_states.new_zeros((batch, n_heads, n, d), dtype=self.dtype)
             shape = (batch, n_heads, n, value_states.shape[-1])
@@ -163,7 +176,7 @@ class PackedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[PackedKV, PackedKV]:
-        """Take in T new tokens; what comes back attends to them and to all before."""
+        """Store T new tokens; return `PackedKV`, twice, that attends to them and all before."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         batch = self.recent["keys"].shape[0]
@@ -199,18 +212,17 @@ class PackedLayer(CacheLayerMixin):
         return tokens, tokens
 
     def _slide(self) -> None:
-        """Forget what no later query of a sliding window can see."""
+        """Drop the tokens that no later query of a sliding window can attend to."""
         if self.layer.window is None:
             return
         first = self.n_tokens - self.layer.window - self.format.spare
         if first - self.first >= PAGE:
             cut = first - self.first, self.n_tokens - self.first
-            self.key_storage = self.key_storage.without(*cut)
-            self.value_storage = self.value_storage.without(*cut)
+            self._stores = {name: store.without(*cut) for name, store in self._stores.items()}
             self.first = first
 
     def keep_sinks(self, tokens: PackedKV, seen: Seen) -> None:
-        """Keep the first tokens of every sequence, as far as they are among those just seen."""
+        """Keep the first tokens of every sequence, as far as they are among ``tokens``."""
         n_sinks, n_whole = self.format.sinks, tokens.keys.shape[2]
         first_whole = tokens.n_tokens - n_whole
         if not n_sinks or first_whole >= seen.latest_start + n_sinks:
@@ -224,16 +236,17 @@ class PackedLayer(CacheLayerMixin):
             self.sinks[name] = torch.where(there, new, old)
 
     def weight(self) -> LayerFootprint:
-        """What the layer holds, in bytes. It must have taken in a token."""
-        recent, keys = self.recent["keys"], self.key_storage
+        """Return the footprint of the layer, which must hold a token."""
+        recent = self.recent["keys"]
         batch, n_heads, n_recent, d = recent.shape
         n_slots = self.n_tokens - self.first
         shape = KVShape(1, n_heads, d, self.recent["values"].shape[-1])
         n_seen = n_slots if self.layer.window is None else min(n_slots, self.layer.window)
         n_whole = min(n_seen, min(n_recent, self.format.window) + self.format.sinks)
-        bits = {}
-        for name, store in (("keys", keys), ("values", self.value_storage)):
-            bits[name] = 8 * store.n_bytes // (batch * n_heads * store.room)
+        bits = {
+            name: 8 * store.n_bytes // (batch * n_heads * store.room)
+            for name, store in self._stores.items()
+        }
         return LayerFootprint(
             shape,
             batch,
@@ -241,7 +254,7 @@ class PackedLayer(CacheLayerMixin):
             n_seen,
             batch * n_heads * (n_seen - n_whole),
             bits,
-            {"keys": keys.n_bytes, "values": self.value_storage.n_bytes},
+            {name: store.n_bytes for name, store in self._stores.items()},
             {name: tensor.untyped_storage().nbytes() for name, tensor in self.recent.items()},
             {name: tensor.untyped_storage().nbytes() for name, tensor in self.sinks.items()},
         )
@@ -249,37 +262,38 @@ class PackedLayer(CacheLayerMixin):
     # What transformers asks of a layer.
 
     def get_seq_length(self) -> int:
-        """Tokens that were taken in, forgotten ones among them."""
+        """Return the number of tokens so far, dropped ones among them."""
         return self.n_tokens
 
     def get_max_length(self) -> int:
-        """Of a sliding window; -1 where there is no end."""
+        """Return the length of the sliding window; -1 where there is none."""
         return -1 if self.layer.window is None else self.layer.window
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the tokens that a mask is made for."""
+        """Return length and offset of the tokens that a mask is made for."""
         kept = self.n_tokens
         if self.layer.window is not None:
             kept = min(kept, self.layer.window - 1)
         return kept + query_length, self.n_tokens - kept
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens: a number below zero, as transformers has it.
+        """Remove the last tokens: a number below zero, as transformers has it.
 
-        Up to ``spare`` tokens without a trace; beyond, the window of whole tokens is shorter until
-        it has filled again. Raises ``InputError`` on a number above zero, and where a sliding
-        window has already forgotten what would be in it again.
+        Up to ``spare`` tokens go without a trace; beyond, the residual window is shorter until it
+        has filled again. Raises ``InputError`` on a number above zero, and where a sliding window
+        has already dropped tokens that it would need again.
         """
         if tokens_to_remove > 0:
             raise InputError(f"crop({tokens_to_remove}): give minus the number of tokens to remove")
         if not tokens_to_remove or not self.is_initialized:
             return
         left = max(0, self.n_tokens + tokens_to_remove)
-        if self.first and left - (self.layer.window - 1) < self.first:
+        window = self.layer.window
+        if window is not None and self.first and left - (window - 1) < self.first:
             raise InputError(
                 f"crop({tokens_to_remove}) of layer {self.layer.index}: its sliding window holds "
                 f"tokens from {self.first} on, and would need those from "
-                f"{max(0, left - self.layer.window + 1)} on; crop at most {self.format.spare}"
+                f"{max(0, left - window + 1)} on; crop at most {self.format.spare}"
             )
         removed = self.n_tokens - left
         for name, tensor in self.recent.items():
@@ -287,15 +301,15 @@ class PackedLayer(CacheLayerMixin):
         self.n_tokens = left
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Drop everything."""
         self._clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence b becomes what sequence ``beam_idx[b]`` was."""
+        """Replace sequence b by sequence ``beam_idx[b]``."""
         self._each(lambda part: part.index_select(0, beam_idx.to(part.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence so many times."""
+        """Repeat every sequence so many times."""
         self._each(lambda part: part.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -303,17 +317,17 @@ class PackedLayer(CacheLayerMixin):
         self._each(lambda part: part[indices.to(part.device)])
 
     def offload(self) -> None:
-        """To the processor's memory."""
+        """Move the tensors to the memory of the CPU."""
         self._each(lambda part: part.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Back to the device."""
+        """Move the tensors back to the device."""
         self._each(lambda part: part.to(self.device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
             return
-        for store in (self.key_storage, self.value_storage):
+        for store in self._stores.values():
             store.each(change)
         for kept in (self.recent, self.sinks):
             for name, tensor in kept.items():
@@ -322,11 +336,11 @@ class PackedLayer(CacheLayerMixin):
 
 @dataclass(frozen=True)
 class PackedKV:
-    """The tokens of a layer as one call sees them; stands in the place of keys and of values.
+    """The tokens of a layer at the time of one call; stands in the place of keys and of values.
 
-    ``keys`` [B, H, R, D] and ``values`` [B, H, R, Dv]: the last R of ``n_tokens``, whole, keys
-    centred. The stores are the layer's of that time, ``first`` the token of their slot 0: a sliding
-    window may have forgotten since what queries of this call see.
+    ``keys`` [B, H, R, D] and ``values`` [B, H, R, Dv]: the last R of ``n_tokens`` in full
+    precision, keys centred. The stores are the layer's of that time, ``first`` the token of their
+    slot 0: a sliding window may since have dropped tokens that queries of this call attend to.
     """
 
     layer: PackedLayer
@@ -338,7 +352,7 @@ class PackedKV:
     values: Tensor
 
     def to(self, device: torch.device, non_blocking: bool = False) -> PackedKV:
-        """Themselves. Raises ``InputError`` where a reader of their keys is on another device."""
+        """Return self. Raises ``InputError`` where a reader of the keys is on another device."""
         if torch.device(device) != self.keys.device:
             raise InputError(
                 f"layer {self.layer.layer.index} is on {self.keys.device} and a layer that reads "
@@ -347,11 +361,11 @@ class PackedKV:
         return self
 
     def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None) -> Tensor:
-        """See `attention.AttendableKV`. A single new token is attended from by the kernels."""
+        """Attend, see `models.hooks.AttendableKV`; a single new token does so by the kernels."""
         layer = self.layer
         seen = layer.reader.read(mask, len(query), self.n_tokens, query.device)
         layer.keep_sinks(self, seen)
-        sink_logits = module.sinks if layer.layer.sinks else None
+        sink_logits = cast(Tensor, module.sinks) if layer.layer.sinks else None
         if query.shape[2] == 1 and seen.plain and sink_logits is None and self._in_kernels():
             return self._decode(query, seen)
         blocks = []
@@ -378,7 +392,7 @@ class PackedKV:
         n_recent = min(self.keys.shape[2], layer.format.window)
         if info.window is not None:
             n_recent = min(n_recent, info.window)
-        end = n - n_recent  # tokens before it are seen packed, but sinks
+        end = n - n_recent  # tokens before it are read packed, but sinks
         start = seen.start if info.window is None else seen.start.clamp_min(n - info.window)
         first_packed = (start + n_sinks).clamp(max=end) - self.first
         recent = slice(self.keys.shape[2] - n_recent, None)
@@ -388,11 +402,13 @@ class PackedKV:
             torch.cat((self.values[:, :, recent].flip(2), layer.sinks["values"]), 2),
             (n - start).clamp(max=n_recent) + (end - start).clamp(0, n_sinks),
         )
-        values = self.value_storage
+        keys, values = self.key_storage, self.value_storage
+        assert isinstance(keys, SignStorage)  # by `_in_kernels`, these and the values' kinds
+        assert isinstance(values, IntegerStorage | FullPrecisionStorage)
         return kernels.decode_attention(
             query[:, :, 0],
-            self.key_storage.packed,
-            layer.code.basis,
+            keys.packed,
+            keys.code.basis,
             values.packed if isinstance(values, IntegerStorage) else values.vectors,
             scaling=info.scaling,
             start=first_packed.clamp_min(0).int(),
@@ -410,7 +426,7 @@ class PackedKV:
         seen: Seen,
         sink_logits: Tensor | None,
     ) -> Tensor:
-        """Plain attention of some queries to packed tokens read back, whole ones and sinks."""
+        """Attend from some queries to reconstructed tokens, those in full precision and sinks."""
         layer, info = self.layer, self.layer.layer
         n, n_new = self.n_tokens, query.shape[2]
         window, n_sinks = layer.format.window, layer.format.sinks
@@ -461,23 +477,26 @@ class PackedKV:
     def _visible(
         self, mask: Tensor | None, i: Tensor, batch: int, rows: slice
     ) -> Callable[[Tensor], Tensor]:
-        """Whether queries i may look at tokens j, [n] or [B, n]: bool [B, T, n]."""
+        """Return which tokens j, [n] or [B, n], queries i may attend to: bool [B, T, n]."""
         window = self.layer.layer.window
-
-        def by_mask(j: Tensor) -> Tensor:
-            first = self.n_tokens - mask.shape[-1]
-            part = mask[:, 0, rows].expand(batch, -1, -1)
-            place = (j - first).clamp(0, mask.shape[-1] - 1).expand(batch, -1)
-            found = part.gather(2, place[:, None].expand(-1, len(i), -1).long())
-            inside = (j >= first) & (j < self.n_tokens)
-            return found & inside.expand(batch, -1)[:, None]
 
         def causal(j: Tensor) -> Tensor:
             j = j.expand(batch, -1)[:, None]
             near = True if window is None else j > i[:, None] - window
             return (j <= i[:, None]) & near
 
-        return causal if mask is None else by_mask
+        if mask is None:
+            return causal
+
+        def by_mask(j: Tensor) -> Tensor:
+            first = self.n_tokens - mask.shape[-1]
+            part = mask[:, 0, rows].expand(batch, -1, -1)
+            place = (j - first).clamp(0, mask.shape[-1] - 1).expand(batch, -1)
+            allowed = part.gather(2, place[:, None].expand(-1, len(i), -1).long())
+            inside = (j >= first) & (j < self.n_tokens)
+            return allowed & inside.expand(batch, -1)[:, None]
+
+        return by_mask
 
 
 def _attention(
@@ -488,16 +507,16 @@ def _attention(
     info: AttentionLayer,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    """Attention of [B, Hq, T, D] to [B, H, n, D], where ``there`` [B, T, n]: [B, Hq, T, Dv].
+    """Attend from [B, Hq, T, D] to [B, H, n, D], where ``there`` [B, T, n]: [B, Hq, T, Dv].
 
-    A query that sees nothing, padding, gets zeros.
+    A query that attends to nothing, padding, gets zeros.
     """
     group = info.n_query_heads // info.n_heads
     grouped = query.unflatten(1, (info.n_heads, group)).flatten(2, 3)  # [B, H, G·T, D]
     there = there[:, None].repeat(1, 1, group, 1)
     if info.softcap is None and sink_logits is None:
         blind = ~there.any(-1, keepdim=True)
-        found = scaled_dot_product_attention(
+        output = scaled_dot_product_attention(
             grouped, keys, values, attn_mask=there | blind, scale=info.scaling
         ).masked_fill(blind, 0.0)
     else:
@@ -510,5 +529,5 @@ def _attention(
             own = own.expand(len(query), -1, -1, query.shape[2], -1).flatten(2, 3)
             scores = torch.cat((scores, own), -1)
         weights = scores.softmax(-1).nan_to_num(0.0)[..., : keys.shape[2]]
-        found = weights.to(values.dtype) @ values
-    return found.unflatten(2, (group, -1)).flatten(1, 2)
+        output = weights.to(values.dtype) @ values
+    return output.unflatten(2, (group, -1)).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""What an attention mask says of a batch: where each sequence begins, and whether it has gaps."""
+"""Read from an attention mask where each sequence of a batch begins, and whether it has gaps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Seen:
-    """What the mask of a call says of every sequence.
+    """Start of every sequence, read from the mask of a call.
 
     ``start`` int32 [B]: the first token that is no padding, the number of tokens where all are.
     ``latest_start`` is the greatest of them. ``plain``: all tokens after the start are there.
@@ -24,7 +24,7 @@ class Seen:
 
     @classmethod
     def of(cls, mask: Tensor | None, batch: int, n_tokens: int, device: torch.device) -> Seen:
-        """From a mask bool [B, 1, T, n] of the last n of so many tokens, or none."""
+        """Read a mask, bool [B, 1, T, n] of the last n of so many tokens, or None."""
         if mask is None:
             return cls(torch.zeros(batch, dtype=torch.int32, device=device), 0, True)
         last = mask[:, 0, -1].expand(batch, -1)
@@ -35,9 +35,9 @@ class Seen:
 
 
 class MaskCache:
-    """Reads each mask once: all layers of a kind are given the same one.
+    """Reads each mask once: all layers of a kind get the same one.
 
-    It does not keep the mask, which for a long prompt outweighs the cache.
+    It does not keep the mask, which for a long prompt takes more bytes than the cache.
     """
 
     def __init__(self) -> None:
@@ -46,11 +46,12 @@ class MaskCache:
         self._seen: Seen | None = None
 
     def read(self, mask: Tensor | None, batch: int, n_tokens: int, device: torch.device) -> Seen:
-        """As `Seen.of`."""
+        """Return `Seen.of` these, computed once for each mask."""
         call = (mask is None, batch, n_tokens, device)
-        if self._call != call or (mask is not None and self._mask() is not mask):
-            self._seen = Seen.of(mask, *call[1:])
+        seen = self._seen
+        if seen is None or self._call != call or (mask is not None and self._mask() is not mask):
+            seen = self._seen = Seen.of(mask, *call[1:])
             self._call = call
             if mask is not None:
                 self._mask = weakref.ref(mask)
-        return self._seen
+        return seen

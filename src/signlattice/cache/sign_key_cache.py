@@ -29,18 +29,18 @@ SlidingLayers = Literal["whole", "packed"]
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """What a `SignKeyCache` keeps, and how.
+    """Formats, windows and exempt layers of a `SignKeyCache`.
 
     Attributes:
         key_format: "sign" of a codec; the others are what signs are compared with: "whole", "fp8"
             (e4m3), "int8", "int4" and "int2" (after a randomised Hadamard rotation, a scale and a
             zero to a key).
         value_format: "whole", "fp8", or "int8", "int4", "int2" with a scale and a zero to a value.
-        window: latest tokens that a query sees whole, itself among them.
-        sinks: first tokens of a sequence that are seen whole for ever.
+        window: latest tokens that a query reads in full precision, itself among them.
+        sinks: first tokens of a sequence that stay in full precision for ever.
         sliding: layers with a sliding window of their own: "whole", or "packed" (without sinks).
         exempt: layers that keep everything whole, by index; -1 is the last.
-        spare: tokens that can be taken back (``crop``, speculative decoding) without a trace.
+        spare: tokens that can be removed (``crop``, speculative decoding) without a trace.
         dtype: of what is whole, exempt and sliding layers among it; None is the model's own.
         impl: of the kernels: "auto", "torch", "triton" or "cpu".
 
@@ -81,19 +81,19 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a cache holds, and what that weighs.
+    """Tokens and footprint of a cache.
 
     Attributes:
-        n_tokens: tokens of a sequence that were taken in; ``batch``: sequences.
-        n_packed: keys (tokens × layers × heads × sequences) that the latest query saw only through
+        n_tokens: tokens of a sequence so far; ``batch``: sequences.
+        n_packed: keys (tokens × layers × heads × sequences) that the latest query read only through
             their code.
         parts: bytes that are allocated, by what they are for: "keys" and "values" packed, "window"
             and "sinks" whole, "whole layers" that are not packed at all.
         expected: bytes of the packed layers by arithmetic (`memory.packed_cache_bytes`).
-        fp16: bytes of the tokens that can be seen, in 16 bits.
+        fp16: bytes of the tokens that can be attended to, in 16 bits.
         packed_bits: bits to a coordinate of what is packed, scales and zeros counted.
-        effective_bits: bits to a coordinate of the packed layers, window, sinks and room not yet
-            used counted.
+        effective_bits: bits to a coordinate of the packed layers, window, sinks and capacity
+            not yet used counted.
     """
 
     n_tokens: int
@@ -124,9 +124,9 @@ class SignKeyCache(Cache):
         cache = SignKeyCache(model, codec)
         model.generate(**inputs, past_key_values=cache)
 
-    The model attends through `attention.attach_attention` from then on, which changes nothing for
-    other caches. Give a `LoadedModel` to have its weights compared with those that the codec was
-    learned on; of a model of transformers itself only the shapes can be.
+    The model attends through `models.hooks.attach_attention` from then on, which changes nothing
+    for other caches. Give a `LoadedModel` to have its parameters compared with those that the codec
+    was learned on; of a model of transformers itself only the shapes can be.
 
     Raises:
         InputError: if the codec does not fit the model's layers, a layer to be packed has a head
@@ -166,16 +166,16 @@ class SignKeyCache(Cache):
         if config.key_format == "sign" and codec is None:
             raise InputError("key_format='sign' needs a codec: learn one, or load one from a file")
         self.config = config
-        found = attention_layers(model)
-        packed = _packed_layers(found, codec, config)
+        attending = attention_layers(model)
+        packed = _packed_layers(attending, codec, config)
         text = model.config.get_text_config(decoder=True)
         readers = {True: MaskCache(), False: MaskCache()}  # sliding layers have their own masks
         layers = []
         for index, (kind, arguments) in enumerate(zip(*get_layer_types_and_kwargs(text))):
-            layer = found.get(index)
-            if index in packed:
+            layer = attending.get(index)
+            if layer is not None and index in packed:
                 fmt = _layer_format(layer, config)
-            elif config.dtype is not None and layer is not None and layer.owns_keys:
+            elif layer is not None and config.dtype is not None and layer.owns_keys:
                 fmt = LayerFormat("whole", "whole", 0, 0, config.spare, config.dtype, config.impl)
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
@@ -187,12 +187,12 @@ class SignKeyCache(Cache):
         attach_attention(model)
 
     def stats(self) -> CacheStats:
-        """What is in the cache now."""
-        parts = dict.fromkeys(("keys", "values", "window", "sinks", "whole layers"), 0)
+        """Return what is in the cache now."""
+        parts = _zeros("keys", "values", "window", "sinks", "whole layers")
         n_packed = expected = fp16 = batch = 0
-        coordinates = dict.fromkeys(("keys", "values"), 0)
-        packed_bits = dict.fromkeys(("keys", "values"), 0)
-        beside = dict.fromkeys(("keys", "values"), 0)
+        coordinates = _zeros("keys", "values")
+        packed_bits = _zeros("keys", "values")
+        beside = _zeros("keys", "values")
         for layer in self.layers:
             if isinstance(layer, PackedLayer):
                 if not layer.is_initialized:
@@ -203,31 +203,31 @@ class SignKeyCache(Cache):
                 parts["whole layers"] += sum(t.untyped_storage().nbytes() for t in tensors)
                 fp16 += 2 * sum(tensor.numel() for tensor in tensors)
                 continue
-            weight = layer.weight()
-            batch = weight.batch
+            held = layer.weight()
+            batch = held.batch
             if layer not in self.packed_layers:
-                parts["whole layers"] += weight.n_bytes
-                fp16 += 2 * weight.n_coordinates
+                parts["whole layers"] += held.n_bytes
+                fp16 += 2 * held.n_coordinates
                 continue
-            n_packed += weight.n_packed
-            parts["keys"] += weight.stores["keys"]
-            parts["values"] += weight.stores["values"]
-            parts["window"] += sum(weight.recent.values())
-            parts["sinks"] += sum(weight.sinks.values())
+            n_packed += held.n_packed
+            parts["keys"] += held.stores["keys"]
+            parts["values"] += held.stores["values"]
+            parts["window"] += sum(held.recent.values())
+            parts["sinks"] += sum(held.sinks.values())
             expected += packed_cache_bytes(
-                weight.shape,
+                held.shape,
                 self._as_format(layer),
-                weight.n_slots,
+                held.n_slots,
                 batch=batch,
                 page=PAGE,
                 whole_bits=8 * layer.dtype.itemsize,
             )
-            for name, size in (("keys", weight.shape.head_dim), ("values", weight.shape.value_dim)):
-                n = weight.n_seen * weight.shape.n_heads * batch
+            for name, size in (("keys", held.shape.head_dim), ("values", held.shape.value_dim)):
+                n = held.n_seen * held.shape.n_heads * batch
                 coordinates[name] += n * size
                 fp16 += 2 * n * size
-                packed_bits[name] += n * weight.bits[name]
-                beside[name] += 8 * (weight.stores[name] + weight.recent[name] + weight.sinks[name])
+                packed_bits[name] += n * held.bits[name]
+                beside[name] += 8 * (held.stores[name] + held.recent[name] + held.sinks[name])
         return CacheStats(
             self.get_seq_length(),
             batch,
@@ -240,7 +240,7 @@ class SignKeyCache(Cache):
         )
 
     def _as_format(self, layer: PackedLayer) -> CacheFormat:
-        """The format of a layer in the words of `memory`."""
+        """Return the format of a layer in the terms of `memory`."""
         key, value = layer.format.keys, layer.format.values
         whole = 8 * layer.dtype.itemsize
         key_bits = _width(key, whole) if layer.code is None else layer.code.bits
@@ -255,8 +255,12 @@ class SignKeyCache(Cache):
         )
 
 
+def _zeros(*names: str) -> dict[str, int]:
+    return dict.fromkeys(names, 0)
+
+
 def _layer_format(layer: AttentionLayer, config: CacheConfig) -> LayerFormat:
-    """Of a layer that is packed: one that slides has no sinks, and no more window than it sees."""
+    """Return the format of a packed layer: a sliding one has no sinks, its window is the least."""
     window, sinks = config.window, config.sinks
     if layer.window is not None:
         window, sinks = min(window, layer.window), 0
@@ -288,7 +292,7 @@ def _bits(bits: dict[str, int], n: dict[str, int]) -> EffectiveBits:
 def _packed_layers(
     layers: dict[int, AttentionLayer], codec: KeyCodec | None, config: CacheConfig
 ) -> dict[int, StoredQuantizer | None]:
-    """The layers that are to be packed, each with its code if there is one."""
+    """Return the layers that are to be packed, each with its code if there is one."""
     owners = {index: layer for index, layer in layers.items() if layer.owns_keys}
     n_layers = max(layers) + 1
     if wrong := [i for i in config.exempt if not -n_layers <= i < n_layers]:

@@ -7,6 +7,7 @@ is `models.quantized_attention`.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -49,16 +50,19 @@ class SimulatedCache(SignKeyCache):
                     f"together, so use {code.group - 1} or more"
                 )
         for index, packed in layers.items():
-            codes = keys.get(index), values.get(index)
-            packed.new_storages = lambda dtype, codes=codes: tuple(
-                _store(code, dtype) for code in codes
-            )
+            packed.new_storages = partial(_storages, keys.get(index), values.get(index))
 
     def stats(self) -> CacheStats:
-        """As `SignKeyCache.stats`; ``expected`` is the same account, there is no other."""
-        found = super().stats()
-        packed = {name: size for name, size in found.parts.items() if name != "whole layers"}
-        return replace(found, expected=sum(packed.values()))
+        """Return `SignKeyCache.stats`; ``expected`` is the same account, there is no other."""
+        stats = super().stats()
+        packed = {name: size for name, size in stats.parts.items() if name != "whole layers"}
+        return replace(stats, expected=sum(packed.values()))
+
+
+def _storages(
+    key_code: Quantizer | None, value_code: Quantizer | None, dtype: torch.dtype
+) -> tuple[Store, Store]:
+    return _store(key_code, dtype), _store(value_code, dtype)
 
 
 def _store(code: Quantizer | None, dtype: torch.dtype) -> Store:

@@ -1,8 +1,8 @@
 """Where a cache layer keeps the vectors of its tokens: as signs, rounded, or as they are.
 
-A store has room for C tokens of every sequence and head, a few more than are in it, since it grows
-by pages. Token t lies in slot t. What is read back of a key is centred: the static mean of a head
-adds the same to every score, and softmax does not see it.
+A store has a capacity of C tokens of every sequence and head, a few more than are in it, since it
+grows by pages. Token t lies in slot t. A reconstructed key is centred: the static mean of a head
+adds the same to every score, and softmax cancels it.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ class Store(ABC):
         self.parts: dict[str, Tensor] = {}
 
     @abstractmethod
-    def empty(self, like: Tensor, room: int) -> dict[str, Tensor]:
-        """Parts with room for so many tokens of vectors like those given."""
+    def empty(self, like: Tensor, capacity: int) -> dict[str, Tensor]:
+        """Allocate parts with a capacity of so many tokens, of vectors like those given."""
 
     @abstractmethod
     def write(self, at: int, vectors: Tensor) -> None:
-        """Put vectors [B, H, T, D] into slots ``at`` onward, for which there is room."""
+        """Write vectors [B, H, T, D] to slots ``at`` onward, within the capacity."""
 
     @abstractmethod
     def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """The vectors of slots first ≤ t < last, [B, H, last - first, D]."""
+        """Return the vectors of slots first ≤ t < last, [B, H, last - first, D]."""
 
     @property
     def room(self) -> int:
-        """Slots of each sequence and head."""
+        """Capacity: slots of each sequence and head."""
         return next(iter(self.parts.values())).shape[2] if self.parts else 0
 
     @property
     def n_bytes(self) -> int:
-        """Bytes that are allocated, room not yet used among them."""
+        """Bytes that are allocated, capacity not yet used among them."""
         return sum(part.nbytes for part in self.parts.values())
 
     def append(self, at: int, vectors: Tensor) -> None:
-        """`write`, after room was made by whole pages."""
+        """Grow by whole pages where the capacity is too small, then `write`."""
         needed = -(-(at + vectors.shape[2]) // PAGE) * PAGE
         if needed > self.room:
             parts = self.empty(vectors, needed)
@@ -78,15 +78,15 @@ class Store(ABC):
         self.parts = {name: change(part).contiguous() for name, part in self.parts.items()}
 
     def without(self, first: int, n_tokens: int) -> Store:
-        """A store of the slots from ``first`` on of ``n_tokens``, moved to the front.
+        """Return a store of the slots from ``first`` on of ``n_tokens``, moved to the front.
 
-        This one keeps what it has: who still reads it finds every token in its place.
+        This one is unchanged: who still reads it finds every token in its place.
         """
-        room = -(-(n_tokens - first) // PAGE) * PAGE
+        capacity = -(-(n_tokens - first) // PAGE) * PAGE
         parts = {}
         for name, part in self.parts.items():
-            kept = part[:, :, first : first + room]
-            parts[name] = part.new_zeros((*part.shape[:2], room, *part.shape[3:]))
+            kept = part[:, :, first : first + capacity]
+            parts[name] = part.new_zeros((*part.shape[:2], capacity, *part.shape[3:]))
             parts[name][:, :, : kept.shape[2]] = kept
         store = copy(self)
         store.parts = parts
@@ -99,24 +99,26 @@ class SignStorage(Store):
     def __init__(self, code: SignQuantizer, impl: Impl = "auto") -> None:
         super().__init__()
         self.code = code
-        self.impl = impl
+        self.impl: Impl = impl
 
     @property
     def packed(self) -> PackedKeys:
         """What the kernels read."""
         return PackedKeys(self.parts["words"], self.parts["scale"], self.parts.get("dc"))
 
-    def empty(self, like: Tensor, room: int) -> dict[str, Tensor]:
-        """As `Store.empty`."""
+    def empty(self, like: Tensor, capacity: int) -> dict[str, Tensor]:
+        """Allocate parts, see `Store.empty`."""
         self.code = self.code.to(like.device)
         batch, n_heads, _, d = like.shape
         dc = self.code.centering.method == "dc"
-        packed = PackedKeys.empty(batch, n_heads, room, d, dc=dc, device=like.device)
+        packed = PackedKeys.empty(batch, n_heads, capacity, d, dc=dc, device=like.device)
         parts = {"words": packed.words, "scale": packed.scale}
-        return parts | ({"dc": packed.dc} if dc else {})
+        if packed.dc is not None:
+            parts["dc"] = packed.dc
+        return parts
 
     def write(self, at: int, vectors: Tensor) -> None:
-        """As `Store.write`."""
+        """Write vectors, see `Store.write`."""
         code = self.code
         if code.metric is None:
             places = torch.full((len(vectors),), at, dtype=torch.int32, device=vectors.device)
@@ -131,13 +133,13 @@ class SignStorage(Store):
                 impl=_impl("pack", self.impl),
             )
             return
-        found = code.encode_unchecked(vectors)
+        encoded = code.encode_unchecked(vectors)
         place = slice(at, at + vectors.shape[2])
-        self.parts["words"][:, :, place] = found.words
-        self.parts["scale"][:, :, place] = found.scale
+        self.parts["words"][:, :, place] = encoded.words
+        self.parts["scale"][:, :, place] = encoded.scale
 
     def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """As `Store.read`."""
+        """Return some of the vectors, see `Store.read`."""
         part = {name: tensor[:, :, first:last] for name, tensor in self.parts.items()}
         packed = PackedKeys(part["words"], part["scale"], part.get("dc"))
         impl = _impl("unpack", self.impl)
@@ -152,13 +154,13 @@ class EncodedStorage(Store):
         self.code = code
         self._codes: type | None = None
 
-    def empty(self, like: Tensor, room: int) -> dict[str, Tensor]:
+    def empty(self, like: Tensor, capacity: int) -> dict[str, Tensor]:
         """Allocate parts, see `Store.empty`."""
         self.code = self.code.to(like.device)
         codes = self.code.encode(like[:, :, :1])
         self._codes = type(codes)
         return {
-            name: part.new_zeros((*part.shape[:2], room, *part.shape[3:]))
+            name: part.new_zeros((*part.shape[:2], capacity, *part.shape[3:]))
             for name, part in code_tensors(codes).items()
         }
 
@@ -169,6 +171,7 @@ class EncodedStorage(Store):
 
     def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Decode some of the vectors, see `Store.read`."""
+        assert self._codes is not None  # `empty` comes before `read`
         part = {name: tensor[:, :, first:last] for name, tensor in self.parts.items()}
         return self.code.decode(self._codes(**part)).to(dtype)
 
@@ -182,24 +185,24 @@ class FullPrecisionStorage(Store):
 
     @property
     def vectors(self) -> Tensor:
-        """All that there is room for, [B, H, C, D]."""
+        """All slots, [B, H, C, D]."""
         return self.parts["vectors"]
 
-    def empty(self, like: Tensor, room: int) -> dict[str, Tensor]:
-        """As `Store.empty`."""
+    def empty(self, like: Tensor, capacity: int) -> dict[str, Tensor]:
+        """Allocate parts, see `Store.empty`."""
         batch, n_heads, _, d = like.shape
-        shape = (batch, n_heads, room, d)
+        shape = (batch, n_heads, capacity, d)
         return {"vectors": torch.zeros(shape, dtype=self.dtype, device=like.device)}
 
     def write(self, at: int, vectors: Tensor) -> None:
-        """As `Store.write`."""
+        """Write vectors, see `Store.write`."""
         if self.dtype == torch.float8_e4m3fn:
             largest = torch.finfo(self.dtype).max
             vectors = vectors.clamp(-largest, largest)
         self.parts["vectors"][:, :, at : at + vectors.shape[2]] = vectors.to(self.dtype)
 
     def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """As `Store.read`."""
+        """Return some of the vectors, see `Store.read`."""
         return self.parts["vectors"][:, :, first:last].to(dtype)
 
 
@@ -220,32 +223,32 @@ class IntegerStorage(Store):
         """What the kernels read."""
         return PackedValues(**self.parts, bits=self.bits)
 
-    def empty(self, like: Tensor, room: int) -> dict[str, Tensor]:
-        """As `Store.empty`."""
+    def empty(self, like: Tensor, capacity: int) -> dict[str, Tensor]:
+        """Allocate parts, see `Store.empty`."""
         batch, n_heads, _, d = like.shape
-        packed = PackedValues.empty(batch, n_heads, room, d, self.bits, device=like.device)
+        packed = PackedValues.empty(batch, n_heads, capacity, d, self.bits, device=like.device)
         return {"words": packed.words, "scale": packed.scale, "zero": packed.zero}
 
     def write(self, at: int, vectors: Tensor) -> None:
-        """As `Store.write`."""
+        """Write vectors, see `Store.write`."""
         if self.turned:
-            vectors = vectors.float() @ self._turn(vectors).T
+            vectors = vectors.float() @ self._rotation(vectors).T
         self.packed.write(vectors, torch.full((len(vectors),), at))
 
     def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """As `Store.read`."""
+        """Return some of the vectors, see `Store.read`."""
         part = {name: tensor[:, :, first:last] for name, tensor in self.parts.items()}
         vectors = PackedValues(**part, bits=self.bits).read()
         if self.turned:
-            vectors = vectors @ self._turn(vectors)
+            vectors = vectors @ self._rotation(vectors)
         return vectors.to(dtype)
 
-    def _turn(self, like: Tensor) -> Tensor:
+    def _rotation(self, like: Tensor) -> Tensor:
         return srht(like.shape[-1], 0).to(like.device)
 
 
 class SimulatedStorage(Store):
-    """Vectors as they are, read through a code: to measure what a code loses.
+    """Vectors as they are, reconstructed by a code when read: to measure what the code loses.
 
     Its bytes are those that the code would take.
     """
@@ -257,22 +260,22 @@ class SimulatedStorage(Store):
 
     @property
     def n_bytes(self) -> int:
-        """By the code's account."""
+        """Bytes that the code would take, by its bits per coordinate."""
         coordinates = sum(part.numel() for part in self.parts.values())
         return round(coordinates * self.code.bits / 8)
 
-    def empty(self, like: Tensor, room: int) -> dict[str, Tensor]:
-        """As `Store.empty`."""
+    def empty(self, like: Tensor, capacity: int) -> dict[str, Tensor]:
+        """Allocate parts, see `Store.empty`."""
         batch, n_heads, _, d = like.shape
-        return {"vectors": like.new_zeros((batch, n_heads, room, d), dtype=torch.float32)}
+        return {"vectors": like.new_zeros((batch, n_heads, capacity, d), dtype=torch.float32)}
 
     def write(self, at: int, vectors: Tensor) -> None:
-        """As `Store.write`."""
+        """Write vectors, see `Store.write`."""
         self.n_written = at + vectors.shape[2]
         self.parts["vectors"][:, :, at : self.n_written] = vectors
 
     def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """As `Store.read`."""
+        """Return some of the vectors, see `Store.read`."""
         group = self.code.group
         start = first // group * group
         end = min(-(-last // group) * group, self.n_written)
@@ -283,7 +286,7 @@ class SimulatedStorage(Store):
 
 
 def value_storage(fmt: ValueFormat, dtype: torch.dtype) -> Store:
-    """An empty store of values. Raises ``InputError`` on an unknown format."""
+    """Return an empty store of values. Raises ``InputError`` on an unknown format."""
     if fmt == "whole":
         return FullPrecisionStorage(dtype)
     if fmt == "fp8":
@@ -296,7 +299,10 @@ def value_storage(fmt: ValueFormat, dtype: torch.dtype) -> Store:
 def key_storage(
     fmt: KeyFormat, dtype: torch.dtype, code: StoredQuantizer | None, impl: Impl
 ) -> Store:
-    """An empty store of keys. Raises ``InputError`` on an unknown format, or signs without a code."""
+    """Return an empty store of keys.
+
+    Raises ``InputError`` on an unknown format, or signs without a code.
+    """
     if fmt not in KEY_FORMATS:
         raise InputError(f"key_format={fmt!r}: choose one of {', '.join(KEY_FORMATS)}")
     if fmt != "sign":
@@ -310,5 +316,5 @@ def key_storage(
 
 
 def _impl(kernel: str, impl: Impl) -> Impl:
-    """``impl`` where the kernel has it: what packs and unpacks has none of its own on a processor."""
+    """Return ``impl`` where the kernel has it: pack and unpack have none of their own on a CPU."""
     return "auto" if impl == "cpu" and kernel in ("pack", "unpack") else impl

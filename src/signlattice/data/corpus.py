@@ -1,4 +1,4 @@
-"""The text: Python source that an installation with the extra ``corpus`` holds.
+"""Read the text "corpus": Python source that an installation with the extra ``corpus`` holds.
 
 Six pure-Python packages, pinned by version and by the hash of what is read, in a fixed order.
 Each file goes whole to one side of the split, by the hash of its content, so that equal files
@@ -67,13 +67,13 @@ class Document:
 
 
 def split_of(text: str) -> Split:
-    """Which side a text is on: 4 % evaluation, 8 % calibration, the rest train, by its SHA-256."""
+    """Return a text's side by its SHA-256: 4 % evaluation, 8 % calibration, the rest train."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
     return "evaluation" if bucket < 4 else "calibration" if bucket < 12 else "train"
 
 
 def read_package(package: Package) -> tuple[Document, ...]:
-    """Documents of one installed package, sorted by path, tests and large tables left out.
+    """Read the documents of one installed package, sorted by path, tests and large tables left out.
 
     Raises ``IntegrityError`` if the package is missing, of another version, or its text differs.
     """
@@ -110,7 +110,7 @@ def _documents(name: str, files: Iterable) -> Iterable[Document]:
 
 
 def fingerprint(documents: Iterable[Document]) -> str:
-    """SHA-256 over paths and texts in order: what a record names as its text."""
+    """Compute SHA-256 over paths and texts in order, which a record names as its text."""
     digest = hashlib.sha256()
     for document in documents:
         digest.update(f"{document.path}\0{document.text}\0".encode())
@@ -119,12 +119,15 @@ def fingerprint(documents: Iterable[Document]) -> str:
 
 @cache
 def read_corpus() -> tuple[Document, ...]:
-    """All documents of all packages, in order. Raises ``IntegrityError`` (see `read_package`)."""
+    """Read all documents of all packages, in order.
+
+    Raises ``IntegrityError``, see `read_package`.
+    """
     return tuple(document for package in PACKAGES for document in read_package(package))
 
 
 def documents(split: Split, package: str | None = None) -> tuple[Document, ...]:
-    """Documents on one side of the split, of one package or of all.
+    """Return the documents on one side of the split, of one package or of all.
 
     Raises ``InputError`` on an unknown split or package.
     """
@@ -141,7 +144,7 @@ def documents(split: Split, package: str | None = None) -> tuple[Document, ...]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE over ``texts``: any string encodes, and decodes to itself.
+    """Train byte-level BPE on ``texts``: any string encodes, and decodes to itself.
 
     Token 0 ends a document. Raises ``InputError`` if ``vocab_size`` cannot hold all bytes.
     """

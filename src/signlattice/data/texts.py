@@ -1,4 +1,4 @@
-"""Texts to calibrate and to evaluate on: the corpus, two public ones, or the user's own file.
+"""Read texts to calibrate and to evaluate on: the corpus, two public ones, or the user's file.
 
 The two sides never share a document. A text from the hub is streamed no further than is asked for,
 and what was read is kept, so that a second run reads the same, network or not.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ LEAST_BYTES = 40_000
 
 @dataclass(frozen=True)
 class Text:
-    """Documents to calibrate and to evaluate on, of one source; ``source`` tells its revision."""
+    """Documents to calibrate and to evaluate on, of one source; ``source`` names its revision."""
 
     name: str
     source: str
@@ -41,7 +41,7 @@ class Text:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over all documents in order: what a record names as its text."""
+        """SHA-256 over all documents in order, which a record names as its text."""
         return corpus.fingerprint((*self.calibration, *self.evaluation))
 
 
@@ -76,7 +76,7 @@ def read_text(
     revision: str | None = None,
     cache: Path | None = None,
 ) -> Text:
-    """A text by its name, or from a user's own file or folder of ``.txt`` files.
+    """Read a text by its name, or from a user's own file or folder of ``.txt`` files.
 
     Of a user's file the last fifth is held out, in one piece, so that passages that repeat each
     other from nearby are on one side but at that single border.
@@ -107,14 +107,19 @@ def read_text(
     for label, value in (("calibration", calibration_bytes), ("evaluation", evaluation_bytes)):
         if value < 1:
             raise InputError(f"{label}_bytes={value}: use 1 or more")
-    limits = {"calibration": calibration_bytes, "evaluation": evaluation_bytes}
-    if name == "corpus":
-        source, sides = "corpus", {side: corpus.documents(side) for side in limits}
-    elif name in HUB_TEXTS:
+    limits: dict[Split, int] = {"calibration": calibration_bytes, "evaluation": evaluation_bytes}
+    if name in HUB_TEXTS:
         return _kept(str(name), limits, revision, cache or Path(constants.HF_HOME) / "signlattice")
+    sides: Mapping[Split, Iterable[Document]]
+    if name == "corpus":
+        sides = {side: corpus.documents(side) for side in limits}
     else:
-        source, sides = str(name), _own(Path(name))
-    return Text(str(name), source, **{s: _up_to(sides[s], n) for s, n in limits.items()})
+        sides = _own(Path(name))
+    return _text(str(name), str(name), {side: _up_to(sides[side], n) for side, n in limits.items()})
+
+
+def _text(name: str, source: str, sides: Mapping[Split, tuple[Document, ...]]) -> Text:
+    return Text(name, source, sides["calibration"], sides["evaluation"])
 
 
 def _up_to(documents: Iterable[Document], n_bytes: int) -> tuple[Document, ...]:
@@ -131,24 +136,24 @@ def _up_to(documents: Iterable[Document], n_bytes: int) -> tuple[Document, ...]:
 
 
 def _kept(name: str, limits: dict[Split, int], revision: str | None, cache: Path) -> Text:
-    """What was read before of the same length and revision, or the hub's text, which is kept."""
+    """Return what was read before of this length and revision, or the hub's text, to be kept."""
     text = HUB_TEXTS[name]
     length = "-".join(map(str, limits.values()))
     try:
         commit = hub.resolve(text.repository, revision, "dataset").revision
         file = cache / f"{name}-{commit}-{length}.json"
     except hub.Unreachable:
-        found = sorted(cache.glob(f"{name}-{revision or '*'}-{length}.json"))
-        if not found:
+        earlier = sorted(cache.glob(f"{name}-{revision or '*'}-{length}.json"))
+        if not earlier:
             raise
-        return _read_kept(max(found, key=lambda file: file.stat().st_mtime))
+        return _read_kept(max(earlier, key=lambda file: file.stat().st_mtime))
     if file.is_file():
         return _read_kept(file)
     sides = {side: _up_to(_documents(text, side, commit), n) for side, n in limits.items()}
     for side, documents in sides.items():
         if not documents:
             raise IntegrityError(f"no text in {text.repository}, split {getattr(text, side)}")
-    read = Text(name, f"{text.repository}@{commit}", **sides)
+    read = _text(name, f"{text.repository}@{commit}", sides)
     write_text(file, json.dumps(asdict(read) | {"fingerprint": read.fingerprint}))
     return read
 
@@ -161,9 +166,9 @@ def _read_kept(file: Path) -> Text:
             for side in ("calibration", "evaluation")
         }
         expected = plain.pop("fingerprint")
-        text = Text(**plain, **sides)
+        text = Text(calibration=sides["calibration"], evaluation=sides["evaluation"], **plain)
     except (ValueError, KeyError, TypeError):
-        text = None
+        text = expected = None
     if text is None or text.fingerprint != expected:
         raise IntegrityError(
             f"{display_path(file)} is damaged: delete it, and it will be read again"
@@ -191,7 +196,7 @@ def _rows(text: HubText, split: str, commit: str) -> Iterator[str]:
 
 
 def _articles(rows: Iterable[str], heading: str | None) -> Iterator[str]:
-    """Rows joined to documents, blank ones left out."""
+    """Join rows to documents, blank ones left out."""
     gathered: list[str] = []
     for row in rows:
         if (heading is None or re.fullmatch(heading, row)) and gathered:
@@ -226,21 +231,21 @@ def _own(path: Path) -> dict[Split, list[Document]]:
         )
     if total < LEAST_BYTES:
         raise InputError(
-            f"{display_path(path)} holds {total} bytes of text, about {total // 4} tokens: give at least "
-            f"{LEAST_BYTES}, about {LEAST_BYTES // 4} tokens; 128 tokens per coordinate of a head "
-            "are enough"
+            f"{display_path(path)} holds {total} bytes of text, about {total // 4} tokens: "
+            f"give at least {LEAST_BYTES}, about {LEAST_BYTES // 4} tokens; "
+            "128 tokens per coordinate of a head are enough"
         )
     return _divided(pieces, total)
 
 
 def _divided(pieces: list[tuple[Path, int, str]], total: int) -> dict[Split, list[Document]]:
     sides: dict[Split, list[Document]] = {"calibration": [], "evaluation": []}
-    seen = 0
+    n_bytes = 0
     for place, (file, number, piece) in enumerate(pieces):
-        held_out = place > 0 and (seen >= (1 - HELD_OUT) * total or place == len(pieces) - 1)
+        held_out = place > 0 and (n_bytes >= (1 - HELD_OUT) * total or place == len(pieces) - 1)
         side: Split = "evaluation" if held_out else "calibration"
         sides[side].append(Document("own", f"{file.name}/{number}", piece, side))
-        seen += len(piece.encode())
+        n_bytes += len(piece.encode())
     return sides
 
 

@@ -1,4 +1,4 @@
-"""Capture the queries, keys and values of a model, as attention sees them or before RoPE."""
+"""Capture the queries, keys and values of a model, as attention reads them or before RoPE."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -114,16 +114,20 @@ class StateBank:
                 f"it holds those of layers {self._layers_with(kind)}"
             )
         for file in self._shards.get(name, ()):
-            try:
-                with safe_open(self.folder / file, framework="pt") as shard:
-                    rows = shard.get_tensor("rows")
-            except (SafetensorError, OSError) as error:
-                raise IntegrityError(
-                    f"{self.folder / file} is damaged or cut short ({error}): "
-                    f"delete {(self.folder / file).parent} and capture the keys again"
-                ) from None
-            yield rows
+            yield self._shard(file)
         yield from self._open.get(name, ())
+
+    def _shard(self, name: str) -> Tensor:
+        assert self.folder is not None  # a bank in memory has no shards
+        file = self.folder / name
+        try:
+            with safe_open(file, framework="pt") as shard:
+                return shard.get_tensor("rows")
+        except (SafetensorError, OSError) as error:
+            raise IntegrityError(
+                f"{file} is damaged or cut short ({error}): "
+                f"delete {file.parent} and capture the keys again"
+            ) from None
 
 
 def open_bank(folder: Path) -> StateBank:
@@ -149,15 +153,17 @@ def join_banks(banks: Sequence[StateBank]) -> StateBank:
 
     Raises ``InputError`` if they are not of one stage, or not all in folders of one folder.
     """
-    folders = {bank.folder and bank.folder.parent for bank in banks}
-    if len(folders) != 1 or None in folders or len({bank.stage for bank in banks}) != 1:
+    folders = [bank.folder for bank in banks if bank.folder is not None]
+    parents = {folder.parent for folder in folders}
+    in_memory = len(folders) < len(banks)
+    if in_memory or len(parents) != 1 or len({bank.stage for bank in banks}) != 1:
         raise InputError(f"{len(banks)} banks cannot be joined: give banks of one stage and folder")
     shards: dict[str, list[str]] = {}
-    for bank in banks:
+    for bank, folder in zip(banks, folders):
         for name, files in bank._shards.items():
-            shards.setdefault(name, []).extend(f"{bank.folder.name}/{file}" for file in files)
+            shards.setdefault(name, []).extend(f"{folder.name}/{file}" for file in files)
     lengths = [length for bank in banks for length in bank.lengths]
-    return StateBank(banks[0].stage, folders.pop(), lengths=lengths, _shards=shards)
+    return StateBank(banks[0].stage, parents.pop(), lengths=lengths, _shards=shards)
 
 
 @contextmanager
@@ -179,7 +185,7 @@ def capture(
 
     Args:
         model: a decoder.
-        stage: "post_rope": as attention sees them; "pre_rope": the output of the key (query) norm,
+        stage: "post_rope": as attention reads them; "pre_rope": the output of the key (query) norm,
             or of the projection where there is none. RoPE does not touch values: they are the same
             at both stages.
         states: what to record: some of "keys", "queries" and "values".
@@ -210,8 +216,10 @@ def capture(
     bank = StateBank(stage, folder, shard_tokens, dtype)
     recorder = _Recorder(bank, layers)
     kinds = [kind for kind in STATE_KINDS if kind in states]
-    at_projection = [kind for kind in kinds if stage == "pre_rope" and kind != "values"]
-    at_attention = [kind for kind in kinds if kind not in at_projection]
+    at_projection: list[StateKind] = [
+        kind for kind in kinds if stage == "pre_rope" and kind != "values"
+    ]
+    at_attention: list[StateKind] = [kind for kind in kinds if kind not in at_projection]
     with ExitStack() as contexts:
         contexts.enter_context(recorder.watch_inputs(model))
         if at_attention:
@@ -279,7 +287,9 @@ class _Recorder:
                 letter = kind[0]  # k_norm and k_proj for keys, q_norm and q_proj for queries
                 source = getattr(layer, f"{letter}_norm", None) or getattr(layer, f"{letter}_proj")
 
-                def record(module, args, output, *, kind=kind, layer=layer):
+                def record(
+                    module, args, output, *, kind: StateKind = kind, layer: Any = layer
+                ) -> None:
                     heads = output.reshape(*self.is_token.shape, -1, layer.head_dim)
                     self._record(kind, layer.layer_idx, heads.transpose(1, 2))
 

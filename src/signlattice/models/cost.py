@@ -39,7 +39,7 @@ MILESTONES = (50, 200, 500)
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU in its computer: what the makers' data sheets say, and two assumptions.
+    """A GPU in its computer: rates of the makers' data sheets, and two assumptions.
 
     Attributes:
         device: memory bandwidth, and half-precision operations per second.
@@ -63,7 +63,7 @@ class Machine:
             raise InputError(f"{self}: expected rates above 0 and an efficiency of at most 1")
 
     def gradient_rate(self, dim: int) -> float:
-        """Operations per second of a gradient on fp32 keys [N, dim]."""
+        """Return the operations per second of a gradient on fp32 keys [N, dim]."""
         return self.tf32 / 3 if dim <= KERNEL_DIM else self.fp32
 
 
@@ -96,11 +96,11 @@ class Keys:
         return self.n_layers * self.n_heads
 
     def n_bytes(self, itemsize: int = HALF) -> int:
-        """Bytes of all keys; a number takes ``itemsize``."""
+        """Compute the bytes of all keys; a number takes ``itemsize``."""
         return self.rotations * self.n_tokens * self.dim * itemsize
 
     def state_bytes(self, itemsize: int = SINGLE) -> int:
-        """Bytes of all solvers' states: a rotation and a velocity [d, d] each."""
+        """Compute the bytes of all solvers' states: a rotation and a velocity [d, d] each."""
         return self.rotations * 2 * self.dim**2 * itemsize
 
     @property
@@ -135,58 +135,61 @@ class Schedule:
     @property
     def judged(self) -> int:
         """Times that beta of all keys is computed: at the points of the trace, and at the end."""
-        seen = {0, self.warm_steps, self.annealed, self.total, *MILESTONES}
-        seen |= set(range(0, self.total, self.trace_every))
-        return len([step for step in seen if step <= self.total]) + 1
+        points = {0, self.warm_steps, self.annealed, self.total, *MILESTONES}
+        points |= set(range(0, self.total, self.trace_every))
+        return len([step for step in points if step <= self.total]) + 1
 
     def batch_of(self, n_tokens: int) -> int:
-        """Keys of a step before the polish: batches are made equal."""
+        """Compute the keys of a step before the polish: batches are of equal size."""
         return math.ceil(n_tokens / max(1, n_tokens // self.batch))
 
     def keys_read(self, n_tokens: int) -> int:
-        """Keys that training one rotation reads, each counted as often as it is read."""
+        """Count the keys that training one rotation reads, each as often as it is read."""
         passes = self.polish_steps + self.judged
         return self.annealed * self.batch_of(n_tokens) + passes * n_tokens
 
 
 def model_bytes(parameters: int, itemsize: int = HALF) -> int:
-    """Bytes of a model's weights in memory."""
+    """Compute the bytes of a model's weights in memory."""
     return parameters * itemsize
 
 
 def capture_flops(active: int, n_tokens: int) -> int:
-    """Of reading a text: a multiply-add per active parameter and token, attention left out."""
+    """Count operations of reading a text: a multiply-add per active parameter and token.
+
+    Attention is left out.
+    """
     return 2 * active * n_tokens
 
 
 def step_flops(n_keys: int, dim: int) -> int:
-    """Of a gradient on ``n_keys`` keys [d]: Y = X Rᵀ, and slope(Y)ᵀ X."""
+    """Count operations of a gradient on ``n_keys`` keys [d]: Y = X Rᵀ, and slope(Y)ᵀ X."""
     return 4 * n_keys * dim**2
 
 
 def matrix_flops(schedule: Schedule, dim: int, polar: float = POLAR, turn: float = TURN) -> float:
-    """Of what training does with [d, d] matrices alone, for one rotation."""
+    """Count operations that training does with [d, d] matrices alone, for one rotation."""
     return (schedule.total * polar + schedule.annealed * turn) * dim**3
 
 
 def gradient_flops(schedule: Schedule, n_tokens: int, dim: int) -> int:
-    """Of all gradients that training one rotation takes: on batches, and on all keys [N, d]."""
+    """Count operations of all gradients of one rotation: on batches, and on all keys [N, d]."""
     batches = schedule.annealed * step_flops(schedule.batch_of(n_tokens), dim)
     return batches + schedule.polish_steps * step_flops(n_tokens, dim)
 
 
 def beta_flops(schedule: Schedule, n_tokens: int, dim: int) -> int:
-    """Of beta of all keys [N, d] as often as training one rotation computes it: a product each."""
+    """Count operations of beta of all keys [N, d], a product each time it is computed."""
     return schedule.judged * 2 * n_tokens * dim**2
 
 
 def key_flops(schedule: Schedule, n_tokens: int, dim: int) -> int:
-    """Of all that training does with keys [N, d], for one rotation."""
+    """Count operations that training does with keys [N, d], for one rotation."""
     return gradient_flops(schedule, n_tokens, dim) + beta_flops(schedule, n_tokens, dim)
 
 
 def training_flops(schedule: Schedule, keys: Keys) -> float:
-    """Of learning all rotations."""
+    """Count operations of learning all rotations."""
     per_rotation = key_flops(schedule, keys.n_tokens, keys.dim) + matrix_flops(schedule, keys.dim)
     return keys.rotations * per_rotation
 

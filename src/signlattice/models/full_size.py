@@ -1,8 +1,8 @@
-"""Models of full size, by their name on the hub or by their folder, and what they will take.
+"""Load models of full size, by name on the hub or by folder, and estimate what they will take.
 
-Everything is said before a weight is fetched: ``signlattice estimate Gemma-4-E2B`` prints it. Only
-safetensors are read, and no code of a repository is run. Of a model that also sees or hears, the
-text decoder alone is loaded.
+The estimate comes before a parameter is fetched: ``signlattice estimate Gemma-4-E2B`` prints it.
+Only safetensors are read, and no code of a repository is run. Of a model for images or sound too,
+the text decoder alone is loaded.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate.utils import get_max_memory
@@ -46,7 +47,7 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"}
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-# Where a model of several senses keeps its text decoder, and where the decoder alone has it.
+# Prefixes of the text decoder in a multimodal checkpoint, and in one of the decoder alone.
 _TEXT_WEIGHTS = {
     r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
     r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
@@ -56,7 +57,7 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found of a model, and what loading and measuring it takes.
+    """Files and shapes of a model, and what loading and measuring it takes.
 
     Attributes:
         name: as it was asked for.
@@ -89,7 +90,7 @@ class Preflight:
 
     @property
     def model_id(self) -> str:
-        """What a record names as its model: repository and commit, or the folder."""
+        """Name of the model in a record: repository and commit, or the folder."""
         return f"{self.repository}@{self.revision}" if self.repository else self.name
 
     def key_bytes(self, n_tokens: int) -> int:
@@ -131,19 +132,25 @@ class Preflight:
 
 
 def _hours(active: int, groups: list[cost.Keys], machine: cost.Machine, n_gpus: int) -> float:
-    """Capture, once, and learning of every head."""
+    """Estimate the hours of one capture, and of learning every head."""
     total = 0.0
     for place, keys in enumerate(groups):
-        config = LearnConfig().resolved(keys.dim)
-        schedule = cost.Schedule(
-            config.warm_steps, config.steps, config.batch, config.polish_steps, config.trace_every
-        )
-        total += cost.hours(0 if place else active, keys, schedule, machine, n_gpus).total
+        total += cost.hours(
+            0 if place else active, keys, _schedule(keys.dim), machine, n_gpus
+        ).total
     return total
 
 
+def _schedule(dim: int) -> cost.Schedule:
+    config = LearnConfig().resolved(dim)
+    steps, warm_steps, batch = config.steps, config.warm_steps, config.batch
+    # `resolved` leaves no None
+    assert steps is not None and warm_steps is not None and batch is not None
+    return cost.Schedule(warm_steps, steps, batch, config.polish_steps, config.trace_every)
+
+
 def record_name(name: str) -> str:
-    """A word for the record of a model, from its name or folder: letters, digits, ``._-``."""
+    """Make a word for the record of a model from its name or folder: letters, digits, ``._-``."""
     word = re.sub(r"[^\w.-]+", "--", name.strip().rstrip("/").removeprefix("./")).strip("-.")
     if not word:
         raise InputError(f"model {name!r}: give a name on the hub or a folder")
@@ -158,8 +165,9 @@ def preflight(
     context: int | None = None,
     device_map: str = "auto",
 ) -> Preflight:
-    """Find a model and see that it can be loaded; of a model on the hub only the configuration is
-    fetched.
+    """Find a model and check that it can be loaded.
+
+    Of a model on the hub only the configuration is fetched.
 
     Args:
         name: one of the paper's models (`minis.PAPER_MODELS`), another name on the hub, or the
@@ -187,7 +195,7 @@ def preflight(
     else:
         repository = source
         where, commit, files, to_fetch = _on_hub(repository, revision)
-    config = _text_config(where or repository, commit, name)
+    config = _text_config(where or source, commit, name)
     context = _context(context, config, name)
     chosen = _dtype(dtype, config)
     skeleton = _skeleton(config)
@@ -233,18 +241,20 @@ def load_full(
         >>> loaded.head_dim
         64
     """
-    found = preflight(name, revision=revision, dtype=dtype, context=context, device_map=device_map)
-    folder = found.folder or _fetched(found)
+    checked = preflight(
+        name, revision=revision, dtype=dtype, context=context, device_map=device_map
+    )
+    folder = checked.folder or _fetched(checked)
     check_checkpoint(folder)
-    return _loaded(found, folder, device_map)
+    return _loaded(checked, folder, device_map)
 
 
-def _loaded(found: Preflight, folder: Path, device_map: str) -> LoadedModel:
+def _loaded(checked: Preflight, folder: Path, device_map: str) -> LoadedModel:
     with no_progress_bar():
-        model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(found.config)].from_pretrained(
+        model, report = _class_of(checked.config).from_pretrained(
             folder,
-            config=found.config,
-            dtype=found.dtype,
+            config=checked.config,
+            dtype=checked.dtype,
             device_map=device_map,
             use_safetensors=True,
             trust_remote_code=False,
@@ -253,11 +263,15 @@ def _loaded(found: Preflight, folder: Path, device_map: str) -> LoadedModel:
         )
     if missing := sorted(report["missing_keys"]):
         raise IntegrityError(
-            f"{found.name} lacks {len(missing)} weights of its decoder, {missing[0]} among them: "
+            f"{checked.name} lacks {len(missing)} weights of its decoder, {missing[0]} among them: "
             "fetch the checkpoint again"
         )
     digest = weights_hash(folder)
-    return LoadedModel(found.model_id, model.eval(), _tokenizer(folder), digest, found.context)
+    return LoadedModel(checked.model_id, model.eval(), _tokenizer(folder), digest, checked.context)
+
+
+def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -274,28 +288,27 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _on_hub(name: str, revision: str | None) -> tuple[Path | None, str, tuple[str, ...], int]:
-    """(folder if all is in the cache, commit, files, bytes to fetch)."""
+    """Return (folder if all is in the cache, commit, files, bytes to fetch)."""
     try:
-        found = hub.resolve(name, revision)
+        repository = hub.resolve(name, revision)
     except hub.Unreachable as unreachable:
         try:
             folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
         except (LocalEntryNotFoundError, ValueError):
             raise unreachable from None
         return folder, folder.name, check_checkpoint(folder), 0
-    files = _needed(name, found.sizes)
-    cached = [try_to_load_from_cache(name, file, revision=found.revision) for file in files]
-    to_fetch = sum(
-        found.sizes[file] for file, path in zip(files, cached) if not isinstance(path, str)
-    )
-    if all(isinstance(path, str) for path in cached):
-        folder = Path(cached[0]).parent
-        return folder, found.revision, check_checkpoint(folder), 0
-    return None, found.revision, files, to_fetch
+    sizes, commit = repository.sizes, repository.revision
+    files = _needed(name, sizes)
+    in_cache = {file: try_to_load_from_cache(name, file, revision=commit) for file in files}
+    cached = {file: path for file, path in in_cache.items() if isinstance(path, str)}
+    if len(cached) == len(files):
+        folder = Path(cached[files[0]]).parent
+        return folder, commit, check_checkpoint(folder), 0
+    return None, commit, files, sum(sizes[file] for file in files if file not in cached)
 
 
 def _needed(name: str, sizes: dict[str, int]) -> tuple[str, ...]:
-    """Weights, configuration and tokenizer: other formats lie beside them, or in folders."""
+    """List weights, configuration and tokenizer: other formats lie beside them, or in folders."""
     top = sorted(file for file in sizes if "/" not in file)
     _check_formats(name, top)
     small = [f for f in top if re.search(r"\.(json|txt|model|jinja|tiktoken)$", f)]
@@ -321,17 +334,17 @@ def _check_formats(name: str, files: list[str]) -> None:
     raise InputError(f"no model*.safetensors in {name}: give a checkpoint in safetensors")
 
 
-def _fetched(found: Preflight) -> Path:
-    with hub.refusals(found.repository, found.revision):
+def _fetched(checked: Preflight) -> Path:
+    repository, commit = checked.repository, checked.revision
+    assert repository is not None  # what is no folder is on the hub
+    with hub.refusals(repository, commit):
         return Path(
-            snapshot_download(
-                found.repository, revision=found.revision, allow_patterns=list(found.files)
-            )
+            snapshot_download(repository, revision=commit, allow_patterns=list(checked.files))
         )
 
 
 def check_checkpoint(folder: Path) -> tuple[str, ...]:
-    """The files of a checkpoint folder, after a look at the header of every shard.
+    """List the files of a checkpoint folder, after a check of the header of every shard.
 
     Raises ``InputError`` if it holds no safetensors or no tokenizer, ``IntegrityError`` naming the
     file that is damaged, cut short, or named by the index and not there.
@@ -369,7 +382,7 @@ def _indexed(index: Path) -> set[str]:
 
 
 def _text_config(source: Path | str, revision: str | None, name: str) -> PreTrainedConfig:
-    """The configuration of the text decoder."""
+    """Read the configuration of the text decoder."""
     try:
         with hub.refusals(str(source), revision):
             plain, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
@@ -411,11 +424,11 @@ def _context(context: int | None, config: PreTrainedConfig, name: str) -> int:
 
 def _dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> torch.dtype:
     if dtype == "auto":
-        return config.dtype or torch.float32
-    found = DTYPES.get(dtype, dtype)
-    if found not in DTYPES.values():
+        return cast(torch.dtype | None, config.dtype) or torch.float32  # no word, once it is read
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in DTYPES.values():
         raise InputError(f"dtype={dtype!r}: choose auto, {', '.join(DTYPES)}")
-    return found
+    return chosen
 
 
 def _word(dtype: torch.dtype) -> str:
@@ -423,13 +436,13 @@ def _word(dtype: torch.dtype) -> str:
 
 
 def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without its weights."""
+    """Build the model without its parameters."""
     with torch.device("meta"):
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        return _class_of(config)(config)
 
 
 def _parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """(all, those that every token is multiplied with): a table is looked up, not multiplied."""
+    """Count all, and those that a token is multiplied with: a table is only looked up."""
     config = model.config
     n_experts = _first(config, "num_experts", "num_local_experts", "n_routed_experts")
     chosen = _first(config, "num_experts_per_tok", "top_k_experts")
@@ -460,7 +473,7 @@ def _key_groups(model: PreTrainedModel) -> tuple[tuple[int, int, int], ...]:
     return tuple((count, *shape) for shape, count in counts.items())
 
 
-# Whether there is room.
+# Checks of disk and memory.
 
 
 def _check_disk(name: str, needed: int) -> None:
@@ -485,7 +498,7 @@ def _check_memory(name: str, needed: int, dtype: torch.dtype, device_map: str) -
 
 
 def _free_memory(device_map: str) -> int:
-    """Bytes free where ``device_map`` may put weights."""
+    """Return the bytes free where ``device_map`` may put parameters."""
     free = get_max_memory()
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         return sum(free.values())
@@ -493,4 +506,4 @@ def _free_memory(device_map: str) -> int:
     key = "cpu" if kind == "cpu" else int(place or 0)
     if key not in free:
         raise InputError(f"device_map={device_map!r}: there is no such device, use 'auto'")
-    return free[key]
+    return int(free[key])

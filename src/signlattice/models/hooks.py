@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,19 +34,20 @@ _active_hook: ContextVar[AttentionHook | None] = ContextVar("signlattice_hook", 
 
 
 class AttendableKV(Protocol):
-    """What a cache of this library returns in the place of keys and of values."""
+    """Keys and values of a cache of this library, which attends to them itself."""
 
     def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None) -> Tensor:
         """Attend from queries [B, Hq, T, D] to the cached tokens: [B, Hq, T, Dv].
 
-        ``mask``: bool [B, 1, T, n], true where a query may look, of the last n tokens; None is
+        ``mask``: bool [B, 1, T, n], true where a query may attend, of the last n tokens; None is
         causal.
         """
+        ...
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """What one layer of a decoder attends with.
+    """Shapes and scaling of the attention of one decoder layer.
 
     Attributes:
         index: of the layer.
@@ -55,7 +56,7 @@ class AttentionLayer:
         n_query_heads: query heads, a multiple of them.
         head_dim: coordinates of a key.
         scaling: what multiplies the scores: 1/sqrt(D) in most models, 1 in some.
-        window: a query sees itself and the window - 1 tokens before it; None sees all before.
+        window: a query attends to itself and window - 1 tokens before; None: to all before.
         softcap: c of the scores ``c tanh(s/c)``; None leaves them.
         sinks: whether a learned logit takes part in the softmax.
     """
@@ -72,16 +73,16 @@ class AttentionLayer:
 
     @property
     def owns_keys(self) -> bool:
-        """Whether its keys are its own."""
+        """True where it does not read the keys of another layer."""
         return self.source == self.index
 
     @property
     def mean_cancels(self) -> bool:
-        """Whether softmax is blind to a static mean that all keys have lost."""
+        """True where softmax cancels a static mean that was subtracted from all keys."""
         return self.softcap is None and not self.sinks
 
     def log_weights(self, products: Tensor) -> Tensor:
-        """Turn inner products [..., T, T] of queries and keys into log attention weights.
+        """Compute log attention weights from inner products [..., T, T] of queries and keys.
 
         The T queries and T keys are those of the same tokens. A sink logit is left out: the weights
         are those among the tokens.
@@ -111,8 +112,8 @@ def attention_layers(model: PreTrainedModel) -> dict[int, AttentionLayer]:
         raise InputError(f"{type(model).__name__} has no decoder attention: give a causal model")
     config = model.config.get_text_config(decoder=True)
     layers: dict[int, AttentionLayer] = {}
-    for module in sorted(modules, key=lambda module: module.layer_idx):
-        index = module.layer_idx
+    for module in sorted(modules, key=_layer_index):
+        index = _layer_index(module)
         n_query_heads = config.num_attention_heads
         layers[index] = AttentionLayer(
             index=index,
@@ -120,7 +121,7 @@ def attention_layers(model: PreTrainedModel) -> dict[int, AttentionLayer]:
             n_heads=n_query_heads // getattr(module, "num_key_value_groups", 1),
             n_query_heads=n_query_heads,
             head_dim=_head_dim(module, config.hidden_size // n_query_heads),
-            scaling=module.scaling,
+            scaling=cast(float, module.scaling),
             window=_window(module, config),
             softcap=getattr(module, "attn_logit_softcapping", None),
             sinks=getattr(module, "sinks", None) is not None,
@@ -128,31 +129,35 @@ def attention_layers(model: PreTrainedModel) -> dict[int, AttentionLayer]:
     return layers
 
 
+def _layer_index(module: nn.Module) -> int:
+    return cast(int, module.layer_idx)  # an attribute of the module's own, no tensor
+
+
 def _head_dim(module: nn.Module, otherwise: int) -> int:
-    """Coordinates of a key: latent attention (DeepSeek) has values of another size."""
+    """Return the coordinates of a key: latent attention (DeepSeek) has values of another size."""
     return getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", otherwise)
 
 
 def _key_source(module: nn.Module, modules: list[nn.Module]) -> int:
-    """Index of the layer whose keys this one reads.
+    """Return the index of the layer whose keys this one reads.
 
     A layer that shares keys reads those of the last layer of its kind that has its own.
     """
     if not getattr(module, "is_kv_shared_layer", False):
-        return module.layer_idx
+        return _layer_index(module)
     layer_type = getattr(module, "layer_type", None)
     return max(
-        other.layer_idx
+        _layer_index(other)
         for other in modules
         if getattr(other, "layer_type", None) == layer_type
         and not getattr(other, "is_kv_shared_layer", False)
-        and other.layer_idx < module.layer_idx
+        and _layer_index(other) < _layer_index(module)
     )
 
 
 def _window(module: nn.Module, config) -> int | None:
     layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and layer_types[module.layer_idx] != "sliding_attention":
+    if layer_types is not None and layer_types[_layer_index(module)] != "sliding_attention":
         return None
     return getattr(module, "sliding_window", getattr(config, "sliding_window", None))
 
@@ -167,6 +172,7 @@ def _forward_sdpa(
 ) -> tuple[Tensor, None]:
     if not isinstance(key, Tensor):
         return _token_major(key.attend(module, query, attention_mask)), None
+    assert isinstance(value, Tensor)  # a cache stands in for both
     query, key, value = _apply_hook(module, query, key, value)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
@@ -182,6 +188,7 @@ def _forward_eager(
     if not isinstance(key, Tensor):
         visible = None if attention_mask is None else attention_mask == 0
         return _token_major(key.attend(module, query, visible)), None
+    assert isinstance(value, Tensor)  # a cache stands in for both
     query, key, value = _apply_hook(module, query, key, value)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     return eager(module, query, key, value, attention_mask, **kwargs)
@@ -191,11 +198,11 @@ def _apply_hook(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) ->
     hook = _active_hook.get()
     if hook is None:
         return query, key, value
-    return hook(module.layer_idx, query, key, value)
+    return hook(_layer_index(module), query, key, value)
 
 
 def _token_major(output: Tensor) -> Tensor:
-    """[B, Hq, T, Dv] as transformers wants it: [B, T, Hq, Dv]."""
+    """Transpose [B, Hq, T, Dv] to what transformers expects, [B, T, Hq, Dv]."""
     return output.transpose(1, 2).contiguous()
 
 
@@ -210,7 +217,7 @@ AttentionMaskInterface.register(_EAGER, eager_mask)
 def attention_hook(model: PreTrainedModel, hook: AttentionHook) -> Iterator[None]:
     """Let ``model`` attend with what ``hook`` returns while the context is open.
 
-    Inside another such context the hook is given what the outer one returns. Models with a soft-cap
+    Inside another such context the hook gets what the outer one returns. Models with a soft-cap
     or sinks, which SDPA does not know, run their own eager attention. The attention implementation
     that was set before comes back at the end, also after an error.
 
@@ -219,16 +226,11 @@ def attention_hook(model: PreTrainedModel, hook: AttentionHook) -> Iterator[None
     config = model.config.get_text_config(decoder=True)
     implementation_before = config._attn_implementation
     attach_attention(model)
-    outer = _active_hook.get()
-
-    def after_outer(layer: int, query: Tensor, key: Tensor, value: Tensor) -> AttentionInputs:
-        return hook(layer, *outer(layer, query, key, value))
-
-    token = _active_hook.set(hook if outer is None else after_outer)
+    token = _active_hook.set(_after(_active_hook.get(), hook))
     try:
         yield
     finally:
-        model.set_attn_implementation(implementation_before)
+        model.set_attn_implementation(cast(str, implementation_before))
         _active_hook.reset(token)
 
 
@@ -239,6 +241,12 @@ def on_keys(change: Callable[[int, Tensor], Tensor]) -> AttentionHook:
         return query, change(layer, key), value
 
     return hook
+
+
+def _after(outer: AttentionHook | None, inner: AttentionHook) -> AttentionHook:
+    if outer is None:
+        return inner
+    return lambda layer, *inputs: inner(layer, *outer(layer, *inputs))
 
 
 def attach_attention(model: PreTrainedModel) -> None:

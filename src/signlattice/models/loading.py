@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import (
@@ -56,17 +57,18 @@ class LoadedModel:
 
     @property
     def first_token(self) -> int:
-        """What a text begins with: the tokenizer's beginning of text, or else its end of text."""
+        """Token that begins a text: the tokenizer's beginning of text, or else its end of text."""
         marks = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        return next((mark for mark in marks if mark is not None), 0)
+        return cast(int, next((mark for mark in marks if mark is not None), 0))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, no special tokens added."""
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        """Return the token ids of each text, no special tokens added."""
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
+        return cast(list[list[int]], encoded["input_ids"])
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over the weights of a checkpoint, ``model*.safetensors``, in name order."""
+    """Compute SHA-256 over the weights of a checkpoint, ``model*.safetensors``, by name."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise IntegrityError(f"no model*.safetensors in {folder}: not a checkpoint folder")
@@ -101,10 +103,10 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
             f"unknown model {str(name)!r}: choose one of {', '.join(MINIS)}, "
             "or give the folder of a transformers checkpoint"
         )
-    found = weights_hash(folder)
-    if named and found != (expected := expected_hash(folder)):
+    digest = weights_hash(folder)
+    if named and digest != (expected := expected_hash(folder)):
         raise IntegrityError(
-            f"the checkpoint of {name} hashes to {found[:12]}…, its record says {expected[:12]}…: "
+            f"the checkpoint of {name} hashes to {digest[:12]}…, its record says {expected[:12]}…: "
             f"restore it with `git checkout {display_path(folder)}`"
         )
     with no_progress_bar():
@@ -114,11 +116,12 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     _group_experts(model)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 2048)
-    return LoadedModel(str(name), model.eval().to(device), tokenizer, found, context)
+    model.eval().to(torch.device(device))
+    return LoadedModel(str(name), model, tokenizer, digest, context)
 
 
 def expected_hash(folder: Path) -> str:
-    """The hash the training wrote beside the checkpoint. Raises ``IntegrityError`` if absent."""
+    """Return the hash that training recorded. Raises ``IntegrityError`` if it is absent."""
     file = folder / "training.json"
     try:
         return json.loads(file.read_text())["weights_hash"]

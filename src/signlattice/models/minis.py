@@ -26,7 +26,7 @@ class ModelSpec:
     steps: int = 1800
 
     def build(self) -> PreTrainedModel:
-        """The untrained model; its weights follow torch's global seed."""
+        """Build the untrained model; its weights follow torch's global seed."""
         config = AutoConfig.for_model(
             self.model_type,
             vocab_size=self.vocab_size,
@@ -76,7 +76,7 @@ _GEMMA4 = dict(
     final_logit_softcapping=30.0,
     vocab_size_per_layer_input=2048,
 )
-"""What the three have in common: wider heads on the layers that see the whole context."""
+"""What the three have in common: wider heads on the layers that attend to the whole context."""
 
 _PER_LAYER = dict(hidden_size_per_layer_input=16, num_kv_shared_layers=2)
 """The two dense ones feed an embedding into each layer, and the last layers reuse earlier keys."""
@@ -129,7 +129,7 @@ MINIS = {
 
 
 def spec(name: str) -> ModelSpec:
-    """The mini of that name. Raises ``InputError`` if there is none."""
+    """Return the mini of that name. Raises ``InputError`` if there is none."""
     if name not in MINIS:
         raise InputError(
             f"unknown model {name!r}: choose one of {', '.join(MINIS)}, or give a folder"

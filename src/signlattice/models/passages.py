@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Passage:
 def passages(
     loaded: LoadedModel, documents: Sequence[Document], per_document: int | None = None
 ) -> list[Passage]:
-    """Documents cut into windows of the model's context, after the token that begins a text.
+    """Cut documents into windows of the model's context, after the token that begins a text.
 
     ``per_document`` keeps the first so many windows of each document; None keeps all.
     Raises ``InputError`` if nothing is left.
@@ -39,7 +40,7 @@ def passages(
     for document, ids in zip(documents, tokens):
         whole = torch.tensor([loaded.first_token, *ids])
         for window in windows(whole, loaded.context)[:per_document]:
-            text = loaded.tokenizer.decode(window[1:].tolist())
+            text = cast(str, loaded.tokenizer.decode(window[1:].tolist()))
             cut.append(Passage(document.path, window, len(text.encode())))
     if not cut:
         raise InputError("no text to evaluate on: give documents of two tokens or more")
@@ -47,13 +48,13 @@ def passages(
 
 
 def spread(pieces: Sequence[Passage], most: int) -> list[Passage]:
-    """At most so many, evenly from the whole."""
+    """Take ``most`` pieces or fewer, evenly from the whole."""
     most = min(most, len(pieces))
     return [pieces[i * len(pieces) // most] for i in range(most)]
 
 
 def take_tokens(pieces: Sequence[Passage], n_tokens: int) -> list[Passage]:
-    """Passages from all over the text, of ``n_tokens`` or a little more in all."""
+    """Take passages from all over the text, of ``n_tokens`` or a little more in all."""
     total = sum(len(piece.ids) for piece in pieces)
     return spread(pieces, math.ceil(len(pieces) * n_tokens / total))
 
@@ -61,7 +62,7 @@ def take_tokens(pieces: Sequence[Passage], n_tokens: int) -> list[Passage]:
 def batches(
     pieces: Sequence[Passage], size: int = BATCH
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """``(indices, input ids, attention mask)`` [B, T], like lengths together, padded right."""
+    """Yield (indices, input ids, attention mask) [B, T], like lengths together, padded right."""
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i].ids))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]

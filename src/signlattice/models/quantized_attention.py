@@ -49,9 +49,9 @@ def quantized_attention(
     values: Codes | None = None,
     queries: Mapping[int, QueryCode] | None = None,
 ) -> Iterator[VectorCount]:
-    """Let attention see states only through their quantizers while the context is open.
+    """Let attention read states only through their quantizers while the context is open.
 
-    No token stays in full precision. A layer that reads the keys and values of another sees them
+    No token stays in full precision. A layer that reads the keys and values of another reads them
     through that layer's quantizers; ``queries`` are by the layer that asks. Where there is nothing
     to quantize the model runs as it is.
 
