@@ -100,9 +100,11 @@ class AblationLab(Lab[AblationConfig, Case]):
     """
 
     def cases(self) -> list[Case]:
+        """List the cases that are measured."""
         return cases(self.config)
 
     def measure(self, case: Case) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         codec = self.codec(case)
         losses = token_losses(self.loaded, self.passages, codec, self._exact_logits)
         arrays = {name: getattr(losses, name).tolist() for name in ("nll", "kl", "agree")}
@@ -110,6 +112,7 @@ class AblationLab(Lab[AblationConfig, Case]):
         return {"rows": [self._row(case, codec, losses)], "losses": per_passage}
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {"rows": tables["rows"], "ceilings": self._ceilings()}
 
     def losses(self, case: Case) -> TokenLosses:

@@ -129,14 +129,17 @@ class CacheLab(Lab[CacheLabConfig, Case]):
     """
 
     def cases(self) -> list[Case]:
+        """List the cases that are measured."""
         return cases(self.loaded, self.config)
 
     def measure(self, case: Case) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         codec = _with_rule(self.codecs[case.codec], case.rule) if case.codec else None
         row = self.judge.row(codec, case.cache, with_needles=case.with_needles)
         return {"caches": [{"codec": case.codec, "rule": case.rule, **row}]}
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {
             "exact": [self.judge.exact_row()],
             "caches": _filled(tables["caches"]),
@@ -148,6 +151,7 @@ class CacheLab(Lab[CacheLabConfig, Case]):
 
     @cached_property
     def judge(self) -> Judge:
+        """Judge caches by what the model says through them."""
         return Judge(self.loaded, self.text.evaluation, self.text.calibration, self.config.quality)
 
     @cached_property

@@ -122,6 +122,7 @@ class ConvergenceLab(Lab[ConvergenceConfig, TableCase]):
     """
 
     def cases(self) -> list[TableCase]:
+        """List the cases that are measured."""
         config = self.config
         arguments = {
             "runs": itertools.product(self.sets, SOLVERS),
@@ -133,9 +134,11 @@ class ConvergenceLab(Lab[ConvergenceConfig, TableCase]):
         return [TableCase(table, given) for table, each in arguments.items() for given in each]
 
     def measure(self, case: TableCase) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         return getattr(self, case.table)(*case.arguments)
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {**tables, "codes": second_code(self.points)}
 
     def runs(self, name: str, solver: str) -> Tables:

@@ -157,9 +157,11 @@ class GaugeLab(Lab[GaugeConfig, Case]):
     """
 
     def cases(self) -> list[Case]:
+        """List the cases that are measured."""
         return cases(self.config)
 
     def measure(self, case: Case) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         codes = self.codes(case)
         heads = self.comparison.heads(codes)
         name = asdict(case)
@@ -182,6 +184,7 @@ class GaugeLab(Lab[GaugeConfig, Case]):
         return tables
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {
             "exact": [self.comparison.exact_row()],
             "rows": tables["rows"],
@@ -192,10 +195,12 @@ class GaugeLab(Lab[GaugeConfig, Case]):
 
     @cached_property
     def comparison(self) -> Comparison:
+        """Compare codes on the model by its losses and heads."""
         return Comparison(self.loaded, self.text, self.config.comparison, self.scratch)
 
     @cached_property
     def judge(self) -> Judge:
+        """Judge caches by what the model says through them."""
         return Judge(self.loaded, self.text.evaluation, self.text.calibration, self.config.quality)
 
     def _cache(self, codes: Codes) -> SimulatedCache:

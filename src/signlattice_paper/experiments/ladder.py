@@ -233,9 +233,11 @@ class LadderLab(Lab[LadderConfig, LadderEntry]):
     """
 
     def cases(self) -> list[LadderEntry]:
+        """List the cases that are measured."""
         return ladder_entries(self.loaded, self.config)
 
     def measure(self, case: LadderEntry) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         caches = case.make(self)
         quality = self.judge.judged(caches.new_cache, step=case.step)
         layers = compressible_layers(self.loaded).values()
@@ -258,10 +260,12 @@ class LadderLab(Lab[LadderConfig, LadderEntry]):
         return {"ladder": [row | {name: quality[name] for name in QUALITY}]}
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {"exact": [self.judge.exact_row()], "ladder": with_pareto(tables["ladder"])}
 
     @cached_property
     def judge(self) -> Judge:
+        """Judge caches by what the model says through them."""
         return Judge(self.loaded, self.text.evaluation, self.text.calibration, self.config.quality)
 
     @cached_property

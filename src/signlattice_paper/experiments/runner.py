@@ -47,6 +47,7 @@ class ProgressBar(tqdm):
         super().__init__(desc=name, total=total, mininterval=10)
 
     def __call__(self, part: str) -> None:
+        """Advance the bar by one part."""
         self.update()
 
 

@@ -187,9 +187,11 @@ class SecondLab(Lab[SecondConfig, Case]):
     """
 
     def cases(self) -> list[Case]:
+        """List the cases that are measured."""
         return cases(self.config)
 
     def measure(self, case: Case) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         described = self.described(case)
         keys, values = self.keys(case), self.values(case.value_bits)
         losses = self.comparison.row(str(case), keys, values)
@@ -206,6 +208,7 @@ class SecondLab(Lab[SecondConfig, Case]):
         return tables
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {
             "exact": [self.comparison.exact_row()],
             **tables,
@@ -214,6 +217,7 @@ class SecondLab(Lab[SecondConfig, Case]):
 
     @cached_property
     def comparison(self) -> Comparison:
+        """Compare codes on the model by its losses and heads."""
         return Comparison(self.loaded, self.text, self.config.comparison, self.scratch)
 
     @cached_property
@@ -225,6 +229,7 @@ class SecondLab(Lab[SecondConfig, Case]):
 
     @cached_property
     def judge(self) -> Judge:
+        """Judge caches by what the model says through them."""
         quality = QualityConfig(n_passages=self.config.comparison.n_passages, n_needles=1)
         return Judge(self.loaded, self.text.evaluation, self.text.calibration, quality)
 

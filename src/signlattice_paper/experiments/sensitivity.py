@@ -240,6 +240,7 @@ class SensitivityLab(Lab[SensitivityConfig, TableCase]):
             )
 
     def cases(self) -> list[TableCase]:
+        """List the cases that are measured."""
         config, n_tokens = self.config, self.source.n_tokens
         layers = tuple(coded_layers(self.loaded, config.calibrate))
         settings = {
@@ -253,9 +254,11 @@ class SensitivityLab(Lab[SensitivityConfig, TableCase]):
         return [TableCase(table, (each,)) for table, of in settings.items() for each in of]
 
     def measure(self, case: TableCase) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         return {case.table: list(getattr(self, case.table)(*case.arguments))}
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {**tables, "summary": summary(tables, self.config)}
 
     def calibration(self, per_dim: int) -> Iterator[Row]:

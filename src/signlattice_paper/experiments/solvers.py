@@ -74,6 +74,7 @@ class SolverLab(Lab[SolverConfig, TableCase]):
     """
 
     def cases(self) -> list[TableCase]:
+        """List the cases that are measured."""
         config = self.config
         arguments = {
             "traces": itertools.product(self.sets, SOLVERS),
@@ -83,9 +84,11 @@ class SolverLab(Lab[SolverConfig, TableCase]):
         return [TableCase(table, given) for table, each in arguments.items() for given in each]
 
     def measure(self, case: TableCase) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         return {case.table: getattr(self, case.table)(*case.arguments)}
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {"sets": describe(list(self.sets.values())), **tables}
 
     def traces(self, name: str, solver: str) -> list[Row]:

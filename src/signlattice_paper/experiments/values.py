@@ -168,6 +168,7 @@ class ValuesLab(Lab[ValuesConfig, TableCase]):
     """
 
     def cases(self) -> list[TableCase]:
+        """List the cases that are measured."""
         config, layers = self.config, self.comparison.layers
         sides = side_cases(config)
         arguments = {
@@ -181,9 +182,11 @@ class ValuesLab(Lab[ValuesConfig, TableCase]):
         return [TableCase(table, given) for table, each in arguments.items() for given in each]
 
     def measure(self, case: TableCase) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         return {case.table: list(getattr(self, case.table)(*case.arguments))}
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {"exact": [self.comparison.exact_row()], **tables}
 
     def rows(self, k: str, code: LevelSpec) -> Iterator[Row]:
@@ -267,6 +270,7 @@ class ValuesLab(Lab[ValuesConfig, TableCase]):
 
     @cached_property
     def comparison(self) -> Comparison:
+        """Compare codes on the model by its losses and heads."""
         return Comparison(self.loaded, self.text, self.config.comparison, self.scratch)
 
     @cached_property
