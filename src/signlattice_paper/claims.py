@@ -299,8 +299,10 @@ def _claim(entry: Any) -> Claim:
     for name in ("id", "section", "statement", "verdict", "finding", "chapter", "status"):
         if not isinstance(entry[name], str) or not entry[name].strip():
             raise InputError(f"{name} is {entry[name]!r}: use text")
-    value = entry["paper_value"]
-    return Claim(**entry | {"paper_value": tuple(value) if isinstance(value, list) else value})
+    known: dict[str, Any] = dict(entry)
+    if isinstance(known["paper_value"], list):
+        known["paper_value"] = tuple(known["paper_value"])
+    return Claim(**known)
 
 
 def _validate(claim: Claim, root: Path) -> None:

@@ -145,5 +145,8 @@ def _theorem(entry: Any, claims: Mapping[str, Claim], root: Path) -> Theorem:
             raise InputError(f"unknown in {name}: {unknown[0]!r}")
     if absent := [test for test in entry["tests"] if not (root / TESTS / test).is_file()]:
         raise InputError(f"its test {TESTS}/{absent[0]} does not exist")
-    lists = {"chapters": tuple(entry["chapters"]), "tests": tuple(entry["tests"])}
-    return Theorem(**entry | lists | {"claims": tuple(claims[each] for each in entry["claims"])})
+    known: dict[str, Any] = dict(entry)
+    known["claims"] = tuple(claims[each] for each in entry["claims"])
+    for name in ("chapters", "tests"):
+        known[name] = tuple(entry[name])
+    return Theorem(**known)

@@ -25,9 +25,9 @@ from signlattice.evaluation.perplexity import (
 from signlattice.models.capture import StateBank, calibration_keys, capture_passages
 from signlattice.models.hooks import attention_layers
 from signlattice.models.passages import Passage, passages
-from signlattice.quantizers.centering import CENTERING_METHODS, Centering
+from signlattice.quantizers.centering import CENTERING_METHODS, Centering, CenteringMethod
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.scales import SCALE_RULES
+from signlattice.quantizers.scales import SCALE_RULES, ScaleRule
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.factory import ROTATIONS, rotate_heads
 from signlattice_paper.experiments.runner import Lab, Tables
@@ -43,8 +43,8 @@ class AblationConfig:
     """
 
     rotations: tuple[str, ...] = ROTATIONS
-    centerings: tuple[str, ...] = CENTERING_METHODS
-    scale_rules: tuple[str, ...] = SCALE_RULES
+    centerings: tuple[CenteringMethod, ...] = CENTERING_METHODS
+    scale_rules: tuple[ScaleRule, ...] = SCALE_RULES
     temperatures: tuple[bool, ...] = (False, True)
     n_keys: int = 16384
     windows: int = 2
@@ -70,8 +70,8 @@ class Case:
     """A configuration of the code; ``temperature``: whether one is fitted per head."""
 
     rotation: str
-    centering: str
-    scale: str
+    centering: CenteringMethod
+    scale: ScaleRule
     temperature: bool
 
 
@@ -137,7 +137,7 @@ class AblationLab(Lab[AblationConfig, Case]):
         if case.temperature:
             taus = self.scratch.tensors(f"temperatures of {case}", self._temperatures, layers)
             layers = {i: replace(code, temperature=taus[i]) for i, code in layers.items()}
-        return KeyCodec(layers, self.loaded.weights_hash, self._provenance(case))
+        return KeyCodec(dict(layers), self.loaded.weights_hash, self._provenance(case))
 
     @cached_property
     def exact(self) -> TokenLosses:
@@ -243,7 +243,7 @@ class _Centred:
         return (head for heads in self.keys.values() for head in heads)
 
 
-def _centre(keys: Mapping[int, Tensor], method: str) -> _Centred:
+def _centre(keys: Mapping[int, Tensor], method: CenteringMethod) -> _Centred:
     code = {layer: Centering.fit(heads, method) for layer, heads in keys.items()}
     return _Centred(code, {layer: code[layer].split(heads)[0] for layer, heads in keys.items()})
 

@@ -19,6 +19,7 @@ from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.scales import SCALE_RULES
+from signlattice_paper.experiments.comparison import sign_codes
 from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.records import Row
 
@@ -176,12 +177,14 @@ def _filled(rows: Sequence[Row]) -> list[Row]:
 
 def _with_rule(codec: KeyCodec, rule: str) -> KeyCodec:
     """The same signs under another scale rule."""
-    layers = {index: replace(code, scale_rule=rule) for index, code in codec.layers.items()}
+    layers = {index: replace(code, scale_rule=rule) for index, code in sign_codes(codec).items()}
     return replace(codec, layers=layers)
 
 
 def _head_rows(name: str, codec: KeyCodec) -> Iterator[Row]:
-    for layer, heads in codec.calibration.beta.items():
+    calibration = codec.calibration
+    assert calibration is not None  # a learned codec says what it was learned on
+    for layer, heads in calibration.beta.items():
         for head, beta in enumerate(heads):
             yield {
                 "codec": name,
@@ -189,8 +192,8 @@ def _head_rows(name: str, codec: KeyCodec) -> Iterator[Row]:
                 "head": head,
                 "d": codec.layers[layer].head_dim,
                 "beta": beta,
-                "null_in_sample": codec.calibration.noise_null[0],
-                "null_held_out": codec.calibration.noise_null[1],
+                "null_in_sample": calibration.noise_null[0],
+                "null_held_out": calibration.noise_null[1],
             }
 
 

@@ -34,6 +34,7 @@ from signlattice.models.states import LayerStates, compressible_layers, read_sta
 from signlattice.quantizers.basis import LatticeConfig, query_metric
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice_paper.records import Row
 
 
@@ -201,7 +202,7 @@ class Comparison:
                     errors = head_errors(
                         readers[reader],
                         (query, seen.keys, seen.values),
-                        (coded, *sides),
+                        (coded, sides[0], sides[1]),
                         self.config.first_query,
                     )
                     found.setdefault((reader, source), []).append(errors)
@@ -290,3 +291,13 @@ def shipped_lattice(
         if not kept.exists():
             learn_codec(loaded, text, config).save(kept, bits=8)
         return KeyCodec.load(kept, loaded.weights_hash)
+
+
+def sign_codes(codec: KeyCodec) -> dict[int, SignQuantizer]:
+    """Return the layers of a codec of signs. Raises ``InputError`` if one has another quantizer."""
+    codes: dict[int, SignQuantizer] = {}
+    for index, code in codec.layers.items():
+        if not isinstance(code, SignQuantizer):
+            raise InputError(f"layer {index} has a {type(code).__name__}: use a codec of signs")
+        codes[index] = code
+    return codes

@@ -33,12 +33,17 @@ from signlattice.quantizers.gauge import (
     participation,
     weighted_itq,
 )
-from signlattice.quantizers.scales import SCALE_RULES
+from signlattice.quantizers.scales import SCALE_RULES, ScaleRule
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.factory import rotate_heads
 from signlattice.rotations.learned import learn_matrices
-from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig, shipped_lattice
+from signlattice_paper.experiments.comparison import (
+    Comparison,
+    ComparisonConfig,
+    shipped_lattice,
+    sign_codes,
+)
 from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.records import Row
 
@@ -69,7 +74,7 @@ class GaugeConfig:
 
     text: str = "corpus"
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
-    rules: tuple[str, ...] = ("unbiased", "mse")
+    rules: tuple[ScaleRule, ...] = ("unbiased", "mse")
     window: int = 60
     sinks: int = 4
     learn: LearnConfig = field(default_factory=LearnConfig)
@@ -89,7 +94,7 @@ class Case:
 
     gauge: str
     rotation: str
-    rule: str
+    rule: ScaleRule
 
 
 WINDOWED = (
@@ -292,7 +297,8 @@ class GaugeLab(Lab[GaugeConfig, Case]):
         """Load the codec of the model's file, or learn one."""
         kept = self.scratch.file("lattice", ".safetensors")
         codec = shipped_lattice(self.loaded, self.text, self.config.calibrate, kept)
-        return {i: codec.layers[i] for i in self._keys}
+        codes = sign_codes(codec)
+        return {i: codes[i] for i in self._keys}
 
 
 def _without(row: Row, names: tuple[str, ...]) -> Row:

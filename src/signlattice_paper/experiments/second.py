@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -280,7 +281,7 @@ class SecondLab(Lab[SecondConfig, Case]):
                     matrix,
                     seconds[index],
                     case.rule,
-                    case.first_rule,
+                    cast(ScaleRule, case.first_rule),  # every residual code has one
                     case.two_scales,
                     n_learned,
                 )
@@ -358,6 +359,7 @@ class SecondLab(Lab[SecondConfig, Case]):
         if training.solver != "annealed":
             return int(training.effort)
         learn = _annealing(next(iter(self.comparison.layers.values())).head_dim, training)
+        assert learn.steps is not None and learn.warm_steps is not None  # resolved
         return learn.steps + learn.warm_steps
 
     def _path(self) -> dict[int, _Learned]:
@@ -424,7 +426,7 @@ def verdict(rows: Sequence[Row]) -> Row:
             and (not second or row["second"] in second)
         )
 
-    signs = {"code": "signs", "rule": "unbiased"}
+    signs: dict[str, Any] = {"code": "signs", "rule": "unbiased"}
     base = least(**signs, solver="annealed", effort=1, more_keys=1)
     found = {
         "training": min(least(**signs, solver=name) for name in ("annealed", "gradient")),
@@ -442,6 +444,7 @@ def verdict(rows: Sequence[Row]) -> Row:
 
 def _annealing(d: int, training: Training) -> LearnConfig:
     own = LearnConfig().resolved(d)
+    assert own.steps is not None and own.warm_steps is not None  # resolved
     steps, warm_steps = (max(1, round(training.effort * n)) for n in (own.steps, own.warm_steps))
     return LearnConfig(steps=steps, warm_steps=warm_steps)
 

@@ -36,6 +36,7 @@ from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage, passages, take_tokens
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.rotations.fixed import srht
+from signlattice_paper.experiments.comparison import sign_codes
 from signlattice_paper.experiments.runner import Lab, TableCase, Tables
 from signlattice_paper.records import Row
 
@@ -62,7 +63,7 @@ _QUALITY = (
     "reduction",
     "n_packed",
 )
-_UNKNOWN = dict.fromkeys(("n_keys", "beta_in_sample", "null_in_sample", "null_held_out"))
+_UNKNOWN: Row = dict.fromkeys(("n_keys", "beta_in_sample", "null_in_sample", "null_held_out"))
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _cut(
 
 def exemptions(layers: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """List sets of layers to keep whole, by name; no two are equal, none is all."""
-    named = {"none": ()}
+    named: dict[str, tuple[int, ...]] = {"none": ()}
     named |= {str(layer): (layer,) for layer in layers}
     named["first and last"] = (layers[0], layers[-1])
     named |= {f"all but {layer}": tuple(i for i in layers if i != layer) for layer in layers}
@@ -355,8 +356,10 @@ class SensitivityLab(Lab[SensitivityConfig, TableCase]):
             config = replace(self.config.calibrate, code=code)
             learn_codec(self.loaded, self.text, config).save(file, bits=8)
         codec = KeyCodec.load(file, self.loaded.weights_hash)
-        inside, outside = codec.calibration.noise_null
-        known = {"n_keys": codec.calibration.n_keys}
+        calibration = codec.calibration
+        assert calibration is not None  # a learned codec says what it was learned on
+        inside, outside = calibration.noise_null
+        known: Row = {"n_keys": calibration.n_keys}
         known |= {"null_in_sample": inside, "null_held_out": outside}
         return _LearnedCodec(f"base {code}", code, codec, _UNKNOWN | known)
 
@@ -370,9 +373,9 @@ class SensitivityLab(Lab[SensitivityConfig, TableCase]):
                 code,
                 basis=torch.stack([srht(code.head_dim, next(drawn)) for _ in range(code.n_heads)]),
             )
-            for index, code in codec.layers.items()
+            for index, code in sign_codes(codec).items()
         }
-        codec = KeyCodec(layers, self.loaded.weights_hash)
+        codec = KeyCodec(dict(layers), self.loaded.weights_hash)
         return _LearnedCodec(f"srht {seed}", "srht", codec, _UNKNOWN)
 
     def _learned(self, source: _Source, per_dim: int, seed: int) -> Iterator[_LearnedCodec]:
