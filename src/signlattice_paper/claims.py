@@ -162,7 +162,7 @@ def value_table(claims: Sequence[Claim], ours: Mapping[str, str]) -> Markdown:
 
 
 def claim_box(claim: Claim) -> Markdown:
-    """What the paper says, to open a section of a chapter with."""
+    """Return what the paper says, to open a section of a chapter with."""
     lines = [f"**Claim {claim.number}** (paper, {claim.section}). {claim.statement}"]
     if claim.quote:
         lines.append(f"In the paper's words: “{claim.quote}”")
@@ -170,7 +170,7 @@ def claim_box(claim: Claim) -> Markdown:
 
 
 def verdict_box(claim: Claim) -> Markdown:
-    """What came of it, with the test and the record that say so, to close the section with."""
+    """Return the verdict with its test and record, to close the section with."""
     place = f'<span id="verdict-{claim.number}"></span>'
     lines = [f"{place}**Verdict on claim {claim.number}: {claim.verdict}.** {claim.finding}"]
     if sources := _sources(claim):

@@ -56,7 +56,7 @@ TIMES = ("run_times", "book")
 
 
 class NotebookError(RuntimeError):
-    """A cell failed or its kernel died; told in one line, and the file is as it was before."""
+    """A cell failed or its kernel died; explained in one line, and the file is as it was before."""
 
 
 def read(path: Path) -> NotebookNode:
@@ -170,7 +170,7 @@ def normalise_file(path: Path) -> bool:
 
 
 def problems(path: Path) -> tuple[str, ...]:
-    """What keeps a notebook from being published, one line each; none if it is ready.
+    """List what keeps a notebook from being published, one line each; none if ready.
 
     A published notebook is normalised, every code cell has run in order, and none has failed.
     """

@@ -84,7 +84,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What ran, on what, when, and what came out.
+    """Record what ran, on what, when, and what came out.
 
     ``metrics`` is a nested dictionary whose leaves are a `Metric` or a table (a tuple of rows with
     the same keys, each value a string, number, boolean or None). ``commit`` is None outside git;

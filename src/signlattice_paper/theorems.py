@@ -45,7 +45,7 @@ class Theorem:
 
     @property
     def verdict(self) -> str:
-        """Of the first claim, if the theorem is the paper's; ours are proved on the page."""
+        """Return the first claim's verdict if the theorem is the paper's; ours are proved."""
         return self.claims[0].verdict if self.origin == "paper" else PROVED
 
     @property

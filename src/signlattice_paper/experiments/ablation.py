@@ -36,7 +36,7 @@ from signlattice_paper.records import Row
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """What is crossed, and on how much text.
+    """Choose what is crossed, and on how much text.
 
     ``n_keys``: calibration keys per head. ``windows``: context windows read of each calibration and
     evaluation document. ``temperature_passages``: calibration passages for the temperature.
@@ -219,7 +219,7 @@ class AblationLab(Lab[AblationConfig, Case]):
         }
 
     def _provenance(self, case: Case) -> dict[str, str]:
-        """What a codec file says of how it was fitted."""
+        """Return what a codec file says of how it was fitted."""
         return {
             "rotation": case.rotation,
             "centering": case.centering,

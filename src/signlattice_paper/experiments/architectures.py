@@ -90,7 +90,7 @@ _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class ArchitectureConfig:
-    """What is measured of a model.
+    """Choose what is measured of a model.
 
     Attributes:
         text: to calibrate and evaluate on: a name or a path, as `texts.read_text` takes it.
@@ -187,7 +187,7 @@ def load(
 def estimate(
     name: str, config: ArchitectureConfig, revision: str = "", dtype: str = "auto"
 ) -> tuple[tuple[str, str], ...]:
-    """What a model of full size will take, in rows of (what, how much); none for a mini.
+    """Estimate the cost of a full-size model, in rows of (what, how much); none for a mini.
 
     Raises as `full_size.preflight` does.
     """
@@ -202,7 +202,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class Measured:
-    """What came of a run: tables of rows, the exact perplexity, and the codec that was learned.
+    """Hold the results of a run: tables of rows, the exact perplexity, and the learned codec.
 
     ``tables``: "layers" what each layer attends with; "beta" per scope, rotation and centering with
     its spreads; "lifts" of beta by centering; "heads" every rotation on each head and each layer;
@@ -401,7 +401,7 @@ class _Fit:
 
     @property
     def at(self) -> dict:
-        """What its rows begin with."""
+        """Return the columns that its rows begin with."""
         return {
             "scope": self.scope,
             "layer": self.layer,
@@ -596,7 +596,7 @@ def _plane_rows(keys: Tensor, matrices: dict[str, Tensor]) -> list[Row]:
 def _null(
     fits: Sequence[_Fit], config: ArchitectureConfig, scratch: Path, tell: Progress
 ) -> list[Row]:
-    """What the solver reaches on Gaussian noise of every number of keys and size that was met."""
+    """Measure the solver on Gaussian noise of every number of keys and size that occurs."""
     rows: list[Row] = []
     for d, n_keys in sorted({(fit.values["d"], fit.values["n_keys"]) for fit in fits}):
         file = scratch / f"null.{d}.{n_keys}.json"
@@ -700,7 +700,7 @@ def _ratio(worse: TokenLosses, better: TokenLosses, exact: TokenLosses) -> Row:
 
 
 def _layer_row(layer: AttentionLayer) -> Row:
-    """What a layer attends with, and whether a mean that is taken off its keys cancels exactly."""
+    """Describe the attention of a layer, and whether a mean off its keys cancels exactly."""
     return asdict(layer) | {"mean_cancels": layer.mean_cancels}
 
 

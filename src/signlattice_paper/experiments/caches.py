@@ -37,7 +37,7 @@ CODECS = {
 
 @dataclass(frozen=True)
 class CacheLabConfig:
-    """What is crossed.
+    """Choose what is crossed.
 
     Attributes:
         text: to calibrate and evaluate on, as `texts.read_text` takes it.

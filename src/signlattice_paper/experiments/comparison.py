@@ -90,7 +90,7 @@ class Comparison:
 
     @cached_property
     def key_centerings(self) -> dict[int, Centering]:
-        """Of each layer's keys: a static mean, where softmax is blind to it."""
+        """Return each layer's key centering: a static mean, where softmax is blind to it."""
         return {
             index: Centering.fit(
                 states.keys, "token_mean" if self.layers[index].mean_cancels else "none"
@@ -148,7 +148,7 @@ class Comparison:
         values: Codes | None = None,
         queries: Mapping[int, QueryCode] | None = None,
     ) -> Row:
-        """What the model loses when every key, value or query is read through its code.
+        """Measure what the model loses when every key, value or query is coded.
 
         ``gap`` is in per cent of perplexity, with its interval over documents; ``kl`` in nats a
         token, ``top1`` the share of tokens whose first choice stays. ``name`` is that of the row in
@@ -184,7 +184,7 @@ class Comparison:
         values: Codes | None = None,
         queries: Mapping[int, QueryCode] | None = None,
     ) -> list[Row]:
-        """What a code does in each head of each layer, means over held-out windows: `head_errors`.
+        """Measure a code in each head of each layer, means over held-out windows: `head_errors`.
 
         ``layer`` is the one that asks, ``source`` the one whose keys and values it reads.
         """
@@ -230,7 +230,7 @@ def head_errors(
     coded: tuple[Tensor, Tensor, Tensor],
     first_query: int,
 ) -> Tensor:
-    """What becomes of the attention of T tokens, per KV head, [4, H].
+    """Compute the errors in the attention of T tokens, per KV head, [4, H].
 
     ``exact`` and ``coded``: queries [Hq, T, D], keys [H, T, D] and values [H, T, Dv]. The four are
     means over queries from ``first_query`` on: the variance of the scores' error over the keys that

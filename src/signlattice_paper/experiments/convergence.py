@@ -53,7 +53,7 @@ _RANKS = 32  # groups that the directions of a Hessian are averaged in
 
 @dataclass(frozen=True)
 class ConvergenceConfig:
-    """What is measured.
+    """Choose what is measured.
 
     Attributes:
         planted: (d, N) of planted keys, for all three solvers.

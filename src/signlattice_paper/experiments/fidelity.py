@@ -1,4 +1,4 @@
-"""What the kernels lose on a model's own keys: every implementation against fp64.
+"""Measure what the kernels lose on a model's own keys: every implementation against fp64.
 
 Beside each stands what plain torch loses with every step in the same dtype, so that an error can
 be told to be the dtype's or the kernel's.

@@ -56,7 +56,7 @@ LATTICE = ("lattice", "free")
 
 @dataclass(frozen=True)
 class GaugeConfig:
-    """What is crossed.
+    """Choose what is crossed.
 
     Attributes:
         text: to calibrate and evaluate on, as `texts.read_text` takes it.

@@ -72,7 +72,7 @@ QUALITY = (
 
 @dataclass(frozen=True)
 class LadderConfig:
-    """What all entries share.
+    """Choose what all entries share.
 
     Attributes:
         text: to calibrate and evaluate on, as `texts.read_text` takes it.
@@ -111,7 +111,7 @@ class LadderConfig:
 
 @dataclass(frozen=True)
 class CacheFactory:
-    """What makes the caches of an entry, and the bytes that it stores once for all tokens."""
+    """Hold how an entry makes its caches, and the bytes that it stores once for all tokens."""
 
     new_cache: NewCache
     static_bytes: int = 0

@@ -41,12 +41,12 @@ SIDES = ("keys", "queries", "both")
 """What is signed: the keys, the queries, or both."""
 LEARNED = ("learned_keys", "learned_queries", "learned_both")
 ROTATIONS = ("identity", "srht", *LEARNED)
-"""What keys and queries are turned by; a learned one is named by what it was learned on."""
+"""Rotations of keys and queries; a learned one is named by what it was learned on."""
 
 
 @dataclass(frozen=True)
 class ScoresConfig:
-    """What is measured on.
+    """Choose what is measured on.
 
     Attributes:
         calibration_passages: whole context windows, one per document, to fit means and rotations.
@@ -137,7 +137,7 @@ def mean_interval(pieces: Sequence[Passage], values: Sequence[float] | np.ndarra
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
-    """What was fitted on calibration text: means per layer [H, D] and rotations [H, D, D]."""
+    """Hold what was fitted on calibration text: means per layer [H, D] and rotations [H, D, D]."""
 
     key_mean: dict[int, Tensor]
     value_mean: dict[int, Tensor]
@@ -291,7 +291,7 @@ class SignedVectors(Quantizer):
         return 1 + 32 / self.rotation.shape[-1]
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
-        """As `Quantizer.reconstruct`."""
+        """Reconstruct vectors, see `Quantizer.reconstruct`."""
         mean = self.mean.unsqueeze(1)
         return _signed((vectors - mean) @ self.rotation.mT) @ self.rotation + mean
 

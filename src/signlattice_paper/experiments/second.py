@@ -47,7 +47,7 @@ _SECOND_SEED = 1000  # of the rotation of residuals, apart from those of the hea
 
 @dataclass(frozen=True)
 class SecondConfig:
-    """What is crossed.
+    """Choose what is crossed.
 
     Attributes:
         text: to fit and evaluate on, as `texts.read_text` takes it.
@@ -330,7 +330,7 @@ class SecondLab(Lab[SecondConfig, Case]):
         }
 
     def _second(self, case: Case) -> _Learned:
-        """What rotates the residual of a case: nothing, if it has none."""
+        """Return what rotates the residual of a case: nothing, if it has none."""
         if case.code != "residual":
             return _Learned({})
         first = self.learned(case.training).matrices

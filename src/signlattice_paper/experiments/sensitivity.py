@@ -68,7 +68,7 @@ _UNKNOWN: Row = dict.fromkeys(("n_keys", "beta_in_sample", "null_in_sample", "nu
 
 @dataclass(frozen=True)
 class SensitivityConfig:
-    """What is varied, and the base case.
+    """Choose what is varied, and the base case.
 
     Attributes:
         text: to calibrate and evaluate on, as `texts.read_text` takes it.
@@ -156,7 +156,7 @@ def docstrings(documents: Sequence[Document]) -> tuple[Document, ...]:
 
 
 def _prose(node: ast.AST) -> str:
-    """What a module, class or function says of itself in words; of anything else nothing."""
+    """Return the docstring of a module, class or function; nothing for anything else."""
     if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         return ""
     parts = doctest.DocTestParser().parse(ast.get_docstring(node) or "")

@@ -35,7 +35,7 @@ NO_TRACE = 10**6
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """What the solvers are compared on.
+    """Choose what the solvers are compared on.
 
     Attributes:
         n_keys: calibration keys per head, and at most as many held out.

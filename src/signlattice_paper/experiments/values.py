@@ -45,7 +45,7 @@ WHOLE = 16.0
 
 @dataclass(frozen=True)
 class ValuesConfig:
-    """What is crossed, and on how much text.
+    """Choose what is crossed, and on how much text.
 
     Attributes:
         text: to calibrate and evaluate on, as `texts.read_text` takes it.
