@@ -128,7 +128,7 @@ def olmoe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama checkpoint with grouped queries: 4 query heads on 2 KV heads of 16, no QK-norm."""
+    """A tiny Llama checkpoint: 4 query heads on 2 KV heads of 16, no QK-norm."""
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=300,
@@ -182,7 +182,7 @@ def gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def gemma_moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Gemma-4 mixture: two KV heads of 16 under a window, one of 32 whose keys are values."""
+    """A tiny Gemma-4 mixture: 2 KV heads of 16 under a window, 1 of 32 whose keys are values."""
     torch.manual_seed(3)
     config = Gemma4TextConfig(
         vocab_size=300,

@@ -218,7 +218,7 @@ def test_losses_of_layers_multiply_and_a_little_more(scores):
 
 
 def test_a_layers_own_code_moves_its_attention_more_than_those_before_it(scores):
-    """Claim 3: what is handed on is less than what is added, and both together no more than both."""
+    """Claim 3: less is handed on than is added, and both together are no more than their sum."""
     attention = scores.table("attention")
     for row in attention:
         handed_on = row["upstream"] or 0.0  # nothing comes before the first layer
@@ -544,7 +544,7 @@ def test_what_matters_more_than_the_rotation(name):
 
 
 def test_few_keys_make_the_papers_beta_of_anything(name):
-    """The ladder: with one key to a coordinate, β in sample is the paper's best, as noise has it."""
+    """The ladder: with one key to a coordinate, β in sample is the paper's best, as on noise."""
     table = records.read("sensitivity", name).table("calibration")
     row = tables.select(table, code="rotation", setting="1")[0]
     assert row["beta_in_sample"] > 0.965 and row["null_in_sample"] > 0.965

@@ -1,4 +1,4 @@
-"""The lab as a user runs it on a checkpoint of his own: papermill, his text, a record at the end."""
+"""The lab as a user runs it on his own checkpoint: papermill, his text, a record at the end."""
 
 from __future__ import annotations
 

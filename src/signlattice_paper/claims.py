@@ -162,7 +162,7 @@ def value_table(claims: Sequence[Claim], ours: Mapping[str, str]) -> Markdown:
 
 
 def claim_box(claim: Claim) -> Markdown:
-    """What the paper says, to open a section of a chapter with."""
+    """Return what the paper says, to open a section of a chapter with."""
     lines = [f"**Claim {claim.number}** (paper, {claim.section}). {claim.statement}"]
     if claim.quote:
         lines.append(f"In the paper's words: “{claim.quote}”")
@@ -170,7 +170,7 @@ def claim_box(claim: Claim) -> Markdown:
 
 
 def verdict_box(claim: Claim) -> Markdown:
-    """What came of it, with the test and the record that say so, to close the section with."""
+    """Return the verdict with its test and record, to close the section with."""
     place = f'<span id="verdict-{claim.number}"></span>'
     lines = [f"{place}**Verdict on claim {claim.number}: {claim.verdict}.** {claim.finding}"]
     if sources := _sources(claim):
@@ -299,8 +299,10 @@ def _claim(entry: Any) -> Claim:
     for name in ("id", "section", "statement", "verdict", "finding", "chapter", "status"):
         if not isinstance(entry[name], str) or not entry[name].strip():
             raise InputError(f"{name} is {entry[name]!r}: use text")
-    value = entry["paper_value"]
-    return Claim(**entry | {"paper_value": tuple(value) if isinstance(value, list) else value})
+    known: dict[str, Any] = dict(entry)
+    if isinstance(known["paper_value"], list):
+        known["paper_value"] = tuple(known["paper_value"])
+    return Claim(**known)
 
 
 def _validate(claim: Claim, root: Path) -> None:

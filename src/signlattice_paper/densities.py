@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import cast
 
 import numpy as np
 import torch
@@ -156,8 +157,11 @@ def _solve(beta_of: Callable[[float], float], beta: float, low: float, high: flo
     ends = beta_of(low), beta_of(high)
     if not min(ends) < beta < max(ends):
         return low if abs(beta - ends[0]) < abs(beta - ends[1]) else high
-    root = brentq(
-        lambda log: beta_of(math.exp(log)) - beta, math.log(low), math.log(high), xtol=1e-14
+    root = cast(
+        float,  # a tuple only with full_output
+        brentq(
+            lambda log: beta_of(math.exp(log)) - beta, math.log(low), math.log(high), xtol=1e-14
+        ),
     )
     # The root's last digits are rounding; without them p = 1 and b = 1 come out as such.
     return float(f"{math.exp(root):.12g}")

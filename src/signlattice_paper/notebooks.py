@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nbformat
 import papermill
@@ -56,7 +56,7 @@ TIMES = ("run_times", "book")
 
 
 class NotebookError(RuntimeError):
-    """A cell failed or its kernel died; told in one line, and the file is as it was before."""
+    """A cell failed or its kernel died; explained in one line, and the file is as it was before."""
 
 
 def read(path: Path) -> NotebookNode:
@@ -79,7 +79,7 @@ def parameters(nb: NotebookNode) -> dict[str, Any]:
     """Names and defaults of the cell tagged ``parameters``: its assignments of plain values."""
     found = {}
     for node in (node for cell in _tagged(nb, PARAMETERS) for node in ast.parse(cell.source).body):
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             found[ast.unparse(target)] = ast.literal_eval(node.value)
     return found
@@ -116,7 +116,7 @@ def run(
                 kernel_name="python3",
                 language="python",
                 cwd=path.parent,
-                progress_bar=bar,
+                progress_bar=cast(Any, bar),  # arguments of tqdm, too
                 stderr_file=sys.stderr if progress else None,
             )
     except PapermillExecutionError as error:
@@ -170,7 +170,7 @@ def normalise_file(path: Path) -> bool:
 
 
 def problems(path: Path) -> tuple[str, ...]:
-    """What keeps a notebook from being published, one line each; none if it is ready.
+    """List what keeps a notebook from being published, one line each; none if ready.
 
     A published notebook is normalised, every code cell has run in order, and none has failed.
     """
@@ -226,10 +226,11 @@ def environment_bytes(folder: Path = Path(sys.prefix)) -> int:
 
 def parse_values(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Read parameters from pairs of name and YAML. Raises ``InputError`` on what is no YAML."""
+    given = {name: value for name, value in pairs}
     try:
-        return {name: yaml.safe_load(value) for name, value in pairs}
+        return {name: yaml.safe_load(value) for name, value in given.items()}
     except yaml.YAMLError:
-        raise InputError(f"cannot read the parameters {dict(pairs)}: use plain values") from None
+        raise InputError(f"cannot read the parameters {given}: use plain values") from None
 
 
 def _changed_parameters(nb: NotebookNode, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -368,7 +369,7 @@ def _canonical_widgets(nb: NotebookNode) -> NotebookNode:
         lambda found: f"{place[found.group()]:032x}" if found.group() in place else found.group(),
         json.dumps(nb),
     )
-    return nbformat.from_dict(json.loads(text))
+    return cast(NotebookNode, nbformat.from_dict(json.loads(text)))
 
 
 def _places(nb: NotebookNode, state: Mapping[str, Any]) -> dict[str, int]:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from signlattice.errors import InputError, IntegrityError
 from signlattice.io import PROJECT, check_writable, display_path, write_text
@@ -41,7 +41,7 @@ DIGITS = 8
 
 PACKAGES = ("torch", "transformers", "tokenizers", "triton", "numpy", "scipy", "signlattice")
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 """A row of a table: each column a string, a number, a truth value or None."""
 
 
@@ -74,7 +74,9 @@ class Metric:
             raise InputError(f"metric std={self.std!r}: use 0 or more")
         if (self.low is None) != (self.high is None):
             raise InputError("metric with one end of an interval: give both low and high")
-        if self.low is not None and not self.low <= self.value <= self.high:
+        if self.low is None or self.high is None:
+            return
+        if not self.low <= self.value <= self.high:
             raise InputError(
                 f"metric value={self.value!r} is outside its interval [{self.low!r}, {self.high!r}]"
             )
@@ -82,7 +84,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What ran, on what, when, and what came out.
+    """Record what ran, on what, when, and what came out.
 
     ``metrics`` is a nested dictionary whose leaves are a `Metric` or a table (a tuple of rows with
     the same keys, each value a string, number, boolean or None). ``commit`` is None outside git;
@@ -191,7 +193,7 @@ def begin(
     known = {
         "lab": lab,
         "model": model,
-        "config": asdict(config) if is_dataclass(config) else dict(config),
+        "config": _as_dict(config),
         "seeds": tuple(seeds),
         "commit": commit,
         "dirty": dirty,
@@ -240,7 +242,7 @@ def as_saved(config: Any) -> dict[str, Any]:
 
     Raises ``InputError`` on what a record cannot hold.
     """
-    return _plain(asdict(config) if is_dataclass(config) else dict(config), "config")
+    return _plain(_as_dict(config), "config")
 
 
 def load(path: Path) -> RunRecord:
@@ -302,7 +304,12 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _is_number(value: Any) -> bool:
+def _as_dict(config: Any) -> dict[str, Any]:
+    is_instance = is_dataclass(config) and not isinstance(config, type)
+    return asdict(config) if is_instance else dict(config)
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -45,7 +45,7 @@ class Theorem:
 
     @property
     def verdict(self) -> str:
-        """Of the first claim, if the theorem is the paper's; ours are proved on the page."""
+        """Return the first claim's verdict if the theorem is the paper's; ours are proved."""
         return self.claims[0].verdict if self.origin == "paper" else PROVED
 
     @property
@@ -145,5 +145,8 @@ def _theorem(entry: Any, claims: Mapping[str, Claim], root: Path) -> Theorem:
             raise InputError(f"unknown in {name}: {unknown[0]!r}")
     if absent := [test for test in entry["tests"] if not (root / TESTS / test).is_file()]:
         raise InputError(f"its test {TESTS}/{absent[0]} does not exist")
-    lists = {"chapters": tuple(entry["chapters"]), "tests": tuple(entry["tests"])}
-    return Theorem(**entry | lists | {"claims": tuple(claims[each] for each in entry["claims"])})
+    known: dict[str, Any] = dict(entry)
+    known["claims"] = tuple(claims[each] for each in entry["claims"])
+    for name in ("chapters", "tests"):
+        known[name] = tuple(entry[name])
+    return Theorem(**known)

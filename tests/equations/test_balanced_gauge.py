@@ -1,4 +1,4 @@
-"""The balanced gauge has the least error of the scores, if a key errs alike in all directions of it.
+"""The balanced gauge has the least error of scores, if a key errs alike in all its directions.
 
 With M = AᵀA the error is ε/d · tr(M⁻¹Σ_q) tr(MΣ_k), and no less than ε/d times the square of the
 nuclear norm of Σ_q^{1/2}Σ_k^{1/2}, which the geometric mean M = Σ_q # Σ_k⁻¹ reaches.

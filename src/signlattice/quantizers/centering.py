@@ -25,7 +25,7 @@ from signlattice.errors import InputError
 __all__ = ["CENTERING_METHODS", "Centering", "CenteringMethod"]
 
 CenteringMethod = Literal["none", "dc", "token_mean"]
-CENTERING_METHODS: tuple[str, ...] = get_args(CenteringMethod)
+CENTERING_METHODS: tuple[CenteringMethod, ...] = get_args(CenteringMethod)
 
 
 @dataclass(frozen=True, eq=False)

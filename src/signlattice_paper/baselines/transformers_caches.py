@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
+    CacheLayerMixin,
     HQQQuantizedLayer,
     QuantizedLayer,
     QuantoQuantizedLayer,
@@ -90,7 +91,7 @@ class QuantizedLayers(Cache):
             else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
             for index, (kind, arguments) in enumerate(kinds)
         ]
-        super().__init__(layers=layers)
+        super().__init__(layers=cast(list[Any], layers))  # of several classes
         self.dtype = dtype
         self.latest = {index: _LatestCall() for index in sorted(owners)}
 
@@ -100,12 +101,14 @@ class QuantizedLayers(Cache):
         """Append states and return all, see ``Cache.update``; stored in ``dtype``."""
         if layer_idx not in self.latest:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        latest, layer = self.latest[layer_idx], self.layers[layer_idx]
+        latest, layer = self.latest[layer_idx], self._quantized(layer_idx)
         latest.shapes = {"keys": key_states.shape, "values": value_states.shape}
         latest.n_encoded = layer.get_seq_length() - _n_residual(layer)
         dtype = key_states.dtype
-        states = (x.to(self.dtype or dtype) for x in (key_states, value_states))
-        keys, values = super().update(*states, layer_idx, *args, **kwargs)
+        stored = self.dtype or dtype
+        keys, values = super().update(
+            key_states.to(stored), value_states.to(stored), layer_idx, *args, **kwargs
+        )
         return keys.to(dtype), values.to(dtype)
 
     def stats(self) -> CacheStats:
@@ -114,12 +117,14 @@ class QuantizedLayers(Cache):
         ``n_packed`` counts what the latest call attended to as codes, not what it has only just
         encoded. ``expected`` equals ``n_bytes``: there is no independent account.
         """
-        parts = dict.fromkeys(("keys", "values", "window", "sinks", "whole layers"), 0)
-        n_encoded = dict.fromkeys(("keys", "values"), 0)  # coordinates
-        n_total = dict.fromkeys(("keys", "values"), 0)
-        residual = dict.fromkeys(("keys", "values"), 0)  # bytes in full precision
+        parts: dict[str, int] = dict.fromkeys(
+            ("keys", "values", "window", "sinks", "whole layers"), 0
+        )
+        n_encoded: dict[str, int] = dict.fromkeys(("keys", "values"), 0)  # coordinates
+        n_total: dict[str, int] = dict.fromkeys(("keys", "values"), 0)
+        residual: dict[str, int] = dict.fromkeys(("keys", "values"), 0)  # bytes in full precision
         n_packed = fp16 = batch = 0
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(cast(list[CacheLayerMixin], self.layers)):
             if not layer.is_initialized:
                 continue
             if index not in self.latest:
@@ -128,12 +133,13 @@ class QuantizedLayers(Cache):
                         parts["whole layers"] += tensor.nbytes
                         fp16 += 2 * tensor.numel()
                 continue
-            latest = self.latest[index]
+            latest, layer = self.latest[index], self._quantized(index)
             n_tokens, n_residual = layer.get_seq_length(), _n_residual(layer)
             for name, encoded, states in (
                 ("keys", layer._quantized_keys, layer.keys),
                 ("values", layer._quantized_values, layer.values),
             ):
+                assert states is not None  # an initialized layer has both
                 batch, n_heads, _, size = latest.shapes[name]
                 per_token = batch * n_heads * size
                 parts[name] += _n_bytes(encoded)
@@ -155,6 +161,11 @@ class QuantizedLayers(Cache):
             _bits(packed, n_encoded),
             _bits(stored, n_total),
         )
+
+    def _quantized(self, index: int) -> QuantizedLayer:
+        layer = self.layers[index]
+        assert isinstance(layer, QuantizedLayer)  # those of `latest` were made so
+        return layer
 
 
 @dataclass
@@ -178,11 +189,11 @@ def _n_bytes(stored: object) -> int:
         return sum(_n_bytes(part) for part in parts)
     if not isinstance(stored, Tensor):
         return 0
-    if hasattr(stored, "__tensor_flatten__"):
-        return sum(_n_bytes(getattr(stored, name)) for name in stored.__tensor_flatten__()[0])
+    if flatten := getattr(stored, "__tensor_flatten__", None):
+        return sum(_n_bytes(getattr(stored, name)) for name in flatten()[0])
     return stored.nbytes
 
 
 def _bits(n_bytes: dict[str, int], n: dict[str, int]) -> EffectiveBits:
-    each = [8 * n_bytes[name] / max(n[name], 1) for name in ("keys", "values")]
-    return EffectiveBits(*each, 8 * sum(n_bytes.values()) / max(sum(n.values()), 1))
+    keys, values = (8 * n_bytes[name] / max(n[name], 1) for name in ("keys", "values"))
+    return EffectiveBits(keys, values, 8 * sum(n_bytes.values()) / max(sum(n.values()), 1))

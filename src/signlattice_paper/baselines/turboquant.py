@@ -66,14 +66,14 @@ def sphere_levels(d: int, bits: int) -> Tensor:
     """
     if d < 3:
         raise InputError(f"d={d}: use 3 or more")
-    law = beta((d - 1) / 2, (d - 1) / 2, loc=-1, scale=2)
+    law = (d - 1) / 2, (d - 1) / 2, -1, 2  # shapes, location, scale
     levels = gaussian_levels(bits).double().numpy() / math.sqrt(d)
     # ∫ x p(x) dx = −(1 − x²) p(x) / (d − 1)
     for _ in range(20 * 4**bits):
         edges = np.concatenate([[-1.0], (levels[1:] + levels[:-1]) / 2, [1.0]])
         moment = np.zeros_like(edges)
-        moment[1:-1] = -(1 - edges[1:-1] ** 2) * law.pdf(edges[1:-1]) / (d - 1)
-        levels, former = np.diff(moment) / np.diff(law.cdf(edges)), levels
+        moment[1:-1] = -(1 - edges[1:-1] ** 2) * beta.pdf(edges[1:-1], *law) / (d - 1)
+        levels, former = np.diff(moment) / np.diff(beta.cdf(edges, *law)), levels
         if np.abs(levels - former).max() < 1e-9:
             break
     return torch.from_numpy(levels).float()

@@ -25,9 +25,9 @@ from signlattice.evaluation.perplexity import (
 from signlattice.models.capture import StateBank, calibration_keys, capture_passages
 from signlattice.models.hooks import attention_layers
 from signlattice.models.passages import Passage, passages
-from signlattice.quantizers.centering import CENTERING_METHODS, Centering
+from signlattice.quantizers.centering import CENTERING_METHODS, Centering, CenteringMethod
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.scales import SCALE_RULES
+from signlattice.quantizers.scales import SCALE_RULES, ScaleRule
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.factory import ROTATIONS, rotate_heads
 from signlattice_paper.experiments.runner import Lab, Tables
@@ -36,15 +36,15 @@ from signlattice_paper.records import Row
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """What is crossed, and on how much text.
+    """Choose what is crossed, and on how much text.
 
     ``n_keys``: calibration keys per head. ``windows``: context windows read of each calibration and
     evaluation document. ``temperature_passages``: calibration passages for the temperature.
     """
 
     rotations: tuple[str, ...] = ROTATIONS
-    centerings: tuple[str, ...] = CENTERING_METHODS
-    scale_rules: tuple[str, ...] = SCALE_RULES
+    centerings: tuple[CenteringMethod, ...] = CENTERING_METHODS
+    scale_rules: tuple[ScaleRule, ...] = SCALE_RULES
     temperatures: tuple[bool, ...] = (False, True)
     n_keys: int = 16384
     windows: int = 2
@@ -70,8 +70,8 @@ class Case:
     """A configuration of the code; ``temperature``: whether one is fitted per head."""
 
     rotation: str
-    centering: str
-    scale: str
+    centering: CenteringMethod
+    scale: ScaleRule
     temperature: bool
 
 
@@ -100,9 +100,11 @@ class AblationLab(Lab[AblationConfig, Case]):
     """
 
     def cases(self) -> list[Case]:
+        """List the cases that are measured."""
         return cases(self.config)
 
     def measure(self, case: Case) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         codec = self.codec(case)
         losses = token_losses(self.loaded, self.passages, codec, self._exact_logits)
         arrays = {name: getattr(losses, name).tolist() for name in ("nll", "kl", "agree")}
@@ -110,6 +112,7 @@ class AblationLab(Lab[AblationConfig, Case]):
         return {"rows": [self._row(case, codec, losses)], "losses": per_passage}
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {"rows": tables["rows"], "ceilings": self._ceilings()}
 
     def losses(self, case: Case) -> TokenLosses:
@@ -134,7 +137,7 @@ class AblationLab(Lab[AblationConfig, Case]):
         if case.temperature:
             taus = self.scratch.tensors(f"temperatures of {case}", self._temperatures, layers)
             layers = {i: replace(code, temperature=taus[i]) for i, code in layers.items()}
-        return KeyCodec(layers, self.loaded.weights_hash, self._provenance(case))
+        return KeyCodec(dict(layers), self.loaded.weights_hash, self._provenance(case))
 
     @cached_property
     def exact(self) -> TokenLosses:
@@ -216,7 +219,7 @@ class AblationLab(Lab[AblationConfig, Case]):
         }
 
     def _provenance(self, case: Case) -> dict[str, str]:
-        """What a codec file says of how it was fitted."""
+        """Return what a codec file says of how it was fitted."""
         return {
             "rotation": case.rotation,
             "centering": case.centering,
@@ -240,7 +243,7 @@ class _Centred:
         return (head for heads in self.keys.values() for head in heads)
 
 
-def _centre(keys: Mapping[int, Tensor], method: str) -> _Centred:
+def _centre(keys: Mapping[int, Tensor], method: CenteringMethod) -> _Centred:
     code = {layer: Centering.fit(heads, method) for layer, heads in keys.items()}
     return _Centred(code, {layer: code[layer].split(heads)[0] for layer, heads in keys.items()})
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -52,9 +53,9 @@ from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import LoadedModel, load_model
 from signlattice.models.minis import MINIS
 from signlattice.models.passages import Passage, passages, spread, take_tokens
-from signlattice.quantizers.centering import CENTERING_METHODS, Centering
+from signlattice.quantizers.centering import CENTERING_METHODS, Centering, CenteringMethod
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.scales import SCALE_RULES
+from signlattice.quantizers.scales import SCALE_RULES, ScaleRule
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations import fixed
 from signlattice.rotations.config import (
@@ -62,6 +63,7 @@ from signlattice.rotations.config import (
     CalibrationWarning,
     LearnConfig,
     LearnedRotation,
+    Solver,
 )
 from signlattice.rotations.learned import learn_rotation, learn_rotations
 from signlattice.rotations.null import noise_null
@@ -88,7 +90,7 @@ _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class ArchitectureConfig:
-    """What is measured of a model.
+    """Choose what is measured of a model.
 
     Attributes:
         text: to calibrate and evaluate on: a name or a path, as `texts.read_text` takes it.
@@ -117,7 +119,7 @@ class ArchitectureConfig:
     batch_size: int = 16
     context: int | None = None
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    solver: str = "annealed"
+    solver: Solver = "annealed"
     steps: int | None = None
     layer_scope: bool = True
     trace_every: int = 10
@@ -185,7 +187,7 @@ def load(
 def estimate(
     name: str, config: ArchitectureConfig, revision: str = "", dtype: str = "auto"
 ) -> tuple[tuple[str, str], ...]:
-    """What a model of full size will take, in rows of (what, how much); none for a mini.
+    """Estimate the cost of a full-size model, in rows of (what, how much); none for a mini.
 
     Raises as `full_size.preflight` does.
     """
@@ -200,7 +202,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class Measured:
-    """What came of a run: tables of rows, the exact perplexity, and the codec that was learned.
+    """Hold the results of a run: tables of rows, the exact perplexity, and the learned codec.
 
     ``tables``: "layers" what each layer attends with; "beta" per scope, rotation and centering with
     its spreads; "lifts" of beta by centering; "heads" every rotation on each head and each layer;
@@ -399,7 +401,7 @@ class _Fit:
 
     @property
     def at(self) -> dict:
-        """What its rows begin with."""
+        """Return the columns that its rows begin with."""
         return {
             "scope": self.scope,
             "layer": self.layer,
@@ -460,10 +462,10 @@ def _fit(
     file: Path,
     watched: tuple[str, ...],
 ) -> _Fit:
-    """Fit and measure, or read what an earlier run did; solvers that are ``watched`` leave traces."""
+    """Fit and measure, or load what an earlier run did; ``watched`` solvers leave traces."""
     index, scope, method, seed = name
     keys, held_out = _nonzero(keys), _nonzero(held_out)
-    centering = Centering.fit(keys, method)
+    centering = Centering.fit(keys, cast(CenteringMethod, method))
     if not file.exists():
         fit, judged = (_nonzero(centering.split(part)[0]) for part in (keys, held_out))
         part = file.with_suffix(".part")
@@ -594,7 +596,7 @@ def _plane_rows(keys: Tensor, matrices: dict[str, Tensor]) -> list[Row]:
 def _null(
     fits: Sequence[_Fit], config: ArchitectureConfig, scratch: Path, tell: Progress
 ) -> list[Row]:
-    """What the solver reaches on Gaussian noise of every number of keys and size that was met."""
+    """Measure the solver on Gaussian noise of every number of keys and size that occurs."""
     rows: list[Row] = []
     for d, n_keys in sorted({(fit.values["d"], fit.values["n_keys"]) for fit in fits}):
         file = scratch / f"null.{d}.{n_keys}.json"
@@ -677,12 +679,12 @@ def _gaps(
 def _codec(loaded: LoadedModel, fits: Sequence[_Fit], code: tuple[str, str, str, int]) -> KeyCodec:
     rotation, method, scale, seed = code
     layers = {
-        fit.layer: SignQuantizer(fit.matrices[rotation], fit.centering, scale)
+        fit.layer: SignQuantizer(fit.matrices[rotation], fit.centering, cast(ScaleRule, scale))
         for fit in fits
         if (fit.scope, fit.centering.method, fit.seed) == ("head", method, seed)
     }
     words = {"rotation": rotation, "centering": method, "scale": scale, "seed": str(seed)}
-    return KeyCodec(layers, loaded.weights_hash, words | {"signlattice": __version__})
+    return KeyCodec(dict(layers), loaded.weights_hash, words | {"signlattice": __version__})
 
 
 def _ratio(worse: TokenLosses, better: TokenLosses, exact: TokenLosses) -> Row:
@@ -698,7 +700,7 @@ def _ratio(worse: TokenLosses, better: TokenLosses, exact: TokenLosses) -> Row:
 
 
 def _layer_row(layer: AttentionLayer) -> Row:
-    """What a layer attends with, and whether a mean that is taken off its keys cancels exactly."""
+    """Describe the attention of a layer, and whether a mean off its keys cancels exactly."""
     return asdict(layer) | {"mean_cancels": layer.mean_cancels}
 
 

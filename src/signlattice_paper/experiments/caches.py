@@ -19,6 +19,7 @@ from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.scales import SCALE_RULES
+from signlattice_paper.experiments.comparison import sign_codes
 from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.records import Row
 
@@ -36,7 +37,7 @@ CODECS = {
 
 @dataclass(frozen=True)
 class CacheLabConfig:
-    """What is crossed.
+    """Choose what is crossed.
 
     Attributes:
         text: to calibrate and evaluate on, as `texts.read_text` takes it.
@@ -129,14 +130,17 @@ class CacheLab(Lab[CacheLabConfig, Case]):
     """
 
     def cases(self) -> list[Case]:
+        """List the cases that are measured."""
         return cases(self.loaded, self.config)
 
     def measure(self, case: Case) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         codec = _with_rule(self.codecs[case.codec], case.rule) if case.codec else None
         row = self.judge.row(codec, case.cache, with_needles=case.with_needles)
         return {"caches": [{"codec": case.codec, "rule": case.rule, **row}]}
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {
             "exact": [self.judge.exact_row()],
             "caches": _filled(tables["caches"]),
@@ -148,6 +152,7 @@ class CacheLab(Lab[CacheLabConfig, Case]):
 
     @cached_property
     def judge(self) -> Judge:
+        """Judge caches by what the model says through them."""
         return Judge(self.loaded, self.text.evaluation, self.text.calibration, self.config.quality)
 
     @cached_property
@@ -172,12 +177,14 @@ def _filled(rows: Sequence[Row]) -> list[Row]:
 
 def _with_rule(codec: KeyCodec, rule: str) -> KeyCodec:
     """The same signs under another scale rule."""
-    layers = {index: replace(code, scale_rule=rule) for index, code in codec.layers.items()}
+    layers = {index: replace(code, scale_rule=rule) for index, code in sign_codes(codec).items()}
     return replace(codec, layers=layers)
 
 
 def _head_rows(name: str, codec: KeyCodec) -> Iterator[Row]:
-    for layer, heads in codec.calibration.beta.items():
+    calibration = codec.calibration
+    assert calibration is not None  # a learned codec says what it was learned on
+    for layer, heads in calibration.beta.items():
         for head, beta in enumerate(heads):
             yield {
                 "codec": name,
@@ -185,8 +192,8 @@ def _head_rows(name: str, codec: KeyCodec) -> Iterator[Row]:
                 "head": head,
                 "d": codec.layers[layer].head_dim,
                 "beta": beta,
-                "null_in_sample": codec.calibration.noise_null[0],
-                "null_held_out": codec.calibration.noise_null[1],
+                "null_in_sample": calibration.noise_null[0],
+                "null_held_out": calibration.noise_null[1],
             }
 
 

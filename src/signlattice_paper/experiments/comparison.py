@@ -34,6 +34,7 @@ from signlattice.models.states import LayerStates, compressible_layers, read_sta
 from signlattice.quantizers.basis import LatticeConfig, query_metric
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
+from signlattice.quantizers.sign import SignQuantizer
 from signlattice_paper.records import Row
 
 
@@ -89,7 +90,7 @@ class Comparison:
 
     @cached_property
     def key_centerings(self) -> dict[int, Centering]:
-        """Of each layer's keys: a static mean, where softmax is blind to it."""
+        """Return each layer's key centering: a static mean, where softmax is blind to it."""
         return {
             index: Centering.fit(
                 states.keys, "token_mean" if self.layers[index].mean_cancels else "none"
@@ -147,7 +148,7 @@ class Comparison:
         values: Codes | None = None,
         queries: Mapping[int, QueryCode] | None = None,
     ) -> Row:
-        """What the model loses when every key, value or query is read through its code.
+        """Measure what the model loses when every key, value or query is coded.
 
         ``gap`` is in per cent of perplexity, with its interval over documents; ``kl`` in nats a
         token, ``top1`` the share of tokens whose first choice stays. ``name`` is that of the row in
@@ -183,7 +184,7 @@ class Comparison:
         values: Codes | None = None,
         queries: Mapping[int, QueryCode] | None = None,
     ) -> list[Row]:
-        """What a code does in each head of each layer, means over held-out windows: `head_errors`.
+        """Measure a code in each head of each layer, means over held-out windows: `head_errors`.
 
         ``layer`` is the one that asks, ``source`` the one whose keys and values it reads.
         """
@@ -201,7 +202,7 @@ class Comparison:
                     errors = head_errors(
                         readers[reader],
                         (query, seen.keys, seen.values),
-                        (coded, *sides),
+                        (coded, sides[0], sides[1]),
                         self.config.first_query,
                     )
                     found.setdefault((reader, source), []).append(errors)
@@ -229,7 +230,7 @@ def head_errors(
     coded: tuple[Tensor, Tensor, Tensor],
     first_query: int,
 ) -> Tensor:
-    """What becomes of the attention of T tokens, per KV head, [4, H].
+    """Compute the errors in the attention of T tokens, per KV head, [4, H].
 
     ``exact`` and ``coded``: queries [Hq, T, D], keys [H, T, D] and values [H, T, Dv]. The four are
     means over queries from ``first_query`` on: the variance of the scores' error over the keys that
@@ -290,3 +291,13 @@ def shipped_lattice(
         if not kept.exists():
             learn_codec(loaded, text, config).save(kept, bits=8)
         return KeyCodec.load(kept, loaded.weights_hash)
+
+
+def sign_codes(codec: KeyCodec) -> dict[int, SignQuantizer]:
+    """Return the layers of a codec of signs. Raises ``InputError`` if one has another quantizer."""
+    codes: dict[int, SignQuantizer] = {}
+    for index, code in codec.layers.items():
+        if not isinstance(code, SignQuantizer):
+            raise InputError(f"layer {index} has a {type(code).__name__}: use a codec of signs")
+        codes[index] = code
+    return codes

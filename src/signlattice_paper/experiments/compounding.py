@@ -19,6 +19,7 @@ from signlattice.models.quantized_attention import quantized_attention
 from signlattice.models.states import read_states
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.sign import SignQuantizer
+from signlattice_paper.experiments.comparison import sign_codes
 from signlattice_paper.experiments.scores import (
     check_plain_attention,
     log_weights,
@@ -40,9 +41,9 @@ def compared_codecs(learned: KeyCodec, srht: Mapping[int, Tensor]) -> dict[str, 
     for rule in ("mse", "unbiased"):
         layers = {
             layer: SignQuantizer(srht[layer], code.centering, rule)
-            for layer, code in learned.layers.items()
+            for layer, code in sign_codes(learned).items()
         }
-        codecs[f"srht_{rule}"] = KeyCodec(layers, learned.model_hash)
+        codecs[f"srht_{rule}"] = KeyCodec(dict(layers), learned.model_hash)
     return codecs | {"learned": learned}
 
 

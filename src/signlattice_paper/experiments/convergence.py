@@ -27,6 +27,7 @@ from signlattice.rotations.config import (
     LearnConfig,
     LearnedRotation,
     ProgressReport,
+    Solver,
     TracePoint,
 )
 from signlattice.rotations.learned import learn_rotation
@@ -52,7 +53,7 @@ _RANKS = 32  # groups that the directions of a Hessian are averaged in
 
 @dataclass(frozen=True)
 class ConvergenceConfig:
-    """What is measured.
+    """Choose what is measured.
 
     Attributes:
         planted: (d, N) of planted keys, for all three solvers.
@@ -122,6 +123,7 @@ class ConvergenceLab(Lab[ConvergenceConfig, TableCase]):
     """
 
     def cases(self) -> list[TableCase]:
+        """List the cases that are measured."""
         config = self.config
         arguments = {
             "runs": itertools.product(self.sets, SOLVERS),
@@ -133,12 +135,14 @@ class ConvergenceLab(Lab[ConvergenceConfig, TableCase]):
         return [TableCase(table, given) for table, each in arguments.items() for given in each]
 
     def measure(self, case: TableCase) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         return getattr(self, case.table)(*case.arguments)
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {**tables, "codes": second_code(self.points)}
 
-    def runs(self, name: str, solver: str) -> Tables:
+    def runs(self, name: str, solver: Solver) -> Tables:
         """Run a solver on planted or on a model's keys."""
         summary, trace = run(self.sets[name], solver, self.config)
         return {"runs": [summary], "traces": trace}
@@ -148,7 +152,7 @@ class ConvergenceLab(Lab[ConvergenceConfig, TableCase]):
         summary, _ = run(self.noise_sets[name], "gradient", self.config)
         return {"runs": [summary]}
 
-    def plateau(self, d: int, seed: int, solver: str) -> Tables:
+    def plateau(self, d: int, seed: int, solver: Solver) -> Tables:
         """Time how long a solver waits at the start."""
         return {"plateau": [plateau(d, seed, solver, self.config)]}
 
@@ -234,7 +238,7 @@ def model_sets(heads: Sequence[KeySet], config: ConvergenceConfig) -> list[KeySe
 # How long it takes.
 
 
-def run(keys: KeySet, solver: str, config: ConvergenceConfig) -> tuple[Row, list[Row]]:
+def run(keys: KeySet, solver: Solver, config: ConvergenceConfig) -> tuple[Row, list[Row]]:
     """Run a solver on a set of keys, from an SRHT: what came of it, and its thinned trace.
 
     The first row has beta in sample and held out at the paper's marks and at the end, and the first
@@ -264,7 +268,7 @@ def first_step(trace: Sequence[TracePoint], target: float, which: str = "train_b
     return next((point.step for point in trace if getattr(point, which) >= target), None)
 
 
-def plateau(d: int, seed: int, solver: str, config: ConvergenceConfig) -> Row:
+def plateau(d: int, seed: int, solver: Solver, config: ConvergenceConfig) -> Row:
     """Count steps until the held-out beta of planted keys leaves the floor, and until the target.
 
     A run ends at the target; one that has not left after ``plateau_steps`` has None there.
@@ -364,7 +368,7 @@ def along_a_geodesic(
 
 
 def home(
-    d: int, n_keys: int, angle: float, solver: str, *, noise: float = 0.0, steps: int = 60
+    d: int, n_keys: int, angle: float, solver: Solver, *, noise: float = 0.0, steps: int = 60
 ) -> list[float]:
     """Measure what beta lacks after each step of a solver that starts ``angle`` off the lattice.
 
@@ -522,7 +526,7 @@ def second_code(points: Sequence[ScanPoint]) -> list[Row]:
     return rows
 
 
-def _summary(keys: KeySet, solver: str, learned: LearnedRotation) -> Row:
+def _summary(keys: KeySet, solver: Solver, learned: LearnedRotation) -> Row:
     trace = learned.trace
     start, d = trace[0].train_beta, keys.keys.shape[1]
     lift = learned.train_beta - start
@@ -556,7 +560,7 @@ def _summary(keys: KeySet, solver: str, learned: LearnedRotation) -> Row:
     }
 
 
-def _way(keys: Tensor, solver: str, steps: int) -> list[float]:
+def _way(keys: Tensor, solver: Solver, steps: int) -> list[float]:
     """Beta in sample after every step from the identity."""
     learn = LearnConfig(
         solver=solver, initial="identity", steps=steps, tolerance=0.0, trace_every=1
@@ -574,6 +578,7 @@ def _until_target(keys: KeySet, learn: LearnConfig) -> list[TracePoint]:
 
     def follow(point: TracePoint) -> None:
         trace.append(point)
+        assert point.held_out_beta is not None  # the set has held-out keys
         if point.held_out_beta >= TARGET:
             raise _Reached
 

@@ -1,4 +1,4 @@
-"""What the kernels lose on a model's own keys: every implementation against fp64.
+"""Measure what the kernels lose on a model's own keys: every implementation against fp64.
 
 Beside each stands what plain torch loses with every step in the same dtype, so that an error can
 be told to be the dtype's or the kernel's.
@@ -20,7 +20,7 @@ from torch import Tensor
 from signlattice import kernels
 from signlattice.bits import unpack_signs
 from signlattice.errors import InputError, IntegrityError
-from signlattice.kernels import FullPrecisionTokens, PackedKeys, PackedValues
+from signlattice.kernels import FullPrecisionTokens, Impl, PackedKeys, PackedValues
 from signlattice.kernels.attention import reference
 from signlattice.kernels.pack import reference as pack_reference
 from signlattice.models.loading import LoadedModel
@@ -88,7 +88,7 @@ def decode_steps(
 
 def attention_rows(
     steps: Mapping[int, Step],
-    impls: Sequence[str],
+    impls: Sequence[Impl],
     config: FidelityConfig,
     progress: Tick = lambda: None,
 ) -> list[Row]:
@@ -120,7 +120,7 @@ def attention_rows(
 
 def pack_rows(
     steps: Mapping[int, Step],
-    impls: Sequence[str],
+    impls: Sequence[Impl],
     config: FidelityConfig,
     progress: Tick = lambda: None,
 ) -> list[Row]:
@@ -165,6 +165,7 @@ def compiled_rows(program: Path, arch: int, progress: Tick = lambda: None) -> li
         stdout=subprocess.PIPE,
     )
     rows: list[Row] = []
+    assert run.stdout is not None  # a pipe
     for line in run.stdout:
         found = json.loads(line)
         if "error" in found:
@@ -195,7 +196,7 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return difference.nan_to_num(torch.inf).item()
 
 
-def _packed(keys: Tensor, rotation: Tensor, impl: str, config: FidelityConfig) -> PackedKeys:
+def _packed(keys: Tensor, rotation: Tensor, impl: Impl, config: FidelityConfig) -> PackedKeys:
     packed = PackedKeys.empty(*keys.shape)
     places = torch.zeros(len(keys), dtype=torch.int32)
     if keys.dtype == torch.float64:  # the definition itself: the dispatch takes no fp64
@@ -221,7 +222,7 @@ def _attention_call(
     )
     held: Tensor | PackedValues = values
     if bits < 16:
-        held = PackedValues.empty(*values.shape, bits)
+        held = PackedValues.empty(*values.shape, bits=bits)
         held.write(values, torch.zeros(batch, dtype=torch.int32))
     packed = _packed(keys, step.rotation, "torch", config)
     arguments = (step.query.to(dtype), packed, step.rotation, held, first, last)

@@ -33,12 +33,17 @@ from signlattice.quantizers.gauge import (
     participation,
     weighted_itq,
 )
-from signlattice.quantizers.scales import SCALE_RULES
+from signlattice.quantizers.scales import SCALE_RULES, ScaleRule
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.factory import rotate_heads
 from signlattice.rotations.learned import learn_matrices
-from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig, shipped_lattice
+from signlattice_paper.experiments.comparison import (
+    Comparison,
+    ComparisonConfig,
+    shipped_lattice,
+    sign_codes,
+)
 from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.records import Row
 
@@ -51,7 +56,7 @@ LATTICE = ("lattice", "free")
 
 @dataclass(frozen=True)
 class GaugeConfig:
-    """What is crossed.
+    """Choose what is crossed.
 
     Attributes:
         text: to calibrate and evaluate on, as `texts.read_text` takes it.
@@ -69,7 +74,7 @@ class GaugeConfig:
 
     text: str = "corpus"
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
-    rules: tuple[str, ...] = ("unbiased", "mse")
+    rules: tuple[ScaleRule, ...] = ("unbiased", "mse")
     window: int = 60
     sinks: int = 4
     learn: LearnConfig = field(default_factory=LearnConfig)
@@ -89,7 +94,7 @@ class Case:
 
     gauge: str
     rotation: str
-    rule: str
+    rule: ScaleRule
 
 
 WINDOWED = (
@@ -157,9 +162,11 @@ class GaugeLab(Lab[GaugeConfig, Case]):
     """
 
     def cases(self) -> list[Case]:
+        """List the cases that are measured."""
         return cases(self.config)
 
     def measure(self, case: Case) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         codes = self.codes(case)
         heads = self.comparison.heads(codes)
         name = asdict(case)
@@ -182,6 +189,7 @@ class GaugeLab(Lab[GaugeConfig, Case]):
         return tables
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {
             "exact": [self.comparison.exact_row()],
             "rows": tables["rows"],
@@ -192,10 +200,12 @@ class GaugeLab(Lab[GaugeConfig, Case]):
 
     @cached_property
     def comparison(self) -> Comparison:
+        """Compare codes on the model by its losses and heads."""
         return Comparison(self.loaded, self.text, self.config.comparison, self.scratch)
 
     @cached_property
     def judge(self) -> Judge:
+        """Judge caches by what the model says through them."""
         return Judge(self.loaded, self.text.evaluation, self.text.calibration, self.config.quality)
 
     def _cache(self, codes: Codes) -> SimulatedCache:
@@ -287,7 +297,8 @@ class GaugeLab(Lab[GaugeConfig, Case]):
         """Load the codec of the model's file, or learn one."""
         kept = self.scratch.file("lattice", ".safetensors")
         codec = shipped_lattice(self.loaded, self.text, self.config.calibrate, kept)
-        return {i: codec.layers[i] for i in self._keys}
+        codes = sign_codes(codec)
+        return {i: codes[i] for i in self._keys}
 
 
 def _without(row: Row, names: tuple[str, ...]) -> Row:

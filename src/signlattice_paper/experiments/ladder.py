@@ -36,6 +36,7 @@ from signlattice_paper.baselines.rabitq import RaBitQ
 from signlattice_paper.baselines.rounding import Rounded
 from signlattice_paper.baselines.transformers_caches import Backend, QuantizedLayers
 from signlattice_paper.baselines.turboquant import TurboQuant
+from signlattice_paper.experiments.comparison import sign_codes
 from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.records import Row
 
@@ -71,7 +72,7 @@ QUALITY = (
 
 @dataclass(frozen=True)
 class LadderConfig:
-    """What all entries share.
+    """Choose what all entries share.
 
     Attributes:
         text: to calibrate and evaluate on, as `texts.read_text` takes it.
@@ -110,7 +111,7 @@ class LadderConfig:
 
 @dataclass(frozen=True)
 class CacheFactory:
-    """What makes the caches of an entry, and the bytes that it stores once for all tokens."""
+    """Hold how an entry makes its caches, and the bytes that it stores once for all tokens."""
 
     new_cache: NewCache
     static_bytes: int = 0
@@ -233,15 +234,19 @@ class LadderLab(Lab[LadderConfig, LadderEntry]):
     """
 
     def cases(self) -> list[LadderEntry]:
+        """List the cases that are measured."""
         return ladder_entries(self.loaded, self.config)
 
     def measure(self, case: LadderEntry) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         caches = case.make(self)
         quality = self.judge.judged(caches.new_cache, step=case.step)
+        bits = quality["bits"]
+        assert isinstance(bits, (int, float))  # bytes were stored
         layers = compressible_layers(self.loaded).values()
         n = LONG * sum(2 * layer.n_heads * layer.head_dim for layer in layers)
         coded = LONG - (case.whole if case.how == "transformers' cache" else 0)
-        long = (quality["bits"] * coded + 16 * case.whole) / LONG + 8 * caches.static_bytes / n
+        long = (bits * coded + 16 * case.whole) / LONG + 8 * caches.static_bytes / n
         row = {
             "name": case.name,
             "family": case.family,
@@ -258,10 +263,12 @@ class LadderLab(Lab[LadderConfig, LadderEntry]):
         return {"ladder": [row | {name: quality[name] for name in QUALITY}]}
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {"exact": [self.judge.exact_row()], "ladder": with_pareto(tables["ladder"])}
 
     @cached_property
     def judge(self) -> Judge:
+        """Judge caches by what the model says through them."""
         return Judge(self.loaded, self.text.evaluation, self.text.calibration, self.config.quality)
 
     @cached_property
@@ -289,7 +296,7 @@ class LadderLab(Lab[LadderConfig, LadderEntry]):
         What is learned is kept in a file.
         """
         if signs == "srht":
-            return KeyCodec(self._srht(), self.loaded.weights_hash)
+            return KeyCodec(dict(self._srht()), self.loaded.weights_hash)
         file = self.scratch.file(signs, ".safetensors")
         if not file.exists():
             learning = replace(self.config.calibrate, code=signs)
@@ -342,8 +349,10 @@ def _cached(
         codec, static = None, 0
         if signs is not None:
             codec = lab.codec(signs)
-            for code in codec.layers.values():  # a matrix of a seed is not stored
-                static += code.centering.n_bytes if signs == "srht" else code.static_bytes
+            if signs == "srht":  # a matrix of a seed is not stored
+                static = sum(code.centering.n_bytes for code in sign_codes(codec).values())
+            else:
+                static = sum(code.static_bytes for code in codec.layers.values())
         return CacheFactory(lambda: SignKeyCache(lab.loaded, codec, cache), static)
 
     return LadderEntry(name, family, source, "our cache", make, sum(kept))
@@ -381,12 +390,12 @@ def _whole_config(window: int, sinks: int) -> CacheConfig:
     return CacheConfig(window=window, sinks=sinks, spare=0, **whole)
 
 
-def _rule(kind: type[Quantizer], **arguments) -> Rule:
+def _rule(kind: Callable[..., Quantizer], **arguments) -> Rule:
     """A code that no vector changes."""
     return lambda vectors: kind(**arguments)
 
 
-def _sized(kind: type[Quantizer], **arguments) -> Rule:
+def _sized(kind: Callable[..., Quantizer], **arguments) -> Rule:
     """A code that wants to know how many coordinates there are."""
     return lambda vectors: kind(head_dim=vectors.shape[-1], **arguments)
 

@@ -128,9 +128,11 @@ class QueriesLab(Lab[QueriesConfig, Case]):
     """
 
     def cases(self) -> list[Case]:
+        """List the cases that are measured."""
         return cases(self.config)
 
     def measure(self, case: Case) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         keys, queries = self.keys(case), self.queries(case)
         losses = self.comparison.row(str(case), keys, queries=queries)
         heads = self.comparison.heads(keys, queries=queries)
@@ -145,6 +147,7 @@ class QueriesLab(Lab[QueriesConfig, Case]):
         }
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         whole = {"whole": 0.0}  # the gap of whole queries, by how keys are read
         whole |= {r["k"]: r["gap"] for r in tables["rows"] if not r["frame"] and r["mean"] == "in"}
         return {
@@ -159,6 +162,7 @@ class QueriesLab(Lab[QueriesConfig, Case]):
 
     @cached_property
     def comparison(self) -> Comparison:
+        """Compare codes on the model by its losses and heads."""
         return Comparison(self.loaded, self.text, self.config.comparison, self.scratch)
 
     def described(self, case: Case) -> Row:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tqdm import tqdm
 
@@ -17,7 +17,10 @@ from signlattice.io import Progress, Scratch, no_progress
 from signlattice.models.loading import LoadedModel
 from signlattice_paper.records import Row
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 Case = TypeVar("Case", bound=Hashable)
 Tables = Mapping[str, Sequence[Row]]
 """Rows by the name of their table, as a record holds them."""
@@ -47,6 +50,7 @@ class ProgressBar(tqdm):
         super().__init__(desc=name, total=total, mininterval=10)
 
     def __call__(self, part: str) -> None:
+        """Advance the bar by one part."""
         self.update()
 
 
@@ -82,7 +86,7 @@ class Lab(ABC, Generic[Config, Case]):
 
     def measured(self, case: Case) -> Tables:
         """Load what `measure` gave in an earlier run, or measure the case now."""
-        return self.scratch.row(f"case: {case}", self.measure, case)
+        return self.scratch.row(f"case: {case}", lambda: dict(self.measure(case)))
 
     def run(self, progress: Progress = no_progress) -> Tables:
         """Measure all cases that no earlier run has measured; return the tables of all.

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -31,20 +32,21 @@ from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.levels import LevelQuantizer
-from signlattice.quantizers.scales import token_scale
+from signlattice.quantizers.scales import ScaleRule, token_scale
 from signlattice.rotations.factory import rotate_heads
+from signlattice_paper.experiments.comparison import sign_codes
 from signlattice_paper.records import Row
 
 SIDES = ("keys", "queries", "both")
 """What is signed: the keys, the queries, or both."""
 LEARNED = ("learned_keys", "learned_queries", "learned_both")
 ROTATIONS = ("identity", "srht", *LEARNED)
-"""What keys and queries are turned by; a learned one is named by what it was learned on."""
+"""Rotations of keys and queries; a learned one is named by what it was learned on."""
 
 
 @dataclass(frozen=True)
 class ScoresConfig:
-    """What is measured on.
+    """Choose what is measured on.
 
     Attributes:
         calibration_passages: whole context windows, one per document, to fit means and rotations.
@@ -135,7 +137,7 @@ def mean_interval(pieces: Sequence[Passage], values: Sequence[float] | np.ndarra
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
-    """What was fitted on calibration text: means per layer [H, D] and rotations [H, D, D]."""
+    """Hold what was fitted on calibration text: means per layer [H, D] and rotations [H, D, D]."""
 
     key_mean: dict[int, Tensor]
     value_mean: dict[int, Tensor]
@@ -157,13 +159,14 @@ def calibrate(
     """
     check_plain_attention(loaded)
     calibration = read_states(loaded, pieces, batch_size=1)
+    signs = sign_codes(codec)
     key_mean = {layer: states.keys.mean(1) for layer, states in calibration.items()}
     rotations: dict[str, dict[int, Tensor]] = {name: {} for name in ROTATIONS}
     for layer, states in calibration.items():
         keys = states.keys - key_mean[layer].unsqueeze(1)
         queries = states.grouped_queries.flatten(1, 2)
         both = torch.cat([keys, queries[:, :: queries.shape[1] // keys.shape[1]]], 1)
-        rotations["learned_keys"][layer] = codec.layers[layer].basis
+        rotations["learned_keys"][layer] = signs[layer].basis
         for name, vectors, kind in (
             ("identity", keys, "identity"),
             ("srht", keys, "srht"),
@@ -288,7 +291,7 @@ class SignedVectors(Quantizer):
         return 1 + 32 / self.rotation.shape[-1]
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
-        """As `Quantizer.reconstruct`."""
+        """Reconstruct vectors, see `Quantizer.reconstruct`."""
         mean = self.mean.unsqueeze(1)
         return _signed((vectors - mean) @ self.rotation.mT) @ self.rotation + mean
 
@@ -398,7 +401,7 @@ def output_rows(
     ]
 
 
-def _value_code(calibrated: Calibrated, layer: int, bits: int, rule: str) -> LevelQuantizer:
+def _value_code(calibrated: Calibrated, layer: int, bits: int, rule: ScaleRule) -> LevelQuantizer:
     centering = Centering("token_mean", calibrated.value_mean[layer])
     return LevelQuantizer(centering, calibrated.rotations["srht"][layer], bits, rule)
 
@@ -450,21 +453,22 @@ def with_absorbed_rotations(model: nn.Module, rotations: Mapping[int, Tensor]) -
     for layer, module in _value_layers(rotated).items():
         if layer not in rotations:
             continue
-        rotation = rotations[layer].to(module.v_proj.weight)
+        values, output = cast(nn.Linear, module.v_proj), cast(nn.Linear, module.o_proj)
+        rotation = rotations[layer].to(values.weight)
         heads, d = rotation.shape[:2]
-        for parameter in module.v_proj.parameters():  # weight [H·D, C], and a bias [H·D] if any
+        for parameter in values.parameters():  # weight [H·D, C], and a bias [H·D] if any
             by_head = parameter.data.reshape(heads, d, -1)
             parameter.copy_((rotation @ by_head).reshape(parameter.shape))
-        output = module.o_proj.weight  # [C, Hq·D]
-        by_head = output.unflatten(1, (heads, -1, d))
-        output.copy_(torch.einsum("chgd,hed->chge", by_head, rotation).reshape(output.shape))
+        weight = output.weight  # [C, Hq·D]
+        by_head = weight.unflatten(1, (heads, -1, d))
+        weight.copy_(torch.einsum("chgd,hed->chge", by_head, rotation).reshape(weight.shape))
     return rotated
 
 
 def _value_layers(model: nn.Module) -> dict[int, nn.Module]:
     """Attention modules by layer. Raises ``InputError`` if values have no own projection."""
     layers = {
-        module.layer_idx: module
+        cast(int, module.layer_idx): module
         for module in model.modules()
         if hasattr(module, "layer_idx") and hasattr(module, "v_proj")
     }

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ _SECOND_SEED = 1000  # of the rotation of residuals, apart from those of the hea
 
 @dataclass(frozen=True)
 class SecondConfig:
-    """What is crossed.
+    """Choose what is crossed.
 
     Attributes:
         text: to fit and evaluate on, as `texts.read_text` takes it.
@@ -187,9 +188,11 @@ class SecondLab(Lab[SecondConfig, Case]):
     """
 
     def cases(self) -> list[Case]:
+        """List the cases that are measured."""
         return cases(self.config)
 
     def measure(self, case: Case) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         described = self.described(case)
         keys, values = self.keys(case), self.values(case.value_bits)
         losses = self.comparison.row(str(case), keys, values)
@@ -206,6 +209,7 @@ class SecondLab(Lab[SecondConfig, Case]):
         return tables
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {
             "exact": [self.comparison.exact_row()],
             **tables,
@@ -214,6 +218,7 @@ class SecondLab(Lab[SecondConfig, Case]):
 
     @cached_property
     def comparison(self) -> Comparison:
+        """Compare codes on the model by its losses and heads."""
         return Comparison(self.loaded, self.text, self.config.comparison, self.scratch)
 
     @cached_property
@@ -225,6 +230,7 @@ class SecondLab(Lab[SecondConfig, Case]):
 
     @cached_property
     def judge(self) -> Judge:
+        """Judge caches by what the model says through them."""
         quality = QualityConfig(n_passages=self.config.comparison.n_passages, n_needles=1)
         return Judge(self.loaded, self.text.evaluation, self.text.calibration, quality)
 
@@ -275,7 +281,7 @@ class SecondLab(Lab[SecondConfig, Case]):
                     matrix,
                     seconds[index],
                     case.rule,
-                    case.first_rule,
+                    cast(ScaleRule, case.first_rule),  # every residual code has one
                     case.two_scales,
                     n_learned,
                 )
@@ -324,7 +330,7 @@ class SecondLab(Lab[SecondConfig, Case]):
         }
 
     def _second(self, case: Case) -> _Learned:
-        """What rotates the residual of a case: nothing, if it has none."""
+        """Return what rotates the residual of a case: nothing, if it has none."""
         if case.code != "residual":
             return _Learned({})
         first = self.learned(case.training).matrices
@@ -353,6 +359,7 @@ class SecondLab(Lab[SecondConfig, Case]):
         if training.solver != "annealed":
             return int(training.effort)
         learn = _annealing(next(iter(self.comparison.layers.values())).head_dim, training)
+        assert learn.steps is not None and learn.warm_steps is not None  # resolved
         return learn.steps + learn.warm_steps
 
     def _path(self) -> dict[int, _Learned]:
@@ -419,7 +426,7 @@ def verdict(rows: Sequence[Row]) -> Row:
             and (not second or row["second"] in second)
         )
 
-    signs = {"code": "signs", "rule": "unbiased"}
+    signs: dict[str, Any] = {"code": "signs", "rule": "unbiased"}
     base = least(**signs, solver="annealed", effort=1, more_keys=1)
     found = {
         "training": min(least(**signs, solver=name) for name in ("annealed", "gradient")),
@@ -437,6 +444,7 @@ def verdict(rows: Sequence[Row]) -> Row:
 
 def _annealing(d: int, training: Training) -> LearnConfig:
     own = LearnConfig().resolved(d)
+    assert own.steps is not None and own.warm_steps is not None  # resolved
     steps, warm_steps = (max(1, round(training.effort * n)) for n in (own.steps, own.warm_steps))
     return LearnConfig(steps=steps, warm_steps=warm_steps)
 

@@ -36,6 +36,7 @@ from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage, passages, take_tokens
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.rotations.fixed import srht
+from signlattice_paper.experiments.comparison import sign_codes
 from signlattice_paper.experiments.runner import Lab, TableCase, Tables
 from signlattice_paper.records import Row
 
@@ -62,12 +63,12 @@ _QUALITY = (
     "reduction",
     "n_packed",
 )
-_UNKNOWN = dict.fromkeys(("n_keys", "beta_in_sample", "null_in_sample", "null_held_out"))
+_UNKNOWN: Row = dict.fromkeys(("n_keys", "beta_in_sample", "null_in_sample", "null_held_out"))
 
 
 @dataclass(frozen=True)
 class SensitivityConfig:
-    """What is varied, and the base case.
+    """Choose what is varied, and the base case.
 
     Attributes:
         text: to calibrate and evaluate on, as `texts.read_text` takes it.
@@ -155,7 +156,7 @@ def docstrings(documents: Sequence[Document]) -> tuple[Document, ...]:
 
 
 def _prose(node: ast.AST) -> str:
-    """What a module, class or function says of itself in words; of anything else nothing."""
+    """Return the docstring of a module, class or function; nothing for anything else."""
     if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         return ""
     parts = doctest.DocTestParser().parse(ast.get_docstring(node) or "")
@@ -187,7 +188,7 @@ def _cut(
 
 def exemptions(layers: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """List sets of layers to keep whole, by name; no two are equal, none is all."""
-    named = {"none": ()}
+    named: dict[str, tuple[int, ...]] = {"none": ()}
     named |= {str(layer): (layer,) for layer in layers}
     named["first and last"] = (layers[0], layers[-1])
     named |= {f"all but {layer}": tuple(i for i in layers if i != layer) for layer in layers}
@@ -240,6 +241,7 @@ class SensitivityLab(Lab[SensitivityConfig, TableCase]):
             )
 
     def cases(self) -> list[TableCase]:
+        """List the cases that are measured."""
         config, n_tokens = self.config, self.source.n_tokens
         layers = tuple(coded_layers(self.loaded, config.calibrate))
         settings = {
@@ -253,9 +255,11 @@ class SensitivityLab(Lab[SensitivityConfig, TableCase]):
         return [TableCase(table, (each,)) for table, of in settings.items() for each in of]
 
     def measure(self, case: TableCase) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         return {case.table: list(getattr(self, case.table)(*case.arguments))}
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {**tables, "summary": summary(tables, self.config)}
 
     def calibration(self, per_dim: int) -> Iterator[Row]:
@@ -352,8 +356,10 @@ class SensitivityLab(Lab[SensitivityConfig, TableCase]):
             config = replace(self.config.calibrate, code=code)
             learn_codec(self.loaded, self.text, config).save(file, bits=8)
         codec = KeyCodec.load(file, self.loaded.weights_hash)
-        inside, outside = codec.calibration.noise_null
-        known = {"n_keys": codec.calibration.n_keys}
+        calibration = codec.calibration
+        assert calibration is not None  # a learned codec says what it was learned on
+        inside, outside = calibration.noise_null
+        known: Row = {"n_keys": calibration.n_keys}
         known |= {"null_in_sample": inside, "null_held_out": outside}
         return _LearnedCodec(f"base {code}", code, codec, _UNKNOWN | known)
 
@@ -367,9 +373,9 @@ class SensitivityLab(Lab[SensitivityConfig, TableCase]):
                 code,
                 basis=torch.stack([srht(code.head_dim, next(drawn)) for _ in range(code.n_heads)]),
             )
-            for index, code in codec.layers.items()
+            for index, code in sign_codes(codec).items()
         }
-        codec = KeyCodec(layers, self.loaded.weights_hash)
+        codec = KeyCodec(dict(layers), self.loaded.weights_hash)
         return _LearnedCodec(f"srht {seed}", "srht", codec, _UNKNOWN)
 
     def _learned(self, source: _Source, per_dim: int, seed: int) -> Iterator[_LearnedCodec]:

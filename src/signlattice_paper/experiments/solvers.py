@@ -15,8 +15,14 @@ from signlattice.errors import InputError
 from signlattice.models.capture import StateBank, calibration_keys, capture_passages
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import passages
-from signlattice.quantizers.centering import CENTERING_METHODS, Centering
-from signlattice.rotations.config import SOLVERS, CalibrationWarning, LearnConfig, LearnedRotation
+from signlattice.quantizers.centering import CENTERING_METHODS, Centering, CenteringMethod
+from signlattice.rotations.config import (
+    SOLVERS,
+    CalibrationWarning,
+    LearnConfig,
+    LearnedRotation,
+    Solver,
+)
 from signlattice.rotations.learned import learn_rotation
 from signlattice.rotations.null import noise_null
 from signlattice.rotations.synthetic import KeySet, noise_keys, planted_keys
@@ -29,7 +35,7 @@ NO_TRACE = 10**6
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """What the solvers are compared on.
+    """Choose what the solvers are compared on.
 
     Attributes:
         n_keys: calibration keys per head, and at most as many held out.
@@ -49,12 +55,12 @@ class SolverConfig:
     n_keys: int = 8192
     windows: int = 2
     layers: tuple[int, ...] = (0, 2)
-    centerings: tuple[str, ...] = ("none", "token_mean")
+    centerings: tuple[CenteringMethod, ...] = ("none", "token_mean")
     planted: tuple[tuple[int, int], ...] = ((64, 8192), (128, 16384))
     noise: tuple[int, int] = (128, 256)
     null_dims: tuple[int, ...] = (64, 128)
     null_ratios: tuple[int, ...] = (1, 2, 4, 16, 128)
-    null_solvers: tuple[str, ...] = ("gradient", "annealed")
+    null_solvers: tuple[Solver, ...] = ("gradient", "annealed")
     trace_every: int = 10
     seed: int = 0
 
@@ -74,6 +80,7 @@ class SolverLab(Lab[SolverConfig, TableCase]):
     """
 
     def cases(self) -> list[TableCase]:
+        """List the cases that are measured."""
         config = self.config
         arguments = {
             "traces": itertools.product(self.sets, SOLVERS),
@@ -83,16 +90,18 @@ class SolverLab(Lab[SolverConfig, TableCase]):
         return [TableCase(table, given) for table, each in arguments.items() for given in each]
 
     def measure(self, case: TableCase) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         return {case.table: getattr(self, case.table)(*case.arguments)}
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {"sets": describe(list(self.sets.values())), **tables}
 
-    def traces(self, name: str, solver: str) -> list[Row]:
+    def traces(self, name: str, solver: Solver) -> list[Row]:
         """Trace a solver on a set of keys."""
         return trace_rows(self.sets[name], solver, self.config)
 
-    def null(self, d: int, keys_per_dim: int, solver: str) -> list[Row]:
+    def null(self, d: int, keys_per_dim: int, solver: Solver) -> list[Row]:
         """Measure what a solver reaches on noise."""
         return [null_row(d, keys_per_dim, solver, self.config.seed)]
 
@@ -147,7 +156,7 @@ def traced_sets(heads: Sequence[KeySet], config: SolverConfig) -> list[KeySet]:
     return [*planted, noise_keys(*config.noise, config.seed), *first]
 
 
-def trace_rows(keys: KeySet, solver: str, config: SolverConfig) -> list[Row]:
+def trace_rows(keys: KeySet, solver: Solver, config: SolverConfig) -> list[Row]:
     """Trace a solver on a set of keys, from an SRHT: a row per point of its trace."""
     return [
         {
@@ -182,6 +191,7 @@ def describe(sets: Sequence[KeySet]) -> list[Row]:
 def bar_row(keys: KeySet, config: SolverConfig) -> Row:
     """Compare ITQ and the annealed solver: held-out betas, difference and ratio of times."""
     itq, annealed = (_learned(keys, solver, config, NO_TRACE) for solver in ("itq", "annealed"))
+    assert itq.held_out_beta is not None and annealed.held_out_beta is not None  # keys were given
     return {
         "keys": keys.name,
         "kind": keys.kind,
@@ -194,7 +204,7 @@ def bar_row(keys: KeySet, config: SolverConfig) -> Row:
     }
 
 
-def null_row(d: int, keys_per_dim: int, solver: str, seed: int) -> Row:
+def null_row(d: int, keys_per_dim: int, solver: Solver, seed: int) -> Row:
     """Measure what a solver reaches on noise, in sample and held out.
 
     The warning that there are few keys per dimension is not given: that is what is measured.
@@ -222,7 +232,9 @@ def _bank(loaded: LoadedModel, side: Sequence[Document], config: SolverConfig) -
     )
 
 
-def _learned(keys: KeySet, solver: str, config: SolverConfig, trace_every: int) -> LearnedRotation:
+def _learned(
+    keys: KeySet, solver: Solver, config: SolverConfig, trace_every: int
+) -> LearnedRotation:
     learn = LearnConfig(solver=solver, seed=config.seed, trace_every=trace_every)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # held-out keys are the judges here

@@ -9,10 +9,11 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from signlattice.data import corpus
@@ -93,7 +94,8 @@ def train(
     stream = _token_stream(tokenizer)
 
     torch.manual_seed(config.seed)
-    model = spec.build().to(config.device)
+    model = spec.build()
+    cast(nn.Module, model).to(config.device)  # in place
     balanced = hasattr(model.config, "output_router_logits")  # a loss that evens out the experts
     model.config.output_router_logits = balanced
     optimizer = _optimizer(model, config)

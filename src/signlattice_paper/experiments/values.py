@@ -26,9 +26,9 @@ from signlattice.errors import InputError
 from signlattice.io import Scratch
 from signlattice.models.hooks import attention_layers
 from signlattice.models.quantized_attention import Codes, quantized_attention
-from signlattice.quantizers.centering import CENTERING_METHODS, Centering
+from signlattice.quantizers.centering import CENTERING_METHODS, Centering, CenteringMethod
 from signlattice.quantizers.levels import LevelQuantizer
-from signlattice.quantizers.scales import SCALE_RULES
+from signlattice.quantizers.scales import SCALE_RULES, ScaleRule
 from signlattice.rotations.config import LearnConfig
 from signlattice.rotations.factory import rotate_heads
 from signlattice.rotations.learned import learn_matrices
@@ -37,7 +37,7 @@ from signlattice_paper.experiments.runner import Lab, TableCase, Tables
 from signlattice_paper.records import Row
 
 ROTATIONS = ("identity", "srht", "learned")
-COMPARED_RULES = ("mse", "unbiased")
+COMPARED_RULES: tuple[ScaleRule, ...] = ("mse", "unbiased")
 """Scale rules of what is measured under two of them: least error, and a slope of one."""
 WHOLE = 16.0
 """Bits to a coordinate of what is not coded."""
@@ -45,7 +45,7 @@ WHOLE = 16.0
 
 @dataclass(frozen=True)
 class ValuesConfig:
-    """What is crossed, and on how much text.
+    """Choose what is crossed, and on how much text.
 
     Attributes:
         text: to calibrate and evaluate on, as `texts.read_text` takes it.
@@ -65,9 +65,9 @@ class ValuesConfig:
     text: str = "corpus"
     bits: tuple[int, ...] = (1, 2, 3, 4, 8)
     rotations: tuple[str, ...] = ROTATIONS
-    centerings: tuple[str, ...] = CENTERING_METHODS
-    rules: tuple[str, ...] = SCALE_RULES
-    rules_of_eight: tuple[str, ...] = ("mse",)
+    centerings: tuple[CenteringMethod, ...] = CENTERING_METHODS
+    rules: tuple[ScaleRule, ...] = SCALE_RULES
+    rules_of_eight: tuple[ScaleRule, ...] = ("mse",)
     pairs: tuple[tuple[int, int], ...] = (
         (1, 2),
         (2, 1),
@@ -98,7 +98,7 @@ class ValuesConfig:
         for pair in self.pairs:
             _check_widths("pairs", pair)
 
-    def rules_at(self, bits: int) -> tuple[str, ...]:
+    def rules_at(self, bits: int) -> tuple[ScaleRule, ...]:
         """List the rules that are measured at a width."""
         return self.rules_of_eight if bits == 8 else self.rules
 
@@ -109,8 +109,8 @@ class LevelSpec:
 
     bits: int
     rotation: str = "srht"
-    centering: str = "token_mean"
-    rule: str = "mse"
+    centering: CenteringMethod = "token_mean"
+    rule: ScaleRule = "mse"
 
     def __str__(self) -> str:
         return " ".join(map(str, astuple(self)))
@@ -125,7 +125,7 @@ class SideCase:
     """
 
     code: str
-    rule: str
+    rule: ScaleRule
     k: int | None
     v: int | None
 
@@ -168,6 +168,7 @@ class ValuesLab(Lab[ValuesConfig, TableCase]):
     """
 
     def cases(self) -> list[TableCase]:
+        """List the cases that are measured."""
         config, layers = self.config, self.comparison.layers
         sides = side_cases(config)
         arguments = {
@@ -181,9 +182,11 @@ class ValuesLab(Lab[ValuesConfig, TableCase]):
         return [TableCase(table, given) for table, each in arguments.items() for given in each]
 
     def measure(self, case: TableCase) -> Tables:
+        """Measure a case and return the rows that it adds to each table."""
         return {case.table: list(getattr(self, case.table)(*case.arguments))}
 
     def summarise(self, tables: Tables) -> Tables:
+        """Assemble the tables of the record from those of all cases."""
         return {"exact": [self.comparison.exact_row()], **tables}
 
     def rows(self, k: str, code: LevelSpec) -> Iterator[Row]:
@@ -217,14 +220,14 @@ class ValuesLab(Lab[ValuesConfig, TableCase]):
         row = self._row(keys, _plain(case.v, case.rule))
         yield {**asdict(case), "side": case.side, **row}
 
-    def layers(self, layer: int, bits: int, rule: str) -> Iterator[Row]:
+    def layers(self, layer: int, bits: int, rule: ScaleRule) -> Iterator[Row]:
         """Measure values coded in one layer alone, after an SRHT and a static mean."""
         code = _plain(bits, rule)
         values = {layer: self._codes("values", code)[layer]}
         row = self.comparison.row(f"layer {layer}, {code}", values=values)
         yield {"layer": layer, "bits": bits, "rule": rule, **row}
 
-    def outputs(self, code: str, bits: int, rule: str) -> Iterator[Row]:
+    def outputs(self, code: str, bits: int, rule: ScaleRule) -> Iterator[Row]:
         """Measure by layer the error of attention's output with keys or with values coded."""
         spec = _plain(bits, rule)
         keys = self._heads("lattice" if code == "lattice" else spec, None)
@@ -243,7 +246,7 @@ class ValuesLab(Lab[ValuesConfig, TableCase]):
                 "values": fmean(of_values),
             }
 
-    def heads(self, bits: int, rotation: str, centering: str) -> Iterator[Row]:
+    def heads(self, bits: int, rotation: str, centering: CenteringMethod) -> Iterator[Row]:
         """Measure the error of the output of each head under two rules, keys exact.
 
         ``cosine`` of a held-out value to its code: at one bit β. ``effective_keys``: 1 / E Σ w².
@@ -267,6 +270,7 @@ class ValuesLab(Lab[ValuesConfig, TableCase]):
 
     @cached_property
     def comparison(self) -> Comparison:
+        """Compare codes on the model by its losses and heads."""
         return Comparison(self.loaded, self.text, self.config.comparison, self.scratch)
 
     @cached_property
@@ -292,7 +296,7 @@ class ValuesLab(Lab[ValuesConfig, TableCase]):
         """Fit a code by layer; ``spec`` None is no code, and "lattice" is that of the keys."""
         if spec is None:
             return {}
-        if spec == "lattice":
+        if isinstance(spec, str):
             return self._lattice
         rotations = self._rotations(side, spec.rotation, spec.centering)
         return {
@@ -310,7 +314,7 @@ class ValuesLab(Lab[ValuesConfig, TableCase]):
     def _known_rotations(self) -> dict[tuple[str, str, str], dict[int, Tensor]]:
         return {}
 
-    def _rotations(self, side: str, rotation: str, centering: str) -> dict[int, Tensor]:
+    def _rotations(self, side: str, rotation: str, centering: CenteringMethod) -> dict[int, Tensor]:
         name = (side, rotation, centering)
         if name not in self._known_rotations:
             self._known_rotations[name] = {
@@ -319,7 +323,9 @@ class ValuesLab(Lab[ValuesConfig, TableCase]):
             }
         return self._known_rotations[name]
 
-    def _rotation(self, layer: int, vectors: Tensor, rotation: str, centering: str) -> Tensor:
+    def _rotation(
+        self, layer: int, vectors: Tensor, rotation: str, centering: CenteringMethod
+    ) -> Tensor:
         seed = self.config.comparison.seed
         if rotation != "learned":
             return rotate_heads(vectors, rotation, seed)
@@ -339,6 +345,7 @@ class ValuesLab(Lab[ValuesConfig, TableCase]):
         found = {}
         for layer, code in self._codes("values", spec).items():
             values = torch.cat([states[layer].values for states in self.comparison.held_out], 1)
+            assert isinstance(code, LevelQuantizer)  # that of a `LevelSpec`
             centred, offset = code.centering.split(values)
             coded = code.reconstruct(values) - offset
             found[layer] = torch.cosine_similarity(centred, coded, dim=-1).mean(-1)
@@ -365,10 +372,10 @@ def best(rows: Iterable[Row], bits: int, k: str, **wanted: str) -> Row:
     ``k`` is "exact" or "one bit"; ``wanted`` are other columns, such as a rotation. Raises
     ``InputError`` if there is none.
     """
-    wanted |= {"bits": bits, "k": k}
-    found = [row for row in rows if all(row[name] == wanted[name] for name in wanted)]
+    columns = {**wanted, "bits": bits, "k": k}
+    found = [row for row in rows if all(row[name] == columns[name] for name in columns)]
     if not found:
-        raise InputError(f"no row has {wanted}")
+        raise InputError(f"no row has {columns}")
     return min(found, key=lambda row: row["gap"])
 
 
@@ -389,7 +396,7 @@ def learned_rotations(centred: Tensor, seed: int) -> Tensor:
     return learn_matrices(centred, LearnConfig(seed=seed))
 
 
-def _plain(bits: int | None, rule: str) -> LevelSpec | None:
+def _plain(bits: int | None, rule: ScaleRule) -> LevelSpec | None:
     """After an SRHT and a static mean: what sides and layers are compared with."""
     return None if bits is None else LevelSpec(bits, rule=rule)
 
