@@ -27,7 +27,7 @@ HELD_OUT = 0.2
 """Share of a user's text, its end, that is evaluated on."""
 
 LEAST_BYTES = 40_000
-"""Of a user's text: 128 keys per dimension of a head of 64 at four bytes a token, and a fifth."""
+"""Least size of a user's text: 128 keys per dimension of a head of 64, and a fifth held out."""
 
 
 @dataclass(frozen=True)
