@@ -23,7 +23,7 @@ from signlattice.errors import InputError
 Kind = Literal["model", "dataset"]
 
 _HTTP_ERROR: type[Exception] = vars(errors)["HTTPError"]
-"""Of the HTTP client of huggingface_hub, which has another name from version to version."""
+"""Base of the errors of the HTTP client that the installed huggingface_hub is built on."""
 
 
 class Unreachable(InputError):

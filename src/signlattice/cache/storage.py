@@ -103,7 +103,7 @@ class SignStorage(Store):
 
     @property
     def packed(self) -> PackedKeys:
-        """What the kernels read."""
+        """Packed bytes as the kernels take them."""
         return PackedKeys(self.parts["words"], self.parts["scale"], self.parts.get("dc"))
 
     def empty(self, like: Tensor, capacity: int) -> dict[str, Tensor]:
@@ -220,7 +220,7 @@ class IntegerStorage(Store):
 
     @property
     def packed(self) -> PackedValues:
-        """What the kernels read."""
+        """Packed bytes as the kernels take them."""
         return PackedValues(**self.parts, bits=self.bits)
 
     def empty(self, like: Tensor, capacity: int) -> dict[str, Tensor]:

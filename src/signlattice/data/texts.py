@@ -27,7 +27,8 @@ HELD_OUT = 0.2
 """Share of a user's text, its end, that is evaluated on."""
 
 LEAST_BYTES = 40_000
-"""Of a user's text: 128 keys per dimension of a head of 64 at four bytes a token, and a fifth."""
+"""Least size of a user's text: 128 keys per dimension of a head of 64, at four bytes a token, and a
+fifth that is held out."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,9 @@ def _kept(name: str, limits: dict[Split, int], revision: str | None, cache: Path
         return _read_kept(max(earlier, key=lambda file: file.stat().st_mtime))
     if file.is_file():
         return _read_kept(file)
-    sides = {side: _up_to(_documents(text, side, commit), n) for side, n in limits.items()}
+    sides: dict[Split, tuple[Document, ...]] = {
+        side: _up_to(_documents(text, side, commit), n) for side, n in limits.items()
+    }
     for side, documents in sides.items():
         if not documents:
             raise IntegrityError(f"no text in {text.repository}, split {getattr(text, side)}")

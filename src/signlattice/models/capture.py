@@ -215,7 +215,7 @@ def capture(
         folder.mkdir(parents=True, exist_ok=True)
     bank = StateBank(stage, folder, shard_tokens, dtype)
     recorder = _Recorder(bank, layers)
-    kinds = [kind for kind in STATE_KINDS if kind in states]
+    kinds: list[StateKind] = [kind for kind in STATE_KINDS if kind in states]
     at_projection: list[StateKind] = [
         kind for kind in kinds if stage == "pre_rope" and kind != "values"
     ]

@@ -22,7 +22,7 @@ Two bound the largest singular value, a round has seven quintic iterations of th
 ones of two, and one checks the result; what fails the check takes another round and another check.
 """
 TURN = 20 / 3
-"""What else an annealed step does with [d, d], in d³ operations: two products, and the Cayley
+"""The rest of an annealed step with [d, d], in d³ operations: two products, and the Cayley
 transform's factorisation (2/3) with its two triangular solves (2)."""
 
 KERNEL_DIM = 128

@@ -251,7 +251,7 @@ def load_full(
 
 def _loaded(checked: Preflight, folder: Path, device_map: str) -> LoadedModel:
     with no_progress_bar():
-        model, report = _class_of(checked.config).from_pretrained(
+        loaded = _class_of(checked.config).from_pretrained(
             folder,
             config=checked.config,
             dtype=checked.dtype,
@@ -261,6 +261,7 @@ def _loaded(checked: Preflight, folder: Path, device_map: str) -> LoadedModel:
             key_mapping=_TEXT_WEIGHTS,
             output_loading_info=True,
         )
+    model, report = cast(tuple[PreTrainedModel, dict], loaded)  # with loading info
     if missing := sorted(report["missing_keys"]):
         raise IntegrityError(
             f"{checked.name} lacks {len(missing)} weights of its decoder, {missing[0]} among them: "

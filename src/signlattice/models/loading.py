@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -116,7 +117,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     _group_experts(model)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 2048)
-    model.eval().to(torch.device(device))
+    cast(nn.Module, model.eval()).to(device)
     return LoadedModel(str(name), model, tokenizer, digest, context)
 
 

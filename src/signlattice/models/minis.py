@@ -76,7 +76,7 @@ _GEMMA4 = dict(
     final_logit_softcapping=30.0,
     vocab_size_per_layer_input=2048,
 )
-"""What the three have in common: wider heads on the layers that attend to the whole context."""
+"""Common to the three: wider heads on the layers that attend to the whole context."""
 
 _PER_LAYER = dict(hidden_size_per_layer_input=16, num_kv_shared_layers=2)
 """The two dense ones feed an embedding into each layer, and the last layers reuse earlier keys."""
