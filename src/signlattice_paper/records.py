@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from signlattice.errors import InputError, IntegrityError
 from signlattice.io import PROJECT, check_writable, display_path, write_text
@@ -305,8 +305,9 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _as_dict(config: Any) -> dict[str, Any]:
-    is_instance = is_dataclass(config) and not isinstance(config, type)
-    return asdict(config) if is_instance else dict(config)
+    if is_dataclass(config) and not isinstance(config, type):
+        return asdict(config)
+    return dict(cast(Mapping[str, Any], config))
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:

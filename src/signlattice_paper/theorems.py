@@ -145,8 +145,8 @@ def _theorem(entry: Any, claims: Mapping[str, Claim], root: Path) -> Theorem:
             raise InputError(f"unknown in {name}: {unknown[0]!r}")
     if absent := [test for test in entry["tests"] if not (root / TESTS / test).is_file()]:
         raise InputError(f"its test {TESTS}/{absent[0]} does not exist")
-    known: dict[str, Any] = dict(entry)
-    known["claims"] = tuple(claims[each] for each in entry["claims"])
+    given: dict[str, Any] = dict(entry)
+    given["claims"] = tuple(claims[each] for each in entry["claims"])
     for name in ("chapters", "tests"):
-        known[name] = tuple(entry[name])
-    return Theorem(**known)
+        given[name] = tuple(entry[name])
+    return Theorem(**given)
