@@ -45,14 +45,14 @@ MAX_ROWS = 2**30
 """Rows, or tokens of all sequences, are fewer: kernels count them in 32 bits, and offsets in 64."""
 
 
-def chosen(kernel: str, impl: Impl, device: torch.device) -> str:
-    """The implementation of ``kernel`` that runs: "torch", "triton" or "cpu".
+def chosen(kernel: str, impl: Impl, device: torch.device) -> Impl:
+    """Return the implementation of ``kernel`` that runs: "torch", "triton" or "cpu".
 
     Raises ``InputError`` on an implementation that the kernel does not have.
     """
     there = _HAS[kernel]
     if impl == "auto":
-        fast = "triton" if device.type == "cuda" else "cpu"
+        fast: Impl = "triton" if device.type == "cuda" else "cpu"
         return fast if fast in there else "torch"
     if impl not in there:
         raise InputError(f"impl={impl!r}: {kernel} has auto, {', '.join(there)}")
