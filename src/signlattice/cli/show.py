@@ -16,7 +16,9 @@ def facts(pairs: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> list[str]:
-    """Return lines of a table: ``columns`` maps a row's key to its heading and its format, in order.
+    """Return lines of a table.
+
+    ``columns`` maps a row's key to its heading and its format, in order.
 
     Text is aligned left, numbers right; what a row lacks, or has as None, shows as a dash.
     """

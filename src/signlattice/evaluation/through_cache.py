@@ -199,7 +199,7 @@ def _end(n: int) -> int:
 def read_through(
     loaded: LoadedModel, ids: Tensor, cache: JudgedCache, step: int | None = None
 ) -> Tensor:
-    """Compute logits [B, T, vocabulary] of ids [B, T], read through a cache in calls of ``step`` tokens."""
+    """Compute logits [B, T, vocabulary] of ids [B, T] through a cache, ``step`` tokens a call."""
     parts = ids.split(step or ids.shape[1], 1)
     return torch.cat([loaded.model(part, past_key_values=cache).logits for part in parts], 1)
 
@@ -234,7 +234,7 @@ def retrieval(
     batch_size: int = 16,
     step: int | None = None,
 ) -> float:
-    """Return the share of ``answer`` [n, A], the last tokens of ids [n, T], that the model predicts.
+    """Return the share of ``answer`` [n, A], the end of ids [n, T], that the model predicts.
 
     A token counts if it is the model's first choice.
     """

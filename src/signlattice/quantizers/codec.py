@@ -309,7 +309,6 @@ def _text(value: object) -> str:
 
 
 def _number(value: object) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
-        raise InputError(f"{value!r} where a finite number was expected")
-    return float(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    raise InputError(f"{value!r} where a finite number was expected")

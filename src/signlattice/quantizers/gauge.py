@@ -95,7 +95,7 @@ def isotropic_error(gauge: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def participation(moment: Tensor) -> Tensor:
-    """Compute the effective number of directions (Σλ)²/Σλ² of moments [..., D, D], 1 to D."""
+    """Compute the effective number of directions, (Σλ)²/Σλ² of [..., D, D], 1 to D."""
     trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
     return trace.square() / moment.square().sum((-2, -1))
 
@@ -111,7 +111,7 @@ def _power(matrix: Tensor, power: float) -> Tensor:
 class GaugeQuantizer(Quantizer):
     """One sign per coordinate after a centering, a ``gauge`` A and a ``rotation`` R, [H, D, D].
 
-    The scale of a token is that of `scales.scale_of` for R A k: ``mse`` makes the error least in the
+    A token has the scale of `scales.scale_of` for R A k: ``mse`` makes the error least in the
     metric AᵀA, ``unbiased`` keeps the product with the key in it.
 
     Raises:
@@ -238,7 +238,7 @@ class DescentConfig:
 def learn_score_rotation(
     keys: Tensor, metric: Tensor, starts: Sequence[Tensor], config: DescentConfig = DescentConfig()
 ) -> Tensor:
-    """Learn rotations [H, D, D] that lower `score_error` of centred keys [H, N, D], from ``starts``.
+    """Learn rotations [H, D, D] that lower `score_error` of keys [H, N, D], from ``starts``.
 
     Momentum in the Lie algebra, steps along geodesics. Of each head the best on all keys of where
     it started and where it came is kept, so none is worse than its starts.

@@ -63,7 +63,7 @@ class ResidualQuantizer(Quantizer):
         return self.n_learned * self.first.numel() + self.centering.n_bytes
 
     def residual(self, centred: Tensor) -> Tensor:
-        """Subtract the first code from centred vectors [..., H, T, D]: R₂ is learned on the rest."""
+        """Subtract the first code from centred vectors [..., H, T, D]: R₂ codes the rest."""
         y = centred @ self.first.mT
         first = token_scale(y, self.first_rule).unsqueeze(-1) * sign(y)
         return centred - first @ self.first

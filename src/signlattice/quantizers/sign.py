@@ -141,7 +141,7 @@ class SignQuantizer(StoredQuantizer):
         return centred @ self.basis.mT
 
     def cosines(self, keys: Tensor) -> Tensor:
-        """Compute each centred key's cosine to its lattice point in the metric: [H, N, D] to [H, N].
+        """Compute the cosine of each centred key [H, N, D] to its lattice point in the metric.
 
         Without a metric it is that to the sign lattice, ‖y‖₁ / (√D ‖y‖₂), whose mean is β.
         """

@@ -27,7 +27,7 @@ def mean_cosine(keys: Tensor, rotation: Tensor) -> float:
 def smoothed_gradient(
     keys: Tensor, rotation: Tensor, temperature: float, *, impl: Impl = "torch"
 ) -> Tensor:
-    """Compute the gradient [..., d, d] in R of ``mean of T log cosh(y/T)``, y = R k, the smoothed objective.
+    """Compute the gradient [..., d, d] in R of ``mean of T log cosh(y/T)``, y = R k.
 
     The mean is over all coordinates of all keys [..., N, d], whose norms are sqrt(d). At
     ``temperature`` T = 0 the integrand is |y|: the objective is `mean_cosine`, and since it is

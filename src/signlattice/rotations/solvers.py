@@ -13,7 +13,7 @@ It is convex in the matrix R, not smooth, and has many local maxima on the ortho
   batches, of an objective that is smooth at first. From a random start the gradient of the L1 norm
   is so small that both solvers above may stall there; a step of prescribed length leaves that
   plateau, the momentum averages its noise out, and high temperature makes of the objective minus
-  the fourth moment of the coordinates, which has a slope far from the lattice too. Cooling brings the L1
+  the fourth moment of the coordinates, which leads to the lattice from afar. Cooling brings the L1
   norm back, and ITQ on all keys does the rest.
 
 No solver is the best on all keys. On keys of which half the directions are two-valued and the rest
