@@ -30,7 +30,7 @@ from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.config import LearnConfig
 
 Progress = Callable[[str], object]
-"""Told of each part of the work as it is done."""
+"""Called with the name of each part of the work that is done."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class CalibrationConfig:
 
 
 def coded_layers(loaded: LoadedModel, config: CalibrationConfig) -> dict[int, AttentionLayer]:
-    """The layers that a codec is learned for: those with keys of their own, of a size that fits.
+    """Return the layers that a codec is learned for: with keys of their own, of a size that fits.
 
     Raises ``InputError`` if there is none.
     """
@@ -118,7 +118,8 @@ def learn_codec(
     Raises ``InputError`` as `coded_layers`, and on a text too short for the head sizes.
 
     Example:
-        >>> from signlattice import CalibrationConfig, LearnConfig, learn_codec, load_model, read_text
+        >>> from signlattice import CalibrationConfig, LearnConfig, learn_codec
+        >>> from signlattice import load_model, read_text
         >>> config = CalibrationConfig(
         ...     code="rotation",
         ...     keys_per_dim=128,
@@ -230,14 +231,15 @@ def n_parts(loaded: LoadedModel, config: CalibrationConfig) -> int:
 def measure_codec(
     loaded: LoadedModel, codec: KeyCodec, pieces: Sequence[Passage], batch_size: int = 16
 ) -> dict[int, HeadQuality]:
-    """β, distortion and KL of the attention weights, of each layer and head on some passages.
+    """Measure β, distortion and KL of the attention weights, by layer and head, on some passages.
 
     Example:
         >>> from signlattice import KeyCodec, load_model, measure_codec, read_text
         >>> from signlattice.models.loading import MODELS
         >>> from signlattice.models.passages import passages
         >>> loaded = load_model("olmoe-mini")
-        >>> codec = KeyCodec.load(MODELS / "olmoe-mini" / "lattice.safetensors", loaded.weights_hash)
+        >>> file = MODELS / "olmoe-mini" / "lattice.safetensors"
+        >>> codec = KeyCodec.load(file, loaded.weights_hash)
         >>> pieces = passages(loaded, read_text("corpus").evaluation)[:2]
         >>> quality = measure_codec(loaded, codec, pieces)
         >>> bool(quality[0].beta.mean() > 0.8)
@@ -250,14 +252,14 @@ def measure_codec(
 
 
 def null_betas(n_keys: int, d: int, config: CalibrationConfig) -> tuple[float, float]:
-    """β (in sample, held out) of the same learning on ``n_keys`` of Gaussian noise in d dimensions."""
+    """Compute β (in sample, held out) learned on ``n_keys`` of Gaussian noise in d dimensions."""
     return registry.quantizer(config.code).noise_null(n_keys, d, config)
 
 
 def _passages(
     loaded: LoadedModel, text: Text, layers: dict[int, AttentionLayer], config: CalibrationConfig
 ) -> tuple[list[Passage], list[Passage]]:
-    """Of both sides as many as are needed, from all over the text."""
+    """Take as many passages of both sides as are needed, from all over the text."""
     widest = max(layer.head_dim for layer in layers.values())
     fit = take_tokens(passages(loaded, text.calibration, 4), config.keys_per_dim * widest)
     n_tokens = sum(len(piece.ids) for piece in fit)
@@ -289,7 +291,7 @@ def _captured(
 
 
 def _readers(loaded: LoadedModel) -> dict[int, list[int]]:
-    """Per layer that owns keys, all layers whose queries read them."""
+    """List, per layer that owns keys, all layers whose queries read them."""
     readers: dict[int, list[int]] = {}
     for index, layer in attention_layers(loaded.model).items():
         readers.setdefault(layer.source, []).append(index)
@@ -303,7 +305,7 @@ def _learned(
     config: CalibrationConfig,
     file: Path | None,
 ) -> StoredQuantizer:
-    """The code of one layer, rounded, which is kept in ``file``, or read from it."""
+    """Learn the code of one layer, rounded, and keep it in ``file``; or load it from there."""
     if file is not None and file.is_file():
         return KeyCodec.load(file).layers[layer.index]
     generator = torch.Generator().manual_seed(config.seed)
@@ -323,7 +325,7 @@ def _learned(
 
 
 def _few(bank: StateBank, layer: int, n_sequences: int = 12) -> StateBank:
-    """A bank of some sequences of one layer of another: a temperature has one number to fit."""
+    """Copy some sequences of one layer of a bank: a temperature has one number to fit."""
     few = StateBank(bank.stage, lengths=bank.lengths[:n_sequences])
     n_tokens = sum(few.lengths)
     few.append("keys", layer, bank.keys(layer).transpose(0, 1)[:n_tokens])

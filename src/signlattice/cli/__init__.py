@@ -6,7 +6,7 @@
     signlattice evaluate olmoe-mini codec.safetensors
 
 Commands are imported once the arguments are known to be right: help does not wait for torch.
-Exit codes: 0 success, 1 an error that is told in one line, 2 wrong usage, 130 interrupted.
+Exit codes: 0 success, 1 an error, reported in one line, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from signlattice.quantizers import registry
 VALUES = ("whole", "fp8", "int8", "int4", "int2")
 SCALES = ("unbiased", "mse", "norm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""What arguments may be, here so that they are read without torch; a test holds them to its own."""
+"""Choices of the arguments, here so that no torch is needed; a test compares them with its own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; wrong usage, help and version raise SystemExit."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that knows no β
+        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
+            reconfigure(errors="replace")  # a terminal that knows no β
     try:
         try:
             options = parser().parse_args(argv)
@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace) -> tuple[dict, list[str]] | None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of all commands."""
+    """Return the parser of the arguments of all commands."""
     top = argparse.ArgumentParser(
         "signlattice",
         description="One-bit keys for the KV cache of a transformer.",

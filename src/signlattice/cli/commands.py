@@ -7,8 +7,10 @@ import logging
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 from signlattice import kernels
 from signlattice.cache.sign_key_cache import CacheConfig, CacheStats, SignKeyCache
+from signlattice.cache.storage import ValueFormat
 from signlattice.calibration import CalibrationConfig, learn_codec_shared, measure_codec, n_parts
 from signlattice.cli.contents import layer_row
 from signlattice.cli.show import facts, plain, size, span, table
@@ -37,10 +40,10 @@ Result = tuple[dict, list[str]]
 OutOfMemory = (MemoryError, torch.OutOfMemoryError)
 
 LARGEST_SHARE = 0.02
-"""Of a model's weights, above which a codec file is said to be large."""
+"""Share of a model's bytes, above which a codec file is reported as large."""
 
 OTHERS_BYTES = 2_000_000
-"""Of the calibration side, as much as the needles are drawn from."""
+"""Bytes of the calibration side that the needles are drawn from."""
 
 
 def learn(options: argparse.Namespace) -> Result | None:
@@ -93,6 +96,7 @@ def learn(options: argparse.Namespace) -> Result | None:
 
 def _learned(loaded: LoadedModel, codec: KeyCodec, output: Path, seconds: float) -> Result:
     known = codec.calibration
+    assert known is not None  # `learn_codec_shared` measures every codec that it learns
     n_bytes = output.stat().st_size
     weights = 2 * sum(parameter.numel() for parameter in loaded.model.parameters())
     owners = sum(layer.owns_keys for layer in attention_layers(loaded.model).values())
@@ -142,7 +146,7 @@ def _learned(loaded: LoadedModel, codec: KeyCodec, output: Path, seconds: float)
 
 
 def measure(options: argparse.Namespace) -> Result:
-    """``signlattice measure``: what a codec does to held-out keys, layer by layer."""
+    """Run ``signlattice measure``: what a codec does to held-out keys, layer by layer."""
     loaded, codec, text = _with_codec(options)
     pieces = passages(loaded, text.evaluation, 4)
     pieces = spread(pieces, options.passages)
@@ -189,7 +193,7 @@ def measure(options: argparse.Namespace) -> Result:
 
 
 def evaluate(options: argparse.Namespace) -> Result:
-    """``signlattice evaluate``: what text and needles come to through the cache, and others."""
+    """Run ``signlattice evaluate``: perplexity and retrieval through the cache, and others."""
     loaded, codec, text = _with_codec(options)
     if options.window + options.sinks >= loaded.context:
         raise InputError(
@@ -276,7 +280,7 @@ def evaluate(options: argparse.Namespace) -> Result:
 
 
 def generate(options: argparse.Namespace) -> Result:
-    """``signlattice generate``: a text continued with exact keys, and through the cache."""
+    """Run ``signlattice generate``: continue a text with exact keys, and through the cache."""
     prompt = _prompt(options.prompt)
     codec = KeyCodec.load(options.codec)
     loaded = _load(options)
@@ -327,13 +331,13 @@ def _continued(
     bar: tqdm,
     cache: SignKeyCache | None = None,
 ) -> list[int]:
-    """New tokens after ids [1, T]; what is drawn is drawn alike with and without a cache."""
+    """Return new tokens after ids [1, T], sampled by one seed with and without a cache."""
     torch.manual_seed(options.seed)
     chosen: dict = {"do_sample": options.sample}
     if options.sample:
         chosen |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     ids = ids.to(loaded.model.device)
-    found = loaded.model.generate(
+    generated = cast("Callable[..., Tensor]", loaded.model.generate)(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=options.max_new_tokens,
@@ -342,23 +346,24 @@ def _continued(
         streamer=_Ticks(bar),
         **chosen,
     )
-    return found[0, ids.shape[1] :].tolist()
+    return generated[0, ids.shape[1] :].tolist()
 
 
 class _Ticks:
-    """What ``generate()`` hands its tokens to: a bar, which counts them."""
+    """Count the tokens of ``generate()`` on a progress bar, as a streamer of transformers."""
 
     def __init__(self, bar: tqdm) -> None:
         self.bar = bar
         self.began = False
 
     def put(self, tokens: Tensor) -> None:
+        """Count new tokens; the first call brings the prompt."""
         if self.began:
             self.bar.update(len(tokens))
-        self.began = True  # the first are the prompt's
+        self.began = True
 
     def end(self) -> None:
-        pass
+        """Do nothing: the bar is closed by whoever opened it."""
 
 
 def _stats_facts(stats: CacheStats) -> list[tuple[str, str]]:
@@ -380,7 +385,7 @@ def _stats_facts(stats: CacheStats) -> list[tuple[str, str]]:
 
 
 def bench(options: argparse.Namespace) -> Result:
-    """Time one new token's attention on packed keys beside PyTorch's: ``signlattice bench``."""
+    """Run ``signlattice bench``: time decode attention on packed keys beside PyTorch's."""
     device = _device(options.device)
     if options.head_dim not in kernels.HEAD_DIMS:
         sizes = ", ".join(map(str, kernels.HEAD_DIMS))
@@ -465,7 +470,7 @@ def estimate(options: argparse.Namespace) -> Result:
 
 
 def _with_codec(options: argparse.Namespace) -> tuple[LoadedModel, KeyCodec, Text]:
-    """Model, codec and text; what is quickly found to be wrong is looked at first."""
+    """Load model, codec and text; check first what is quickly checked."""
     codec = KeyCodec.load(options.codec)
     loaded = _load(options)
     codec.check_model(loaded.weights_hash)
@@ -474,7 +479,7 @@ def _with_codec(options: argparse.Namespace) -> tuple[LoadedModel, KeyCodec, Tex
 
 
 def _load(options: argparse.Namespace) -> LoadedModel:
-    """A mini by its name, or any decoder by its name on the hub or its folder."""
+    """Load a mini by its name, or any decoder by its name on the hub or its folder."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     name, context = options.model, options.context
     if name not in MINIS:
@@ -491,7 +496,8 @@ def _load(options: argparse.Namespace) -> LoadedModel:
     if context is not None and context > loaded.context:
         raise InputError(f"--context {context}: {name} reads {loaded.context} tokens or fewer")
     if options.dtype != "auto":
-        loaded.model.to(full_size.DTYPES[options.dtype])
+        # transformers wraps `to` in a way that hides its arguments
+        cast(torch.nn.Module, loaded.model).to(full_size.DTYPES[options.dtype])
     return replace(loaded, context=context or loaded.context)
 
 
@@ -509,9 +515,9 @@ def _batch_size(options: argparse.Namespace) -> int:
 
 
 def _cache_config(
-    options: argparse.Namespace, loaded: LoadedModel, codec: KeyCodec, values: str
+    options: argparse.Namespace, loaded: LoadedModel, codec: KeyCodec, values: ValueFormat
 ) -> CacheConfig:
-    """Sliding layers are packed if the codec has codes for them; nothing whole is in 32 bits."""
+    """Configure a cache: sliding layers packed if the codec has them, nothing whole in 32 bits."""
     layers = attention_layers(loaded.model)
     sliding = any(layers[i].window is not None for i in codec.layers if i in layers)
     return CacheConfig(

@@ -10,13 +10,15 @@ Cell = str | int | float | None
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Lines of a name and what there is to say of it, names in a column of their own."""
+    """Return lines of a name and a fact each, names in a column of their own."""
     width = max(len(name) for name, _ in pairs)
     return [f"{name:<{width}}  {fact}".rstrip() for name, fact in pairs]
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> list[str]:
-    """Lines of a table: ``columns`` maps a row's key to its heading and its format, in order.
+    """Return lines of a table.
+
+    ``columns`` maps a row's key to its heading and its format, in order.
 
     Text is aligned left, numbers right; what a row lacks, or has as None, shows as a dash.
     """
@@ -34,13 +36,13 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, st
 
 
 def span(values: Sequence[float], fmt: str = ".3f") -> str:
-    """The least and the greatest of some numbers."""
+    """Format the least and the greatest of some numbers."""
     low, high = format(min(values), fmt), format(max(values), fmt)
     return low if low == high else f"{low}–{high}"
 
 
 def size(n_bytes: float) -> str:
-    """Bytes in the largest unit that leaves a number above one."""
+    """Format bytes in the largest unit that leaves a number above one."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if n_bytes < 1000 or unit == "GB":
             return f"{n_bytes:.3g} {unit}" if unit != "bytes" else f"{n_bytes:.0f} bytes"
@@ -49,7 +51,7 @@ def size(n_bytes: float) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it: arrays as lists, and None for what is not a finite number."""
+    """Convert a value for JSON: arrays to lists, and numbers that are not finite to None."""
     if isinstance(value, Mapping):
         return {str(key): plain(child) for key, child in value.items()}
     if hasattr(value, "tolist"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -107,9 +107,10 @@ def contenders(states: DecodeStates, impl: Impl) -> dict[str, Contender]:
             partial(attend, values), packed_bytes(packed) + values.nbytes
         )
     }
-    first = torch.zeros(len(values), dtype=torch.int32, device=values.device)
+    batch, n_heads, tokens, d = values.shape
+    first = torch.zeros(batch, dtype=torch.int32, device=values.device)
     for bits in VALUE_BITS:
-        coded = kernels.PackedValues.empty(*values.shape, bits, device=values.device)
+        coded = kernels.PackedValues.empty(batch, n_heads, tokens, d, bits, device=values.device)
         coded.write(values, first)
         made[f"1-bit K, {bits}-bit V"] = Contender(
             partial(attend, coded), packed_bytes(packed) + packed_bytes(coded)
@@ -128,7 +129,7 @@ def decode_rows(
     impl: Impl,
     rounds: int,
     progress: Callable[[], object] | None = None,
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Time the `contenders` of every case: a row for each, see `timed_rows`.
 
     ``progress`` is called after each round of each case. Raises ``InputError`` as `side_by_side`
@@ -149,7 +150,7 @@ def decode_rows(
 
 def timed_rows(
     case: DecodeCase, timed: Mapping[str, Contender], times: Mapping[str, Times]
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Make a row for each contender: seconds, bytes, GB/s, and ``speed_up``.
 
     It is over the fastest of PyTorch's on uncompressed keys, named in ``over``. Columns that end in

@@ -1,8 +1,8 @@
 """What a conversation loses by a compressed cache, measured through the cache itself.
 
 Text is read through `cache.SignKeyCache` in calls of as many tokens as is asked for: one, as a
-model that generates does, or a whole window at once, which comes to the same (what a query sees
-does not depend on the calls) and is quicker.
+model that generates does, or a whole window at once, which comes to the same (the keys that a query
+attends to do not depend on the calls) and is quicker.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class JudgedCache(Protocol):
     """A cache of transformers that can say what it holds."""
 
     def stats(self) -> CacheStats:
-        """Tokens, packed keys, bits and bytes, as a `SignKeyCache` says them."""
+        """Return tokens, packed keys, bits and bytes, as `SignKeyCache.stats` does."""
+        ...
 
 
 NewCache = Callable[[], JudgedCache]
@@ -108,7 +109,7 @@ class Needles:
 
 
 def full_windows(loaded: LoadedModel, documents: Sequence[Document], n: int) -> list[Passage]:
-    """At most ``n`` windows as long as the context, of as many documents as possible.
+    """Return at most ``n`` windows as long as the context, of as many documents as possible.
 
     Where no document is that long, neighbours are read as one. Raises ``InputError`` if all of them
     together are too short.
@@ -128,7 +129,7 @@ def full_windows(loaded: LoadedModel, documents: Sequence[Document], n: int) -> 
 
 
 def _joined(documents: Sequence[Document]) -> list[Document]:
-    """`JOINED` neighbours as one document, by the name of the first."""
+    """Join `JOINED` neighbours into one document, by the name of the first."""
     groups = (documents[i : i + JOINED] for i in range(0, len(documents), JOINED))
     return [replace(group[0], text="\n".join(each.text for each in group)) for group in groups]
 
@@ -142,11 +143,10 @@ def cached_losses(
     progress: Callable[[int], object] | None = None,
     known: Exact | None = None,
 ) -> Losses:
-    """Teacher-forced losses of windows of one length, through new caches; None is no cache at all.
+    """Compute teacher-forced losses of windows of one length through new caches, or without (None).
 
     KL and agreement are against exact attention, which is looked up in ``known`` and added to it,
-    if that is given. Raises ``InputError`` if a cache has packed
-    nothing: it would look perfect.
+    if that is given. Raises ``InputError`` if a cache has packed nothing: it would look perfect.
     """
     size = len(pieces)
     found = {name: [np.zeros(size) for _ in range(3)] for name in ("whole", "end")}
@@ -199,7 +199,7 @@ def _end(n: int) -> int:
 def read_through(
     loaded: LoadedModel, ids: Tensor, cache: JudgedCache, step: int | None = None
 ) -> Tensor:
-    """Logits [B, T, vocabulary] of ids [B, T], read through a cache in calls of ``step`` tokens."""
+    """Compute logits [B, T, vocabulary] of ids [B, T] through a cache, ``step`` tokens a call."""
     parts = ids.split(step or ids.shape[1], 1)
     return torch.cat([loaded.model(part, past_key_values=cache).logits for part in parts], 1)
 
@@ -234,7 +234,10 @@ def retrieval(
     batch_size: int = 16,
     step: int | None = None,
 ) -> float:
-    """Share of the last tokens of ids [n, T], ``answer`` [n, A], that are the model's first choice."""
+    """Return the share of ``answer`` [n, A], the end of ids [n, T], that the model predicts.
+
+    A token counts if it is the model's first choice.
+    """
     right = 0.0
     for part, wanted in zip(ids.split(batch_size), answer.split(batch_size)):
         part = part.to(loaded.model.device)
@@ -248,7 +251,7 @@ def retrieval(
 
 
 def gap_percent(losses: TokenLosses, exact: TokenLosses) -> Interval:
-    """By how many per cent perplexity is above that of exact attention, on the same documents."""
+    """Return by how many per cent perplexity exceeds exact attention's on the same documents."""
 
     def percent(w: np.ndarray) -> float:
         return 100 * math.expm1((w * (losses.nll - exact.nll)).sum() / (w * exact.n_tokens).sum())
@@ -257,10 +260,11 @@ def gap_percent(losses: TokenLosses, exact: TokenLosses) -> Interval:
 
 
 class Judge:
-    """Judges caches of one model on one text; what is exact is computed once.
+    """Judge caches of one model on one text; exact attention is computed once.
 
     Example:
-        >>> from signlattice import CacheConfig, Judge, KeyCodec, QualityConfig, load_model, read_text
+        >>> from signlattice import CacheConfig, Judge, KeyCodec, QualityConfig
+        >>> from signlattice import load_model, read_text
         >>> from signlattice.models.loading import MODELS
         >>> loaded, text = load_model("olmoe-mini"), read_text("corpus")
         >>> config = QualityConfig(n_passages=2, n_needles=1)
@@ -290,7 +294,7 @@ class Judge:
         self.needles = {depth: needles(loaded, hay, straw, depth) for depth in DEPTHS}
 
     def exact_row(self) -> Row:
-        """Perplexity and retrieval of exact attention."""
+        """Measure perplexity and retrieval of exact attention."""
         ppl, end = perplexity(self.exact.whole), perplexity(self.exact.end)
         return {
             "perplexity": ppl.value,
@@ -312,7 +316,7 @@ class Judge:
         with_needles: bool = True,
         progress: Callable[[int], object] | None = None,
     ) -> Row:
-        """What a `SignKeyCache` of that configuration is, and what it loses: see `judged`."""
+        """Describe a `SignKeyCache` of that configuration, and measure its losses: see `judged`."""
         return {
             "keys": cache.key_format,
             "values": cache.value_format,
@@ -336,12 +340,13 @@ class Judge:
         with_needles: bool = True,
         progress: Callable[[int], object] | None = None,
     ) -> Row:
-        """What a cache loses: gaps in per cent of perplexity, KL in nats a token."""
+        """Measure a cache's losses: gaps in per cent of perplexity, KL in nats a token."""
         config = replace(self.config, step=step)
         losses = cached_losses(self.loaded, self.pieces, new_cache, config, progress, self._known)
         gap = gap_percent(losses.whole, self.exact.whole)
         end = gap_percent(losses.end, self.exact.end)
         n, stats = losses.whole.n_tokens.sum(), losses.stats
+        assert stats is not None  # they are None without a cache alone
         row: Row = {
             "key_bits": stats.packed_bits.key,
             "value_bits": stats.packed_bits.value,
@@ -362,7 +367,7 @@ class Judge:
         return row | self._retrieved(new_cache, step) if with_needles else row
 
     def _retrieved(self, new_cache: NewCache | None, step: int | None = None) -> Row:
-        """Shares of the needles' ends that are found again, at each depth and over all."""
+        """Return the shares of the needles' ends that are retrieved, at each depth and over all."""
         found = {
             f"needle_{depth:g}": self._share(task.hidden, new_cache, step)
             for depth, task in self.needles.items()

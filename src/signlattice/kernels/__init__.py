@@ -45,14 +45,14 @@ MAX_ROWS = 2**30
 """Rows, or tokens of all sequences, are fewer: kernels count them in 32 bits, and offsets in 64."""
 
 
-def chosen(kernel: str, impl: Impl, device: torch.device) -> str:
-    """The implementation of ``kernel`` that runs: "torch", "triton" or "cpu".
+def chosen(kernel: str, impl: Impl, device: torch.device) -> Impl:
+    """Return the implementation of ``kernel`` that runs: "torch", "triton" or "cpu".
 
     Raises ``InputError`` on an implementation that the kernel does not have.
     """
     there = _HAS[kernel]
     if impl == "auto":
-        fast = "triton" if device.type == "cuda" else "cpu"
+        fast: Impl = "triton" if device.type == "cuda" else "cpu"
         return fast if fast in there else "torch"
     if impl not in there:
         raise InputError(f"impl={impl!r}: {kernel} has auto, {', '.join(there)}")
@@ -161,7 +161,7 @@ def dequantise(
     dtype: torch.dtype = torch.float32,
     impl: Impl = "auto",
 ) -> Tensor:
-    """The keys that the bits stand for, [B, H, C, D] in ``dtype``: see `unpack.reference`.
+    """Return the keys that the bits stand for, [B, H, C, D] in ``dtype``: see `unpack.reference`.
 
     For prefill, which is bound by arithmetic: dequantise a layer once, then use plain attention.
     The first n tokens of a cache are dequantised by giving views of it, ``words[:, :, :n]`` and so
@@ -199,7 +199,7 @@ def decode_attention(
 ) -> Tensor:
     """Attention of one new token per sequence, ``query`` [B, Hq, D]: see `attention.reference`.
 
-    Of C tokens of room, start[b] ≤ t < length[b] are attended to, all of them by default, and of
+    Of C places, start[b] ≤ t < length[b] are attended to, all of them by default, and of
     those the last ``window`` at most.
 
     Raises ``InputError`` on shapes, dtypes or devices that do not belong together, a head size that

@@ -50,12 +50,15 @@ class Quantizer(ABC):
 
     @abstractmethod
     def reconstruct(self, vectors: Tensor) -> Tensor:
-        """Quantize vectors [B, H, T, D] and dequantize them, fp32; T in whole groups but the last."""
+        """Quantize vectors [B, H, T, D] and dequantize them, fp32.
+
+        T tokens are whole groups, but for the last.
+        """
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """What a quantizer of one layer is fitted on.
+    """Keys, and queries that read them, on which a quantizer of one layer is fitted.
 
     Attributes:
         keys: [H, N, D] fp32, after RoPE.
@@ -101,7 +104,7 @@ class StoredQuantizer(Quantizer):
 
     @property
     def static_mean(self) -> Tensor | None:
-        """Mean [H, D] that stored keys lack, because softmax does not see it; None if they do not."""
+        """Mean [H, D] that stored keys lack, to which softmax is blind; None if they lack none."""
         return None
 
     @classmethod

@@ -27,7 +27,7 @@ from signlattice.errors import InputError
 from signlattice.kernels import Impl
 
 Progress = Callable[[int, float], object]
-"""Told of each round, and of the share of the keys' energy in the metric that it lost."""
+"""Called after each round, with the share of the keys' energy in the metric that it lost."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class LatticeConfig:
 
 
 def query_metric(readers: Sequence[Tensor], n_heads: int, config: LatticeConfig) -> Tensor:
-    """The second moment E q qᵀ of all queries that read each KV head, [H, D, D] fp64.
+    """Compute the second moment E q qᵀ of all queries that read each KV head, [H, D, D] fp64.
 
     ``readers``: queries [Hq, N, D] of each layer that reads these keys.
 
@@ -65,7 +65,8 @@ def query_metric(readers: Sequence[Tensor], n_heads: int, config: LatticeConfig)
     Raises ``InputError`` if ``n_heads`` does not divide Hq, there are no queries, or they are not
     finite.
     """
-    total, n = 0.0, 0
+    total: Tensor | float = 0.0
+    n = 0
     for queries in readers:
         fits = queries.ndim == 3 and len(queries) % n_heads == 0 and queries.numel() > 0
         if not fits or not queries.isfinite().all():
@@ -75,7 +76,7 @@ def query_metric(readers: Sequence[Tensor], n_heads: int, config: LatticeConfig)
             )
         grouped = queries.double().unflatten(0, (n_heads, -1)).flatten(1, 2)
         total, n = total + grouped.mT @ grouped, n + grouped.shape[1]
-    if not n:
+    if not isinstance(total, Tensor):
         raise InputError("no queries: give those of one layer or more")
     metric = total / n
     weight = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
@@ -92,7 +93,7 @@ def learn_basis(
     *,
     vectors_per_dim: int = 1,
 ) -> Tensor:
-    """A basis [H, D, D] of centred keys [H, N, D] in a metric [H, D, D], longest vectors first.
+    """Learn a basis [H, D, D] of centred keys [H, N, D] in a metric [H, D, D], longest first.
 
     With ``vectors_per_dim`` m it has m · D vectors, [H, m D, D], hence as many bits to a key; m D
     is a head size that `kernels.nearest_signs` takes.
@@ -139,7 +140,7 @@ def learn_basis(
 
 
 def _halving_basis(x: Tensor, root: Tensor, n: int) -> Tensor:
-    """Vector after vector along the widest direction of what those before have left of the keys.
+    """Take vector after vector along the widest direction of what those before leave of the keys.
 
     A sign along it takes off the mean size there, so that a direction in which keys are wide comes
     up again and again, each time with a vector of about half the length. ``n``: vectors in all;

@@ -1,4 +1,4 @@
-"""What is taken off the keys before the rotation, and given back after.
+"""Centerings: what is subtracted from keys before the rotation, and added back after.
 
 Three methods, of which two are easily taken for each other:
 
@@ -7,7 +7,7 @@ Three methods, of which two are easily taken for each other:
   coordinates (paper S5). That number differs from token to token, so it must be stored with every
   key and added back.
 - ``token_mean``: a head's keys lose one fixed vector, their mean over calibration tokens. A query
-  meets it with the same score at every position, so softmax does not see whether it is put back:
+  meets it with the same score at every position, so softmax is blind to whether it is added back:
   it costs nothing per token. The exceptions are scores that pass through a soft cap, or share
   their softmax with a sink logit that is no key.
 """
@@ -127,6 +127,7 @@ class Centering:
             return keys.new_zeros(())
         if self.method == "dc":
             return keys.mean(dim=-1, keepdim=True)
+        assert self.mean is not None  # checked when the centering was made
         offset = self.mean.unsqueeze(-2)
         if not _broadcasts_to(offset.shape, keys.shape):
             raise InputError(

@@ -1,4 +1,4 @@
-"""The codec of a model: a quantizer for each of its layers, what they were fitted on, and its file."""
+"""The codec of a model: a quantizer for each layer, what they were fitted on, and its file."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class KeyCodec:
         """Write one safetensors file; the old one stays until the new one is whole.
 
         With ``bits`` 8 every basis and metric takes a byte to a number: a code that was
-        `SignQuantizer.rounded` is read back as it is, any other one nearly so.
+        `SignQuantizer.rounded` is restored as it is, any other one nearly so.
         """
         if bits not in (8, 32):
             raise InputError(f"bits={bits}: a codec file has 8 or 32 bits to a number")
@@ -217,7 +217,7 @@ class KeyCodec:
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """Header and tensors of a file, both as they were written."""
+    """Read header and tensors of a file, both as they were written."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("signlattice", "null"))
@@ -234,8 +234,8 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         )
     if not 1 <= header["schema"] <= SCHEMA:
         raise IntegrityError(
-            f"{display_path(path)} has schema {header['schema']}, this library reads up to {SCHEMA}: "
-            "update signlattice"
+            f"{display_path(path)} has schema {header['schema']}, "
+            f"this library reads up to {SCHEMA}: update signlattice"
         )
     found = header.pop("digest", None)
     try:
@@ -250,7 +250,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def _digest(header: dict, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over everything in a file."""
+    """Hash everything in a file by SHA-256."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -259,14 +259,14 @@ def _digest(header: dict, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _index(text: str) -> int:
-    """Of a layer: two ways to write one would be two layers, of which one is lost."""
+    """Parse a layer's index, which can be written in one way alone: no layer may hide another."""
     if not (text.isascii() and text.isdecimal()) or str(int(text)) != text:
         raise InputError(f"{text!r} is no index of a layer")
     return int(text)
 
 
 def _settings(header: dict, tensors: Mapping[str, Tensor]) -> dict[str, dict]:
-    """Settings of each layer by its index; those of older schemas in the words of the latest."""
+    """Return each layer's settings by its index, translated from older schemas."""
     if header["schema"] >= 3:
         return header["layers"]
     return {
@@ -309,6 +309,6 @@ def _text(value: object) -> str:
 
 
 def _number(value: object) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise InputError(f"{value!r} where a finite number was expected")
-    return float(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    raise InputError(f"{value!r} where a finite number was expected")

@@ -26,15 +26,15 @@ from signlattice.errors import InputError
 from signlattice.kernels import polar
 from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.scales import ScaleRule, scale_of
+from signlattice.quantizers.scales import ScaleRule, check_rule, scale_of
 from signlattice.rotations.objective import smoothed_gradient
 
 GAUGES = ("identity", "diagonal", "diagonal_root", "query_quarter", "query_root", "balanced")
-"""What `make_gauge` makes, the paper's first."""
+"""Names of the gauges of `make_gauge`, the paper's first."""
 
 
 def make_gauge(name: str, queries: Tensor, keys: Tensor) -> Tensor:
-    """The gauge A [H, D, D] of that name, fp64, symmetric and positive definite.
+    """Compute the gauge A [H, D, D] of that name, fp64, symmetric and positive definite.
 
     ``queries`` Σ_q and ``keys`` Σ_k [H, D, D]: second moments of the queries that read each KV
     head and of its centred keys, both positive definite, as `lattice.query_metric` gives them.
@@ -72,7 +72,7 @@ def make_gauge(name: str, queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def geometric_mean(a: Tensor, b: Tensor) -> Tensor:
-    """a # b [..., D, D] of two positive definite matrices: the G with G a⁻¹ G = b.
+    """Compute a # b [..., D, D] of two positive definite matrices: the G with G a⁻¹ G = b.
 
     a^{1/2} (a^{−1/2} b a^{−1/2})^{1/2} a^{1/2}, the midpoint of the geodesic between them (Bhatia
     2007, Positive Definite Matrices). Raises ``InputError`` if one of them is not such.
@@ -82,7 +82,7 @@ def geometric_mean(a: Tensor, b: Tensor) -> Tensor:
 
 
 def isotropic_error(gauge: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """Error of the scores, as a share of their energy, if keys err alike in all directions of it.
+    """Compute the scores' error, as a share of their energy, if keys err alike in all directions.
 
     With an error of a key's energy in the gauge A, and M = AᵀA, it is tr(M⁻¹Σ_q) tr(MΣ_k) over
     D tr(Σ_qΣ_k), for moments [H, D, D]: [H]. A rotation of a seed comes near, times π/2 − 1 at the
@@ -95,7 +95,7 @@ def isotropic_error(gauge: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def participation(moment: Tensor) -> Tensor:
-    """Effective number of directions (Σλ)²/Σλ² of second moments [..., D, D], from 1 to D."""
+    """Compute the effective number of directions, (Σλ)²/Σλ² of [..., D, D], 1 to D."""
     trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
     return trace.square() / moment.square().sum((-2, -1))
 
@@ -111,7 +111,7 @@ def _power(matrix: Tensor, power: float) -> Tensor:
 class GaugeQuantizer(Quantizer):
     """One sign per coordinate after a centering, a ``gauge`` A and a ``rotation`` R, [H, D, D].
 
-    The scale of a token is that of `codec.scale_of` for R A k: ``mse`` makes the error least in the
+    A token has the scale of `scales.scale_of` for R A k: ``mse`` makes the error least in the
     metric AᵀA, ``unbiased`` keeps the product with the key in it.
 
     Raises:
@@ -132,7 +132,7 @@ class GaugeQuantizer(Quantizer):
             )
         if torch.linalg.inv_ex(self.gauge.double()).info.any():
             raise InputError("a gauge without an inverse: expected matrices of full rank")
-        scale_of(*torch.ones(3), self.rule)
+        check_rule(self.rule)
 
     @property
     def bits(self) -> float:
@@ -142,11 +142,11 @@ class GaugeQuantizer(Quantizer):
 
     @property
     def static_bytes(self) -> int:
-        """Of the mean at 32 bits to a number, and of one matrix at eight.
+        """Bytes of the mean at 32 bits a number, and of one matrix at eight.
 
         That matrix is R A^{−T}, along which queries are taken: keys go through its transposed
         inverse. It is no larger than a learned rotation. After a rotation of a seed, a diagonal
-        gauge is kept by its diagonal at sixteen bits, and the identity weighs nothing.
+        gauge is kept by its diagonal at sixteen bits, and the identity takes no bytes.
         """
         diagonal = self.gauge.diagonal(dim1=-2, dim2=-1)
         if self.learned or not torch.equal(diagonal.diag_embed(), self.gauge):
@@ -160,14 +160,14 @@ class GaugeQuantizer(Quantizer):
         return torch.linalg.inv(self.gauge.double()).float()
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
-        """As `Quantizer.reconstruct`."""
+        """Encode and decode, see `Quantizer.reconstruct`."""
         centred, offset = self.centering.split(vectors.float())
         read = sign_reconstruct(centred @ self.gauge.float().mT, self.rotation, self.rule)
         return self.centering.join(read @ self._inverse.mT, offset)
 
 
 def sign_reconstruct(x: Tensor, rotation: Tensor, rule: ScaleRule, reach: float = 0.0) -> Tensor:
-    """What x [..., N, D] is read as by its signs after a rotation: α Rᵀ sign(R x).
+    """Reconstruct x [..., N, D] from its signs after a rotation: α Rᵀ sign(R x).
 
     Where a gradient flows to ``rotation``, signs count as constants; with a ``reach`` those of the
     coordinates that are nearer to zero than so many rms count as straight lines there, which is, on
@@ -185,7 +185,7 @@ def sign_reconstruct(x: Tensor, rotation: Tensor, rule: ScaleRule, reach: float 
 
 
 def score_error(keys: Tensor, read: Tensor, metric: Tensor) -> Tensor:
-    """E (q·(k − k̂))² / E (q·k)² of centred keys [H, N, D] and what they are read as, [H].
+    """Compute E (q·(k − k̂))² / E (q·k)² of centred keys [H, N, D] and reconstructions, [H].
 
     ``metric`` [H, D, D] is E q qᵀ, of queries that do not know which key they meet.
     """
@@ -232,13 +232,13 @@ class DescentConfig:
             raise InputError(f"momentum={self.momentum}: expected 0 or more and less than 1")
         if self.reach < 0:
             raise InputError(f"reach={self.reach}: use 0 or more")
-        scale_of(*torch.ones(3), self.rule)
+        check_rule(self.rule)
 
 
 def learn_score_rotation(
     keys: Tensor, metric: Tensor, starts: Sequence[Tensor], config: DescentConfig = DescentConfig()
 ) -> Tensor:
-    """Rotations [H, D, D] that bring `score_error` of centred keys [H, N, D] down, from ``starts``.
+    """Learn rotations [H, D, D] that lower `score_error` of keys [H, N, D], from ``starts``.
 
     Momentum in the Lie algebra, steps along geodesics. Of each head the best on all keys of where
     it started and where it came is kept, so none is worse than its starts.
@@ -263,7 +263,10 @@ def learn_score_rotation(
 def score_slope(
     keys: Tensor, metric: Tensor, rotation: Tensor, rule: ScaleRule, reach: float = 0.0
 ) -> Tensor:
-    """Skew W [H, D, D] with d/dt score_error(exp(tΩ) R) = ⟨W, Ω⟩ for skew Ω: see `sign_reconstruct`."""
+    """Compute the skew W [H, D, D] with d/dt score_error(exp(tΩ) R) = ⟨W, Ω⟩ for skew Ω.
+
+    The signs' share in it is that of `sign_reconstruct`.
+    """
     free = rotation.detach().clone().requires_grad_()
     with torch.enable_grad():
         error = score_error(keys, sign_reconstruct(keys, free, rule, reach), metric).sum()
@@ -291,7 +294,7 @@ def _descended(keys: Tensor, metric: Tensor, start: Tensor, config: DescentConfi
 def weighted_itq(
     keys: Tensor, start: Tensor, power: float, rounds: int = 100, tolerance: float = 1e-6
 ) -> Tensor:
-    """Rotations [H, D, D] that raise Σ ‖k‖^power c(Rk) of centred keys [H, N, D], from ``start``.
+    """Learn rotations [H, D, D] that raise Σ ‖k‖^power c(Rk) of keys [H, N, D], from ``start``.
 
     β is the objective of power 0; power 1 makes it E ‖Rk‖₁, and with power 2 a key counts by its
     energy. R ← polar(Σ ‖k‖^{power−1} sign(Rk) kᵀ), monotone as ITQ is (Gong and Lazebnik 2011),

@@ -1,4 +1,4 @@
-"""Codes of vectors by what is read back of them: to compare codes, not to store their bits.
+"""Codes of vectors by their reconstruction: to compare codes, not to store their bits.
 
 A code says how many bits it would take, everything that goes with a token counted, and gives back
 what attention would read. What stores bits for use is `codec`.
@@ -17,7 +17,7 @@ from torch import Tensor
 from signlattice.errors import InputError
 from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.scales import ScaleRule, scale_of
+from signlattice.quantizers.scales import ScaleRule, check_rule, scale_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class LevelQuantizer(Quantizer):
     """Gaussian levels of ``bits_per_level`` bits, after a centering and a rotation [H, D, D].
 
     The levels are those of least error for a Gaussian (`gaussian_levels`); each token of each head
-    has one scale, by the rules of `codec.scale_of`: ``mse`` makes the error least, ``norm`` keeps
+    has one scale, by the rules of `scales.scale_of`: ``mse`` makes the error least, ``norm`` keeps
     the length, ``unbiased`` the inner product with the vector. One bit is the sign code.
 
     Raises:
@@ -40,22 +40,22 @@ class LevelQuantizer(Quantizer):
 
     def __post_init__(self) -> None:
         gaussian_levels(self.bits_per_level)
-        scale_of(*torch.ones(3), self.rule)
+        check_rule(self.rule)
 
     @property
     def bits(self) -> float:
-        """The levels', and sixteen to a token for the scale, and as many for a mean of its own."""
+        """Bits of a level, sixteen per token for the scale, and with ``dc`` sixteen more."""
         numbers = 2 if self.centering.method == "dc" else 1
         return self.bits_per_level + 16 * numbers / self.rotation.shape[-1]
 
     @property
     def static_bytes(self) -> int:
-        """Of a learned rotation at eight bits to a number, and of a static mean at 32."""
+        """Bytes of a learned rotation at eight bits a number, and of a static mean at 32."""
         rotation = self.rotation.numel() if self.learned else 0
         return rotation + self.centering.n_bytes
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
-        """As `Quantizer.reconstruct`."""
+        """Encode and decode, see `Quantizer.reconstruct`."""
         centred, offset = self.centering.split(vectors.float())
         y = centred @ self.rotation.mT
         levels = gaussian_levels(self.bits_per_level).to(y.device)
@@ -67,7 +67,7 @@ class LevelQuantizer(Quantizer):
 
 @cache
 def gaussian_levels(bits: int) -> Tensor:
-    """The 2^bits levels of least squared error for a standard Gaussian, ascending (Lloyd, Max).
+    """Compute the 2^bits levels of least squared error for a Gaussian, ascending (Lloyd, Max).
 
     One bit gives ±√(2/π), which is the sign code. Raises ``InputError`` unless 1 <= bits <= 8.
     """

@@ -14,7 +14,7 @@ from signlattice.errors import InputError
 from signlattice.kernels import nearest_signs
 from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.scales import ScaleRule, scale_of, to_half, token_scale
+from signlattice.quantizers.scales import ScaleRule, check_rule, scale_of, to_half, token_scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class ResidualQuantizer(Quantizer):
             shapes = list(self.first.shape), list(self.second.shape)
             raise InputError(f"rotations of shapes {shapes[0]} and {shapes[1]}: give two alike")
         for rule in (self.rule, self.first_rule):
-            scale_of(*torch.ones(3), rule)
+            check_rule(rule)
 
     @property
     def bits(self) -> float:
@@ -59,17 +59,17 @@ class ResidualQuantizer(Quantizer):
 
     @property
     def static_bytes(self) -> int:
-        """Of learned rotations at eight bits to a number, and of a static mean at 32."""
+        """Bytes of learned rotations at eight bits a number, and of a static mean at 32."""
         return self.n_learned * self.first.numel() + self.centering.n_bytes
 
     def residual(self, centred: Tensor) -> Tensor:
-        """What the first code leaves of centred vectors [..., H, T, D]: what R₂ is learned on."""
+        """Subtract the first code from centred vectors [..., H, T, D]: R₂ codes the rest."""
         y = centred @ self.first.mT
         first = token_scale(y, self.first_rule).unsqueeze(-1) * sign(y)
         return centred - first @ self.first
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
-        """As `Quantizer.reconstruct`."""
+        """Encode and decode, see `Quantizer.reconstruct`."""
         x, offset = self.centering.split(vectors.float())
         y, rest = x @ self.first.mT, self.residual(x)
         z = rest @ self.second.mT
@@ -87,13 +87,13 @@ class ResidualQuantizer(Quantizer):
 class BasisQuantizer(Quantizer):
     """Points of a lattice of n vectors to a head, found by search in a metric, with one scale.
 
-    As `codec.SignQuantizer`, of any number of vectors that `kernels.nearest_signs` takes: with n = D
+    It is `SignQuantizer` with any number of vectors that `kernels.nearest_signs` takes: with n = D
     it is the same code.
 
     Attributes:
         centering: of the vectors.
         basis: [H, n, D]; ``metric``: [H, D, D], symmetric and positive definite.
-        rule: of the scale, by `codec.scale_of` in the metric.
+        rule: of the scale, by `scales.scale_of` in the metric.
 
     Raises:
         InputError: on shapes that do not belong together, ``dc`` centering, or an unknown rule.
@@ -112,7 +112,7 @@ class BasisQuantizer(Quantizer):
             )
         if self.centering.method == "dc":
             raise InputError("centering 'dc' with a metric: use 'token_mean' or 'none'")
-        scale_of(*torch.ones(3), self.rule)
+        check_rule(self.rule)
 
     @property
     def bits(self) -> float:
@@ -122,12 +122,15 @@ class BasisQuantizer(Quantizer):
 
     @property
     def static_bytes(self) -> int:
-        """Of basis and metric at eight bits to a number, and of a static mean at 32."""
+        """Bytes of basis and metric at eight bits a number, and of a static mean at 32."""
         matrices = self.basis.numel() + self.metric.numel()
         return matrices + self.centering.n_bytes
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
-        """As `Quantizer.reconstruct`. Raises ``InputError`` on an n that the search does not take."""
+        """Encode and decode, see `Quantizer.reconstruct`.
+
+        Raises ``InputError`` on an n that the search does not take.
+        """
         x, offset = self.centering.split(vectors.float())
         weighted = x @ self.metric
         words, along, length = nearest_signs((weighted @ self.basis.mT).contiguous(), self._gram)
@@ -141,7 +144,7 @@ class BasisQuantizer(Quantizer):
 
 
 def least_squares(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The α₁ and α₂ of least ‖x − α₁ p₁ − α₂ p₂‖, [...] of vectors [..., d] each.
+    """Compute the α₁ and α₂ of least ‖x − α₁ p₁ − α₂ p₂‖, [...] of vectors [..., d] each.
 
     Where both directions are one, the first has it all.
     """
@@ -158,4 +161,5 @@ def least_squares(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Ten
 
 
 def _combined(points: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
-    return sum(scale.unsqueeze(-1) * point for scale, point in zip(scales, points))
+    scaled = (scale.unsqueeze(-1) * point for scale, point in zip(scales, points))
+    return sum(scaled, torch.zeros(()))

@@ -1,4 +1,4 @@
-"""The three rules for the scale of a sign code: least error, the key's length, or unbiased scores."""
+"""Three rules for the scale of a sign code: least error, the key's length, or unbiased scores."""
 
 from __future__ import annotations
 
@@ -17,8 +17,14 @@ LEAST_COSINE = 1 / 32
 """Below it the scale ``unbiased`` grows no further: no rotation of 1024 coordinates comes to it."""
 
 
+def check_rule(rule: str) -> None:
+    """Raise ``InputError`` on an unknown rule."""
+    if rule not in SCALE_RULES:
+        raise InputError(f"unknown scale rule {rule!r}: choose one of {', '.join(SCALE_RULES)}")
+
+
 def token_scale(y: Tensor, rule: ScaleRule) -> Tensor:
-    """Scale α of the sign code of each rotated key; ``y`` [..., d] gives [...].
+    """Compute the scale α of the sign code of each rotated key; ``y`` [..., d] gives [...].
 
     ``mse``: ‖y‖₁/d, the least error. ``norm``: ‖y‖₂/√d, keeps the length. ``unbiased``: ‖y‖₂²/‖y‖₁,
     a score whose slope is one (RaBitQ, Gao and Long 2024). A zero key has scale 0.
@@ -30,14 +36,13 @@ def token_scale(y: Tensor, rule: ScaleRule) -> Tensor:
 
 
 def scale_of(along: Tensor, length: Tensor, energy: Tensor, rule: ScaleRule) -> Tensor:
-    """`token_scale` of a key x and its lattice point p: of x·p, ‖p‖² and ‖x‖², in any metric.
+    """Compute the scale of a key x at its lattice point p from x·p, ‖p‖² and ‖x‖², in any metric.
 
     For signs s of a rotated key y these are ‖y‖₁, d and ‖y‖₂². Of a key that is small beside a
     lattice that is no cube, the point may be on the far side, and the scale is below zero; to the
     rule ``unbiased`` the cosine is `LEAST_COSINE` or more. Raises as `token_scale` does.
     """
-    if rule not in SCALE_RULES:
-        raise InputError(f"unknown scale rule {rule!r}: choose one of {', '.join(SCALE_RULES)}")
+    check_rule(rule)
     tiny = torch.finfo(energy.dtype).tiny
     if rule == "mse":
         return along / length.clamp_min(tiny)

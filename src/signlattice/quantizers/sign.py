@@ -19,13 +19,13 @@ from signlattice.errors import InputError
 from signlattice.kernels import PackedKeys, nearest_signs
 from signlattice.quantizers.base import CalibrationSet, StoredQuantizer
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.scales import SCALE_RULES, ScaleRule, norm_product, scale_of, to_half
+from signlattice.quantizers.scales import ScaleRule, check_rule, norm_product, scale_of, to_half
 
 if TYPE_CHECKING:
     from signlattice.calibration import CalibrationConfig
 
 LARGEST = 1e10
-"""Of the numbers of a code that is read: fp32 holds all sums of their products."""
+"""Bound on the numbers of a code that is loaded: fp32 holds all sums of their products."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +62,7 @@ class SignQuantizer(StoredQuantizer):
         if not self.n_heads:
             raise InputError("a basis of no head: expected [H, D, D], H 1 or more")
         n_packed_bytes(self.head_dim)
-        if self.scale_rule not in SCALE_RULES:
-            raise InputError(
-                f"unknown scale rule {self.scale_rule!r}: choose one of {', '.join(SCALE_RULES)}"
-            )
+        check_rule(self.scale_rule)
         if self.temperature is not None and self.temperature.shape != self.basis.shape[:1]:
             raise InputError(
                 f"temperature of shape {list(self.temperature.shape)}: expected [{self.n_heads}]"
@@ -122,10 +119,10 @@ class SignQuantizer(StoredQuantizer):
         return self.basis.shape[-1]
 
     def to(self, device: torch.device) -> SignQuantizer:
-        """The same code on another device."""
+        """Return the same code on another device."""
         if self.basis.device == device:
             return self
-        moved = {"basis": self.basis.to(device)}
+        moved: dict[str, Any] = {"basis": self.basis.to(device)}
         if self.centering.mean is not None:
             moved["centering"] = replace(self.centering, mean=self.centering.mean.to(device))
         for name in ("temperature", "metric"):
@@ -134,7 +131,7 @@ class SignQuantizer(StoredQuantizer):
         return replace(self, **moved)
 
     def rotated(self, keys: Tensor) -> Tensor:
-        """Centred and rotated keys, [..., H, T, D] as given: what the signs are taken of.
+        """Centre and rotate keys [..., H, T, D], the vectors that the signs are taken of.
 
         Raises ``InputError`` if the code has a metric: its signs are of no one vector.
         """
@@ -144,7 +141,7 @@ class SignQuantizer(StoredQuantizer):
         return centred @ self.basis.mT
 
     def cosines(self, keys: Tensor) -> Tensor:
-        """Cosine of each centred key [H, N, D] to its lattice point, in the metric: [H, N].
+        """Compute the cosine of each centred key [H, N, D] to its lattice point in the metric.
 
         Without a metric it is that to the sign lattice, ‖y‖₁ / (√D ‖y‖₂), whose mean is β.
         """
@@ -158,7 +155,7 @@ class SignQuantizer(StoredQuantizer):
         return self.encode_unchecked(keys)
 
     def encode_unchecked(self, keys: Tensor) -> PackedKeys:
-        """Pack keys as `encode` does, without the checks, for which a GPU would have to be waited for."""
+        """Pack keys as `encode` does, without its checks, which would wait for a GPU."""
         codes, along, length, energy = self._nearest(keys)
         scale = scale_of(along, length, energy, self.scale_rule)
         if self.temperature is not None:
@@ -173,12 +170,12 @@ class SignQuantizer(StoredQuantizer):
         return self.decode(self.encode_unchecked(vectors))
 
     def decode(self, packed: PackedKeys) -> Tensor:
-        """The keys that the bits stand for, fp32 [B, H, T, D]."""
+        """Return the keys that the bits stand for, fp32 [B, H, T, D]."""
         y = unpack_signs(packed.words) * packed.scale.float().unsqueeze(-1)
         return self.centering.join(y @ self.basis, self._offset(packed))
 
     def scores(self, query: Tensor, packed: PackedKeys) -> Tensor:
-        """Inner products of queries [B, Hq, Tq, D] with packed keys, fp32 [B, Hq, Tq, T].
+        """Compute inner products of queries [B, Hq, Tq, D] with packed keys, fp32 [B, Hq, Tq, T].
 
         The query is taken along the basis, the keys stay signs. Heads are grouped as in GQA: query
         head g reads KV head g // (Hq / H). Raises ``InputError`` if H does not divide Hq.
@@ -191,9 +188,8 @@ class SignQuantizer(StoredQuantizer):
         if packed.dc is not None:
             along = query.sum(-1, keepdim=True) / self.head_dim**0.5
             scores = scores + along * packed.dc.float()[:, :, None, None, :]
-        if self.centering.method == "token_mean":
-            mean = self.centering.mean[:, None, :, None]  # [H, 1, D, 1]
-            scores = scores + query @ mean  # the same for every key
+        if (mean := self.centering.mean) is not None:
+            scores = scores + query @ mean[:, None, :, None]  # the same for every key
         return scores.flatten(1, 2)
 
     def tensors(self, bits: int) -> dict[str, Tensor]:
@@ -205,10 +201,10 @@ class SignQuantizer(StoredQuantizer):
         tensors = {"basis": self.basis}
         mean = self.centering.mean
         if self.metric is not None:
-            try:
-                tensors["metric"] = torch.linalg.cholesky(self.metric.double()).float()
-            except torch.linalg.LinAlgError as error:
-                raise InputError(f"metric is not positive definite: {error}") from None
+            factor, failed = torch.linalg.cholesky_ex(self.metric.double())
+            if failed.any():
+                raise InputError("metric is not positive definite: see basis.query_metric")
+            tensors["metric"] = factor.float()
         if bits == 8:
             for name in tuple(tensors):
                 tensors[name], tensors[f"{name}_step"] = _to_int8(tensors[name])
@@ -255,10 +251,11 @@ class SignQuantizer(StoredQuantizer):
 
     @cached_property
     def _gram(self) -> Tensor:
+        assert self.metric is not None  # without one, signs are not searched for
         return self.basis @ self.metric @ self.basis.mT
 
     def _nearest(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of each key x its signs s, and in the metric x·Bᵀs, ‖Bᵀs‖² and ‖x‖²."""
+        """Return the signs s of each key x, and in the metric x·Bᵀs, ‖Bᵀs‖² and ‖x‖²."""
         if self.metric is None:
             y = self.rotated(keys)
             length = torch.full_like(y[..., 0], y.shape[-1])
@@ -271,8 +268,8 @@ class SignQuantizer(StoredQuantizer):
     def _offset(self, packed: PackedKeys) -> Tensor:
         if packed.dc is not None:
             return packed.dc.float().unsqueeze(-1) / self.head_dim**0.5
-        if self.centering.method == "token_mean":
-            return self.centering.mean.unsqueeze(-2)
+        if (mean := self.centering.mean) is not None:
+            return mean.unsqueeze(-2)
         return torch.zeros(())
 
 

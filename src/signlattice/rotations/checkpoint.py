@@ -73,5 +73,5 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
         for part in tensor:
-            digest.update(part.cpu().contiguous().numpy())
+            digest.update(part.cpu().contiguous().numpy().data)
     return digest.hexdigest()

@@ -292,7 +292,8 @@ def _reporting(progress: ProgressReport | bool | None, total: int) -> Iterator[P
 
 
 def _save(path: Path, task: _Task, state: _State) -> None:
-    plain = vars(state) | {"traces": [list(map(asdict, trace)) for trace in state.traces]}
+    traces = [list(map(asdict, trace)) for trace in state.traces]
+    plain: dict[str, Any] = {**vars(state), "traces": traces}
     tensors = {name: plain.pop(name).squeeze(0).contiguous() for name in _MATRICES}
     checkpoints.save(path, tensors, plain, **_identity(task))
 

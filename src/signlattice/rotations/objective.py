@@ -1,7 +1,8 @@
-"""The objective of all solvers, the mean cosine of rotated keys to their signs, and its gradient."""
+"""The solvers' objective, the mean cosine of rotated keys to their signs, and its gradient."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from signlattice import kernels
@@ -14,18 +15,19 @@ _CHUNK = 1 << 18  # numbers handled at once: they stay in the processor's cache
 
 
 def mean_cosine(keys: Tensor, rotation: Tensor) -> float:
-    """The objective: beta of ``keys @ rotation.T``, for keys [N, d] of norm sqrt(d).
+    """Compute the objective: beta of ``keys @ rotation.T``, for keys [N, d] of norm sqrt(d).
 
     The same number as ``beta.beta``, by chunks and without its checks.
     """
-    total = sum((chunk @ rotation.T).abs().sum().double() for chunk in _chunks(keys))
+    sums = ((chunk @ rotation.T).abs().sum().double() for chunk in _chunks(keys))
+    total = sum(sums, keys.new_zeros((), dtype=torch.float64))
     return total.item() / keys.numel()
 
 
 def smoothed_gradient(
     keys: Tensor, rotation: Tensor, temperature: float, *, impl: Impl = "torch"
 ) -> Tensor:
-    """Gradient [..., d, d] in R of the smoothed objective ``mean of T log cosh(y/T)``, y = R k.
+    """Compute the gradient [..., d, d] in R of ``mean of T log cosh(y/T)``, y = R k.
 
     The mean is over all coordinates of all keys [..., N, d], whose norms are sqrt(d). At
     ``temperature`` T = 0 the integrand is |y|: the objective is `mean_cosine`, and since it is

@@ -13,7 +13,7 @@ It is convex in the matrix R, not smooth, and has many local maxima on the ortho
   batches, of an objective that is smooth at first. From a random start the gradient of the L1 norm
   is so small that both solvers above may stall there; a step of prescribed length leaves that
   plateau, the momentum averages its noise out, and high temperature makes of the objective minus
-  the fourth moment of the coordinates, which sees the lattice from afar. Cooling brings the L1
+  the fourth moment of the coordinates, which leads to the lattice from afar. Cooling brings the L1
   norm back, and ITQ on all keys does the rest.
 
 No solver is the best on all keys. On keys of which half the directions are two-valued and the rest
@@ -53,12 +53,17 @@ def _cayley_step(rotation: Tensor, tangent: Tensor) -> Tensor:
     return torch.linalg.solve(eye - tangent / 2, (eye + tangent / 2) @ rotation)
 
 
+def _resolved(count: int | None) -> int:
+    assert count is not None  # solvers are given `LearnConfig.resolved`
+    return count
+
+
 # The solvers. Each is a few stages, each stage one kind of step; a step makes a state of a state.
 
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """What the solvers climb: shuffled keys [H, N, d] of norm sqrt(d), and the resolved config.
+    """Problem of the solvers: shuffled keys [H, N, d] of norm sqrt(d), and the resolved config.
 
     ``held_out`` [H, M, d] are judged by alone. ``heads`` says which of a state's heads these are.
     """
@@ -80,7 +85,7 @@ class _Task:
     def batch(self, step: int) -> Tensor:
         """Return the keys [H, B, d] of a step, about ``config.batch``: equal batches in turn."""
         n_keys = self.keys.shape[1]
-        n_batches = max(1, n_keys // self.config.batch)
+        n_batches = max(1, n_keys // _resolved(self.config.batch))
         batches = self.keys.split(math.ceil(n_keys / n_batches), dim=1)
         return batches[step % len(batches)]
 
@@ -153,13 +158,14 @@ class _Stage:
 
 
 def _stages(config: LearnConfig) -> tuple[_Stage, ...]:
+    steps = _resolved(config.steps)
     if config.solver == "gradient":
-        return (_Stage("gradient", config.steps, _gradient_step),)
+        return (_Stage("gradient", steps, _gradient_step),)
     if config.solver == "itq":
-        return (_Stage("itq", config.steps, _itq_step),)
+        return (_Stage("itq", steps, _itq_step),)
     return (
-        _Stage("warm", config.warm_steps, partial(_annealed_step, cooling=False)),
-        _Stage("anneal", config.steps, partial(_annealed_step, cooling=True)),
+        _Stage("warm", _resolved(config.warm_steps), partial(_annealed_step, cooling=False)),
+        _Stage("anneal", steps, partial(_annealed_step, cooling=True)),
         _Stage("polish", config.polish_steps, _itq_step),
     )
 
@@ -186,7 +192,7 @@ def _itq_step(task: _Task, state: _State) -> _State:
 
 def _annealed_step(task: _Task, state: _State, cooling: bool) -> _State:
     config = task.config
-    cooled = state.step / max(1, config.steps - 1) if cooling else 0.0
+    cooled = state.step / max(1, _resolved(config.steps) - 1) if cooling else 0.0
     temperature, angle = (
         hot * (cold / hot) ** cooled for hot, cold in (config.temperature, config.angle)
     )
@@ -239,8 +245,7 @@ def _mean_point(state: _State) -> TracePoint:
     """Average the last points of all heads: their mean betas, at the latest step."""
     points = [trace[-1] for trace in state.traces]
     latest = max(points, key=lambda point: point.step)
-    held_out_beta = None
-    if latest.held_out_beta is not None:
-        held_out_beta = fmean(point.held_out_beta for point in points)
+    held_out = [point.held_out_beta for point in points if point.held_out_beta is not None]
+    held_out_beta = fmean(held_out) if held_out else None
     train_beta = fmean(point.train_beta for point in points)
     return replace(latest, train_beta=train_beta, held_out_beta=held_out_beta)

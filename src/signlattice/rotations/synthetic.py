@@ -31,7 +31,7 @@ class KeySet:
 
 
 def planted_keys(d: int, n_keys: int, seed: int = 0, noise: float = PLANTED_NOISE) -> KeySet:
-    """Random corners of the cube with Gaussian noise on them, turned by a Haar rotation.
+    """Random corners of the cube with Gaussian noise on them, rotated by a Haar rotation.
 
     As many keys are held out as are to learn from. Raises ``InputError`` on counts below 1.
     """

@@ -21,13 +21,14 @@ def pack_into(
 ) -> None:
     """Centre, rotate, take the signs and the scale of keys, and write them into a cache.
 
-    Of a key k less its head's static mean, dc = e·k with e = (1, …, 1)/√D, taken off where ``dc``
-    is kept; y = R (k − dc·e); the words hold sign(y) as in `bits`, and the scale is τ·α(y) by
-    ``rule``, as in `scales.token_scale`; it and dc are kept in half precision, clamped to it. Key t of sequence b goes to place ``positions[b] + t``.
-    Computed in fp32, or fp64 for fp64 keys.
+    A key k is taken less its head's static mean. Where ``dc`` is kept, dc = e·k with
+    e = (1, …, 1)/√D is subtracted too: y = R (k − dc·e). The words hold sign(y) as in `bits`, and
+    the scale is τ·α(y) by ``rule``, as in `scales.token_scale`; it and dc are kept in half
+    precision, clamped to it. Key t of sequence b goes to place ``positions[b] + t``. Computed in
+    fp32, or fp64 for fp64 keys.
 
     Args:
-        packed: C tokens of room for each of [B, H]; written.
+        packed: a cache of capacity C for each of [B, H]; written.
         keys: [B, H, T, D]; rotation: [H, D, D], rows are the new axes.
         positions: int32 [B]; mean: [H, D] or None; temperature: τ [H] or None.
     """
