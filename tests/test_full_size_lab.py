@@ -51,7 +51,7 @@ def run_lab(project: Path, *values: str) -> subprocess.CompletedProcess:
     command = [
         sys.executable,
         "-m",
-        "signlattice_paper.notebooks",
+        "signlattice_paper",
         "run",
         "book/lab/architectures.ipynb",
         "--out",

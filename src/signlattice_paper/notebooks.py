@@ -1,4 +1,4 @@
-"""Chapters and labs as files: executed by papermill, written so that a second run changes no byte."""
+"""Execute chapters and labs by papermill, and write them so that a second run changes no byte."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ def recorded(
     if not path.exists():
         command = _command(lab, model)
         return Markdown(
-            f"**Not run.** There is no record `{display_path(path)}` yet; `{command}` makes it, and the "
-            "next run of this page shows its table here."
+            f"**Not run.** There is no record `{display_path(path)}` yet; `{command}` makes it, "
+            "and the next run of this page shows its table here."
         )
     record = read(lab, model)
     return table(record.table(name), columns, formats, record)

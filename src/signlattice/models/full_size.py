@@ -1,7 +1,8 @@
 """Models of full size, by their name on the hub or by their folder, and what they will take.
 
-Everything is told before a weight is fetched: ``signlattice estimate Gemma-4-E2B`` prints it. Only safetensors are read, and no code of a repository is run. Of a model that also
-sees or hears, the text decoder alone is loaded.
+Everything is told before a weight is fetched: ``signlattice estimate Gemma-4-E2B`` prints it. Only
+safetensors are read, and no code of a repository is run. Of a model that also sees or hears, the
+text decoder alone is loaded.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ def preflight(
     fetched.
 
     Args:
-        name: one of the paper's models (`minis.PAPER_MODELS`), another name on the hub, or the folder of a checkpoint.
+        name: one of the paper's models (`minis.PAPER_MODELS`), another name on the hub, or the
+            folder of a checkpoint.
         revision: branch, tag or commit; it is resolved to a commit. Not for folders.
         dtype: "auto" is that of the checkpoint; "float32", "bfloat16", "float16" or a torch dtype.
         context: tokens of the windows that will be read; None is what the model reads, at most
@@ -320,7 +322,8 @@ def check_checkpoint(folder: Path) -> tuple[str, ...]:
         for shard in sorted(_indexed(folder / INDEX)):
             if shard not in shards:
                 raise IntegrityError(
-                    f"{display_path(folder / shard)} is missing, which {INDEX} names: fetch it again"
+                    f"{display_path(folder / shard)} is missing, which {INDEX} names: "
+                    "fetch it again"
                 )
     for shard in sorted(shards):
         try:
@@ -445,8 +448,8 @@ def _check_disk(name: str, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise InputError(
-            f"{name} is {needed / _GB:.3g} GB to fetch, {display_path(cache)} has {free / _GB:.3g} GB "
-            "free: make room, or set HF_HUB_CACHE to a larger disk"
+            f"{name} is {needed / _GB:.3g} GB to fetch, {display_path(cache)} has "
+            f"{free / _GB:.3g} GB free: make room, or set HF_HUB_CACHE to a larger disk"
         )
 
 
