@@ -15,6 +15,7 @@ LAB_OPTIONS = -p model $(call quoted,$(MODEL)) $(if $(filter-out mini,$(PROFILE)
   $(if $(REVISION),-p revision $(call quoted,$(REVISION))) \
   $(if $(filter olmoe-mini,$(MODEL)),,--out $(call quoted,_build/labs/$(notdir $(MODEL:%/=%))))
 
+JOBS     ?= 2
 BIN      := .venv/bin
 STAMP    := .venv/.installed
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
@@ -49,13 +50,23 @@ pdf: $(STAMP) ## print the built book with Chromium: _build/signlattice.pdf
 	$(BIN)/python book/_ext/print_book.py
 
 lab: $(STAMP) ## the heavy notebooks: make lab MODEL=<mini> [LAB=ablation]
-	$(BIN)/signlattice-paper run $(LAB:%=book/lab/%.ipynb) $(LAB_OPTIONS)
+	$(BIN)/signlattice-paper run $(foreach lab,$(LAB),$(call quoted,book/lab/$(lab).ipynb)) $(LAB_OPTIONS)
 
 estimate: $(STAMP) ## what a full-size model takes: make estimate MODEL=<name or path>
 	$(BIN)/signlattice estimate $(call quoted,$(MODEL)) $(if $(REVISION),--revision $(call quoted,$(REVISION))) $(if $(CONTEXT),--context $(call quoted,$(CONTEXT)))
 
+# Each worker takes whole files, so that a chapter's cells run in order; threads are one a worker.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests --ignore=tests/browser $(CHAPTERS) \
+  --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+
 test: $(STAMP) ## unit, property, equation and style tests, then the chapters' outputs
-	$(BIN)/python -m pytest tests --ignore=tests/browser $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+	$(PYTEST) --ignore=tests/test_findings.py
+
+test-all: $(STAMP) ## the same with every case of the large products, and the records
+	$(PYTEST) -m ""
+
+check-records: $(STAMP) records ## that the committed records say what the book says of them
+	$(BIN)/python -m pytest tests/test_findings.py
 
 test-gpu: $(STAMP) ## the kernels' tests on a CUDA device, which must be there
 	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: no CUDA device; make test runs these tests in an interpreter")'
@@ -74,6 +85,12 @@ twice: $(STAMP) ## execute the chapters as two other machines would, and compare
 	  $(BIN)/python -m pytest -q $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 
+lint: $(STAMP) ## style, types, and who imports whom: what the hooks before a commit check, too
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
 bench: $(STAMP) ## time the solvers, and the kernels on the device at hand
 	@set -e; for bench in $(BENCHES); do echo "== $$bench"; $(BIN)/python $$bench; done
 
@@ -89,9 +106,3 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
-
-lint: $(STAMP) ## style, types, and who imports whom: what the hooks before a commit check, too
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/lint-imports

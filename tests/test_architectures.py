@@ -19,7 +19,6 @@ from signlattice.models import passages as evaluate
 from signlattice.models.capture import open_bank
 from signlattice.models.loading import LoadedModel, load_model
 from signlattice.models.passages import batches, passages
-from signlattice_paper import cli
 from signlattice_paper.experiments import architectures
 from signlattice_paper.experiments.architectures import (
     ArchitectureConfig,
@@ -201,27 +200,6 @@ def test_prepare_by_two_processes_leaves_the_files_of_one(whole, gemma_folder, t
     assert fits == sorted(file.name for file in shared.glob("*.safetensors"))
     assert all((alone / name).read_bytes() == (shared / name).read_bytes() for name in fits)
     assert {part.parent.name for part in shared.glob("keys/*/00000")} == {"calibration", "held_out"}
-
-
-def test_prepare_is_a_command_whose_arguments_reach_the_lab(monkeypatch, olmoe_folder, tmp_path):
-    own = tmp_path / "own.txt"
-    own.write_text("\n\n".join(TEXTS) * 80)
-    calls = []
-    monkeypatch.setattr(cli, "PROJECT", tmp_path)
-    monkeypatch.setattr(architectures, "prepare", lambda *arguments: calls.append(arguments))
-    options = ["--profile", "mini", "--text", str(own), "--context", "32", "--dtype", "bfloat16"]
-    assert cli.main(["prepare", str(olmoe_folder), *options]) == 0
-    loaded, source, config, scratch, tell, workers = calls[0]
-    assert (loaded.context, loaded.model.dtype) == (32, torch.bfloat16)
-    assert config == configured("mini", str(own), 32) and source.fingerprint
-    assert scratch == tmp_path / "scratch" / "architectures"  # where the lab looks
-    assert workers == Workers() and tell is print
-
-
-def test_prepare_says_in_a_line_what_is_wrong(olmoe_folder, capsys):
-    assert cli.main(["prepare", str(olmoe_folder), "--context", "1"]) == 1
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and "windows of 2 to 64 tokens" in message
 
 
 def test_a_finished_part_is_not_made_again_and_a_damaged_one_is_named(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from transformers import (
@@ -13,7 +15,7 @@ from transformers import (
 
 from signlattice.errors import InputError
 from signlattice.models.capture import capture
-from signlattice.models.hooks import AttentionLayer, attention_layers, key_hook
+from signlattice.models.hooks import AttentionLayer, attention_hook, attention_layers
 
 IDS = torch.randint(1, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 SMALL = dict(
@@ -49,6 +51,10 @@ def logits(model) -> torch.Tensor:
         return model(IDS, use_cache=False).logits
 
 
+def unchanged(layer, query, key, value):
+    return query, key, value
+
+
 def captured(model, attention: str):
     """Queries and keys of a model, and the weights that its own ``attention`` gives them."""
     with capture(model) as bank:
@@ -72,38 +78,82 @@ def assert_weights_are_the_models_own(model):
             torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_weights_under_windows_and_shared_keys_are_the_models_own(gemma, gemma_moe):
+def test_log_weights_under_windows_and_shared_keys_are_the_models_own(gemma, gemma_moe):
     for loaded in (gemma, gemma_moe):
         assert_weights_are_the_models_own(loaded.model)
 
 
-def test_weights_under_a_soft_cap_or_sinks_are_the_models_own(special):
+def test_log_weights_under_a_soft_cap_or_sinks_are_the_models_own(special):
     layers = attention_layers(special).values()
     assert {layer.window for layer in layers} == {8, None}
     assert all(layer.softcap == 5.0 or layer.sinks for layer in layers)
     assert_weights_are_the_models_own(special)
 
 
-def test_looking_at_the_keys_changes_nothing(gemma, gemma_moe, special):
-    for model in (gemma.model, gemma_moe.model, special):
-        before = logits(model)
-        with key_hook(model, lambda layer, query, key: key):
+def test_attention_hook_that_returns_its_input_changes_nothing(
+    olmoe, llama, gemma, gemma_moe, special
+):
+    for model in (olmoe.model, llama.model, gemma.model, gemma_moe.model, special):
+        before, implementation = logits(model), model.config._attn_implementation
+        with attention_hook(model, unchanged):
             torch.testing.assert_close(logits(model), before, atol=2e-5, rtol=1e-4)
         assert torch.equal(logits(model), before)
+        assert model.config._attn_implementation == implementation
 
 
-def test_layers_read_the_keys_that_gemma_says_they_share(gemma):
+def test_attention_hook_is_removed_after_an_error(llama):
+    implementation = llama.model.config._attn_implementation
+    with pytest.raises(ZeroDivisionError):
+        with attention_hook(llama.model, lambda *states: 1 / 0):
+            llama.model(IDS)
+    assert llama.model.config._attn_implementation == implementation
+
+
+def test_attention_hook_gives_attention_its_keys(llama):
+    def without_keys(layer, query, key, value):
+        return query, torch.zeros_like(key), value
+
+    with attention_hook(llama.model, without_keys):
+        zeroed = llama.model(IDS).logits
+    assert (zeroed - llama.model(IDS).logits).abs().max() > 1e-3
+
+
+def test_attention_hook_is_given_what_the_outer_one_returns(llama):
+    seen = []
+
+    def doubled(layer, query, key, value):
+        return query, 2 * key, 3 * value
+
+    def record(layer, query, key, value):
+        seen.append((key, value))
+        return query, key, value
+
+    for contexts in ((record,), (doubled, record)):
+        with ExitStack() as stack:
+            for hook in contexts:
+                stack.enter_context(attention_hook(llama.model, hook))
+            logits(llama.model)
+    torch.testing.assert_close(seen[2][0], 2 * seen[0][0])  # of two layers, the first again
+    torch.testing.assert_close(seen[2][1], 3 * seen[0][1])
+
+
+def test_attention_layers_read_the_keys_that_gemma_says_they_share(gemma):
     layers = attention_layers(gemma.model)
     assert [layers[i].source for i in range(5)] == [0, 1, 2, 1, 2]
     assert [layers[i].head_dim for i in range(5)] == [16, 16, 32, 16, 32]
     seen = {}
-    with key_hook(gemma.model, lambda layer, query, key: seen.setdefault(layer, key)):
+
+    def record(layer, query, key, value):
+        seen[layer] = key
+        return query, key, value
+
+    with attention_hook(gemma.model, record):
         logits(gemma.model)
     for layer in layers.values():
         assert torch.equal(seen[layer.index], seen[layer.source])
 
 
-def test_keys_and_values_that_are_one_projection_are_told_by_their_shape(gemma_moe):
+def test_attention_layers_whose_keys_and_values_are_one_projection_have_its_shape(gemma_moe):
     layers = attention_layers(gemma_moe.model)
     assert [(layer.n_heads, layer.head_dim) for layer in layers.values()] == [
         (2, 16),
@@ -112,18 +162,18 @@ def test_keys_and_values_that_are_one_projection_are_told_by_their_shape(gemma_m
     ]
 
 
-def test_heads_without_groups_are_as_many_as_queries():
+def test_attention_layers_without_groups_have_as_many_heads_as_queries():
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=300))
     assert attention_layers(model) == {0: AttentionLayer(0, 0, 2, 2, 8, 8**-0.5)}
 
 
-def test_a_window_lets_a_query_see_that_many_tokens():
+def test_log_weights_of_a_window_are_those_of_that_many_tokens():
     layer = AttentionLayer(0, 0, 1, 1, 8, 1.0, window=3)
     weights = layer.log_weights(torch.zeros(6, 6)).exp()
     assert (weights > 0).sum(-1).tolist() == [1, 2, 3, 3, 3, 3]
 
 
-def test_a_model_without_attention_of_a_decoder_is_told():
+def test_attention_layers_refuse_a_model_that_is_no_decoder():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(InputError, match="Linear has no decoder attention"):
         attention_layers(model)

@@ -34,8 +34,8 @@ from signlattice.cache.masks import MaskCache
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
 from signlattice.cache.storage import PAGE
 from signlattice.errors import InputError, IntegrityError
-from signlattice.evaluation.perplexity import quantized_keys
 from signlattice.models.hooks import attention_layers
+from signlattice.models.quantized_attention import quantized_attention
 from signlattice.quantizers.codec import KeyCodec
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_grad")
@@ -123,7 +123,7 @@ def test_without_window_and_sinks_it_is_one_bit_attention(name, kind):
     """The same by the road that measurements take, which has no cache."""
     model, ids = tiny(name), tokens(4, 40)
     cache = new_cache(model, kind, window=0, sinks=0, value_format="whole")
-    with quantized_keys(model, codec_for(model, kind)):
+    with quantized_attention(model, codec_for(model, kind).layers):
         expected = model(ids, use_cache=False).logits
     assert most(read(model, ids, cache, (30, 1, 1)), expected) < ROUNDED
 
@@ -599,7 +599,7 @@ def test_exempt_layers_keep_everything():
     cache = new_cache(model, exempt=(0, -1), window=0, sinks=0, value_format="whole")
     assert [layer.layer.index for layer in cache.packed_layers] == [1]
     codec = codec_for(model)
-    with quantized_keys(model, replace(codec, layers={1: codec.layers[1]})):
+    with quantized_attention(model, {1: codec.layers[1]}):
         expected = model(ids, use_cache=False).logits
     assert most(read(model, ids, cache, (30, 1)), expected) < ROUNDED
 

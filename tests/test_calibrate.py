@@ -122,7 +122,7 @@ def test_it_is_what_a_file_of_eight_bits_gives_back(learned, tmp_path):
 def test_beta_is_of_the_other_side_of_the_text(learned, llama48, text):
     codec, config, _ = learned
     pieces = take_tokens(passages(llama48, text.evaluation, 4), config.n_held_out)
-    bank = capture_passages(llama48, pieces, queries=False)
+    bank = capture_passages(llama48, pieces, states=("keys",))
     for index, layer in codec.layers.items():
         cosines = layer.cosines(bank.keys(index)).mean(-1).tolist()
         assert codec.calibration.beta[index] == pytest.approx(cosines, abs=1e-5)

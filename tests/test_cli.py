@@ -20,7 +20,7 @@ from signlattice.quantizers import basis, codec, scales
 from signlattice.quantizers.codec import KeyCodec
 
 MODEL = "gemma4-e2b-mini"
-COMMANDS = ("learn", "measure", "evaluate", "generate", "bench", "inspect")
+COMMANDS = ("learn", "measure", "evaluate", "generate", "bench", "inspect", "estimate")
 
 
 def run(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[dict, str]:
@@ -66,6 +66,26 @@ def own_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Each command.
+
+
+def test_estimate_reads_a_checkpoint_and_loads_nothing(capsys):
+    document, err = run(capsys, "estimate", MODEL, "--tokens", 1000, "--context", 64)
+    assert (document["model"], document["dtype"], err) == (MODEL, "float32", "")
+    assert document["download_bytes"] == 0 and document["context"] == 64
+    # The last two of six layers reuse keys; one of the others attends to the whole context.
+    assert document["keys"] == [
+        {"layers": 3, "heads": 1, "head_dim": 64},
+        {"layers": 1, "heads": 1, "head_dim": 128},
+    ]
+    assert document["key_bytes"] == 1000 * (3 * 64 + 128) * 2  # half precision
+    hours = document["hours"]
+    assert [row["n_gpus"] for row in hours] == [1, 8, 1, 8]
+    assert all(row["hours"] > 0 for row in hours)
+
+
+def test_estimate_names_a_value_that_is_wrong(capsys):
+    assert "--tokens: '0': use a whole number" in misused(capsys, "estimate", "m", "--tokens", 0)
+    assert "leave it out" in told(capsys, "estimate", MODEL, "--revision", "main")
 
 
 def test_what_was_learned_is_kept_and_nothing_is_left_beside_it(learned):

@@ -1,4 +1,4 @@
-"""What compares codes: that it sees nothing where nothing changed, and the right error elsewhere."""
+"""Codes compared: nothing is lost where nothing changed, and errors are right elsewhere."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def levels(comparison, bits):
     return keys, values
 
 
-def test_no_code_loses_nothing(loaded, tmp_path):
+def test_comparison_without_codes_loses_nothing(loaded, tmp_path):
     comparison = compared(loaded, tmp_path)
     row = comparison.row("nothing")
     assert row["gap"] == pytest.approx(0, abs=1e-4) and row["top1"] == 1
@@ -59,7 +59,7 @@ def test_no_code_loses_nothing(loaded, tmp_path):
         assert errors == pytest.approx([0, 0, 0], abs=1e-6)
 
 
-def test_fewer_bits_lose_more_in_every_figure(loaded, tmp_path):
+def test_comparison_of_fewer_bits_loses_more_in_every_figure(loaded, tmp_path):
     comparison = compared(loaded, tmp_path)
     found = {bits: comparison.heads(*levels(comparison, bits)) for bits in (1, 4)}
     assert len(found[1]) == sum(
@@ -73,10 +73,10 @@ def test_fewer_bits_lose_more_in_every_figure(loaded, tmp_path):
     assert kl[1] > 4 * kl[4] > 0
 
 
-def test_rows_are_kept_and_not_computed_again(loaded, tmp_path, monkeypatch):
+def test_comparison_keeps_rows_and_does_not_compute_them_again(loaded, tmp_path, monkeypatch):
     row = compared(loaded, tmp_path).row("a")
     monkeypatch.setattr(
-        "signlattice_paper.experiments.comparison.token_losses", lambda *args: 1 / 0
+        "signlattice_paper.experiments.comparison.token_losses", lambda *args, **options: 1 / 0
     )
     again = compared(loaded, tmp_path)
     assert again.row("a") == row
@@ -84,7 +84,7 @@ def test_rows_are_kept_and_not_computed_again(loaded, tmp_path, monkeypatch):
         again.row("b")
 
 
-def test_a_shift_that_all_keys_share_is_no_error_and_a_scale_is():
+def test_head_errors_ignore_a_shift_that_all_keys_share_and_not_a_scale():
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(n, 40, 8, generator=generator) for n in (4, 2, 2))
     layer = AttentionLayer(0, 0, 2, 4, 8, scaling=8**-0.5)
@@ -102,6 +102,6 @@ def test_a_shift_that_all_keys_share_is_no_error_and_a_scale_is():
         head_errors(layer, (query, key, value), (query, key, value), 40)
 
 
-def test_a_count_below_one_is_refused():
+def test_comparison_config_refuses_a_count_below_one():
     with pytest.raises(InputError, match="n_fit=0: use 1 or more"):
         ComparisonConfig(n_fit=0)

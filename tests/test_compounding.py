@@ -29,12 +29,12 @@ def losses(nll):
 EXACT = losses([10.0, 20.0, 30.0])
 
 
-def test_layers_are_taken_alone_and_from_the_first_on():
+def test_layer_sets_are_layers_alone_and_from_the_first_on():
     assert compounding.layer_sets([0, 1, 2]) == ((0,), (1,), (2,), (0, 1), (0, 1, 2))
     assert [compounding.layers_name(s) for s in ((2,), (0, 1, 2))] == ["2", "0-2"]
 
 
-def test_losses_that_add_have_the_ratio_one_and_those_that_amplify_more():
+def test_together_over_sum_is_one_for_losses_that_add_and_more_if_they_amplify():
     alone = [losses([11.0, 22.0, 33.0]), losses([12.0, 24.0, 36.0])]
     adding = compounding.together_over_sum(losses([13.0, 26.0, 39.0]), alone, EXACT)
     assert (adding.value, adding.low, adding.high) == pytest.approx((1, 1, 1))
@@ -43,12 +43,12 @@ def test_losses_that_add_have_the_ratio_one_and_those_that_amplify_more():
     assert compounding.added_nats(alone[0], EXACT).value == pytest.approx(0.2)
 
 
-def test_a_codec_can_be_restricted_to_some_layers(codec):
+def test_only_restricts_a_codec_to_some_layers(codec):
     assert list(compounding.only(codec, (1,)).layers) == [1]
     assert compounding.only(codec, (1,)).model_hash == codec.model_hash
 
 
-def test_codes_that_are_compared_take_off_the_same_means(codec):
+def test_compared_codecs_take_off_the_same_means(codec):
     rotation = {layer: code.basis for layer, code in codec.layers.items()}
     codecs = compounding.compared_codecs(codec, rotation)
     assert list(codecs) == ["srht_mse", "srht_unbiased", "learned"]
@@ -56,7 +56,7 @@ def test_codes_that_are_compared_take_off_the_same_means(codec):
     assert codecs["learned"] is codec
 
 
-def test_rows_tell_layers_alone_and_together(olmoe, codec):
+def test_loss_rows_are_of_layers_alone_and_together(olmoe, codec):
     rows, ratios, complete = compounding.loss_rows(olmoe, {"srht": codec}, PIECES)
     assert [row["layers"] for row in rows] == ["0", "1", "0-1"]
     nats = [row["nats"] for row in rows]
@@ -65,7 +65,7 @@ def test_rows_tell_layers_alone_and_together(olmoe, codec):
     assert rows[0]["factor"] == pytest.approx(np.exp(nats[0]))
 
 
-def test_attention_is_told_apart_by_where_the_error_comes_from(olmoe, codec):
+def test_attention_rows_separate_own_errors_from_upstream_ones(olmoe, codec):
     first, second = compounding.attention_rows(olmoe, {"srht": codec}, PIECES)
     assert first["upstream"] is None and first["own"] == first["both"] > 0
     assert second["upstream"] > 0 and second["own"] > 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -18,11 +19,10 @@ from signlattice.evaluation.perplexity import (
     next_token_logits,
     perplexity,
     perplexity_gap,
-    quantized_keys,
     token_losses,
 )
 from signlattice.models.capture import capture
-from signlattice.models.hooks import AttentionLayer, attention_layers
+from signlattice.models.hooks import AttentionLayer, attention_hook, attention_layers
 from signlattice.models.passages import passages
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
@@ -62,7 +62,7 @@ def codec_for(loaded, seed: int = 0, method: str = "none", rule: str = "unbiased
     return KeyCodec(layers, loaded.weights_hash)
 
 
-def test_losses_are_those_of_the_model_one_passage_at_a_time(loaded, pieces):
+def test_token_losses_are_those_of_the_model_one_passage_at_a_time(loaded, pieces):
     losses = token_losses(loaded, pieces)
     for piece, nll in zip(pieces, losses.nll):
         alone = loaded.model(piece.ids[None], labels=piece.ids[None]).loss
@@ -79,17 +79,22 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(loaded, pieces):
     )
 
 
-def test_coded_losses_are_those_of_a_model_that_reads_decoded_keys(loaded, pieces):
+def test_token_losses_are_those_of_a_model_that_reads_decoded_keys(loaded, pieces):
     """The same figures by another road: decode the captured keys, attend to them by hand."""
     codec = codec_for(loaded)
     coded = token_losses(loaded, pieces, codec, next_token_logits(loaded, pieces))
     assert (coded.nll != token_losses(loaded, pieces).nll).all()
     assert (coded.kl > 0).all() and (coded.agree <= coded.n_tokens).all()
     ids = pieces[0].ids[None]
-    with quantized_keys(loaded.model, codec), capture_keys_inside(loaded.model) as seen:
-        loaded.model(ids)
-    layer = codec.layers[0]
-    torch.testing.assert_close(seen[0], layer.decode(layer.encode(exact_keys(loaded, ids))))
+    first = KeyCodec({0: codec.layers[0]}, loaded.weights_hash)
+    decoded = first.layers[0].decode(first.layers[0].encode(exact_keys(loaded, ids)))
+
+    def by_hand(layer, query, key, value):
+        return query, decoded if layer == 0 else key, value
+
+    with attention_hook(loaded.model, by_hand), torch.no_grad():
+        nll = loaded.model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    assert token_losses(loaded, pieces[:1], first).nll[0] == pytest.approx(nll, rel=1e-4)
 
 
 def exact_keys(loaded, ids):
@@ -98,75 +103,52 @@ def exact_keys(loaded, ids):
     return bank.keys(0)[None]
 
 
-class capture_keys_inside:
-    """Records what SDPA is given, whoever changed it before."""
-
-    def __init__(self, model):
-        self.seen = {}
-
-    def __enter__(self):
-        from signlattice.models import hooks
-
-        self.former = hooks.sdpa_attention_forward
-
-        def record(module, query, key, *rest, **kwargs):
-            self.seen[module.layer_idx] = key
-            return self.former(module, query, key, *rest, **kwargs)
-
-        hooks.sdpa_attention_forward = record
-        return self.seen
-
-    def __exit__(self, *error):
-        from signlattice.models import hooks
-
-        hooks.sdpa_attention_forward = self.former
-
-
-def test_every_key_is_counted(loaded, pieces):
+def test_token_losses_count_every_key(loaded, pieces):
     codec = codec_for(loaded)
     n_heads = sum(layer.n_heads for layer in codec.layers.values())
     longest = max(len(piece.ids) for piece in pieces)
     assert token_losses(loaded, pieces, codec).n_compressed == len(pieces) * longest * n_heads
 
 
-def test_an_evaluation_that_compressed_nothing_fails(loaded, pieces, monkeypatch):
+def test_token_losses_fail_if_nothing_was_compressed(loaded, pieces, monkeypatch):
     codec = codec_for(loaded)
-    monkeypatch.setattr("signlattice.evaluation.perplexity.key_hook", nothing_seen)
-    with pytest.raises(RuntimeError, match="compressed 0 keys, expected"):
+
+    def no_hook(model, hook):
+        return nullcontext()
+
+    monkeypatch.setattr("signlattice.models.quantized_attention.attention_hook", no_hook)
+    with pytest.raises(RuntimeError, match="compressed 0 vectors, expected"):
         token_losses(loaded, pieces, codec)
 
 
-class nothing_seen:
-    def __init__(self, model, callback):
-        pass
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, *error):
-        pass
-
-
-def test_a_codec_of_another_model_is_refused(loaded, pieces):
+def test_token_losses_refuse_a_codec_of_another_model(loaded, pieces):
     codec = KeyCodec(codec_for(loaded).layers, "0" * 64)
     with pytest.raises(IntegrityError, match="fitted on the model 000000000000"):
         token_losses(loaded, pieces, codec)
 
 
-def test_layers_without_a_code_keep_their_keys(loaded, pieces):
+def test_token_losses_take_quantizers_or_a_codec(loaded, pieces):
+    codec = codec_for(loaded)
+    by_layer = token_losses(loaded, pieces, keys=codec.layers)
+    np.testing.assert_array_equal(by_layer.nll, token_losses(loaded, pieces, codec).nll)
+    with pytest.raises(InputError, match="give one of the two"):
+        token_losses(loaded, pieces, codec, keys=codec.layers)
+
+
+def test_token_losses_of_a_codec_without_layers_are_exact(loaded, pieces):
     codec = KeyCodec({}, loaded.weights_hash)
     coded = token_losses(loaded, pieces, codec)
     np.testing.assert_allclose(coded.nll, token_losses(loaded, pieces).nll, rtol=1e-5)
     assert coded.n_compressed == 0
 
 
-def test_the_interval_is_over_documents_and_holds_the_estimate(loaded, pieces):
+def test_perplexity_has_an_interval_over_documents_that_holds_the_estimate(loaded, pieces):
     losses = token_losses(loaded, pieces)
     found = perplexity(losses)
     assert found.low <= found.value <= found.high and found.n == 3
 
 
-def test_the_bootstrap_covers_a_known_mean():
+def test_bootstrap_covers_a_known_mean():
     """Documents of two equal passages each: the interval must be that of 40 values, not of 80."""
     from signlattice.models.passages import Passage
 
@@ -179,7 +161,7 @@ def test_the_bootstrap_covers_a_known_mean():
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
 
 
-def test_gap_and_ratio_agree(loaded, pieces):
+def test_gap_ratio_is_that_of_the_gaps(loaded, pieces):
     exact = token_losses(loaded, pieces)
     worse = token_losses(loaded, pieces, codec_for(loaded, rule="mse"))
     better = token_losses(loaded, pieces, codec_for(loaded, rule="unbiased"))
@@ -190,7 +172,7 @@ def test_gap_and_ratio_agree(loaded, pieces):
     assert perplexity_gap(exact, exact).value == 0
 
 
-def test_a_bigram_of_uniform_bytes_needs_eight_bits():
+def test_bigram_bits_per_byte_are_eight_for_uniform_bytes():
     data = bytes(range(128)) * 3
     document = Document("tiny", "a", data.decode(), "train")
     seen = bigram_bits_per_byte([document], [document])
@@ -199,7 +181,7 @@ def test_a_bigram_of_uniform_bytes_needs_eight_bits():
 
 
 @pytest.mark.parametrize("method", ["none", "token_mean", "dc"])
-def test_a_perfect_code_loses_nothing(loaded, method):
+def test_head_quality_of_keys_on_the_lattice_is_perfect(loaded, method):
     """Keys that are on the lattice of the rotation are attended to exactly."""
     heads = exact_keys(loaded, torch.ones(1, 8, dtype=torch.long)).shape[1]
     rotation = torch.stack([fixed.haar(16, h) for h in range(heads)])
@@ -218,10 +200,10 @@ def test_a_perfect_code_loses_nothing(loaded, method):
 
 def lattice_bank(rotation, n=24):
     from signlattice.bits import sign
-    from signlattice.models.capture import KeyBank
+    from signlattice.models.capture import StateBank
 
     generator = torch.Generator().manual_seed(0)
-    bank = KeyBank("post_rope", lengths=[n, n])
+    bank = StateBank("post_rope", lengths=[n, n])
     heads, d = rotation.shape[:2]
     keys = sign(torch.randn(heads, 2 * n, d, generator=generator)) @ rotation
     bank.append("keys", 0, keys.transpose(0, 1))
@@ -229,7 +211,7 @@ def lattice_bank(rotation, n=24):
     return bank
 
 
-def test_the_temperature_is_the_best_of_its_neighbours(loaded):
+def test_fit_temperature_is_the_best_of_its_neighbours(loaded):
     codec = codec_for(loaded, rule="mse", method="dc")
     ids = torch.randint(1, 300, (4, 60), generator=torch.Generator().manual_seed(3))
     with capture(loaded.model) as bank:
@@ -246,13 +228,13 @@ def test_the_temperature_is_the_best_of_its_neighbours(loaded):
     assert ((tau > 0.1) & (tau < 4)).all()
 
 
-def test_no_rotation_helps_on_noise():
+def test_noise_null_is_over_fitting_alone():
     config = LearnConfig(solver="itq", seed=0)
     in_sample, held_out = noise_null(128, 32, config)
     assert held_out == pytest.approx(haar_beta(32), abs=0.01)
     assert in_sample > held_out + 0.05  # all of it over-fitting
 
 
-def test_no_text_is_refused(loaded):
+def test_passages_refuse_no_text(loaded):
     with pytest.raises(InputError, match="no text to evaluate"):
         passages(loaded, [])

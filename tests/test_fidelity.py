@@ -24,7 +24,7 @@ def steps(olmoe, small_corpus):
     return fidelity.decode_steps(olmoe, passages, CONFIG)
 
 
-def test_the_reference_is_as_near_as_its_dtype_allows(steps):
+def test_attention_rows_of_the_reference_are_as_near_as_the_dtype_allows(steps):
     rows = fidelity.attention_rows(steps, ("torch",), CONFIG)
     assert len(rows) == 2 * 2 * 2  # layers, dtypes, bits
     for row in rows:
@@ -32,7 +32,7 @@ def test_the_reference_is_as_near_as_its_dtype_allows(steps):
         assert 0 < row["plain"] < (1e-5 if row["dtype"] == "float32" else 1e-2), row
 
 
-def test_fewer_digits_flip_more_signs_and_only_near_zero():
+def test_pack_rows_flip_more_signs_with_fewer_digits_and_only_near_zero():
     keys = torch.randn(1, 2, 1000, 16)
     turned = torch.stack([fixed.srht(16, head) for head in range(2)])
     step = fidelity.Step(keys[:, :, 0], keys, keys, turned)
@@ -49,7 +49,7 @@ def test_worst_is_the_largest_of_each_group():
     ]
 
 
-def test_nan_is_no_small_error():
+def test_relative_error_of_nan_is_infinite():
     assert fidelity.relative_error(torch.tensor([torch.nan, 1.0]), torch.ones(2)) == torch.inf
 
 

@@ -12,7 +12,7 @@ from signlattice.cache.sign_key_cache import CacheConfig
 from signlattice.data import corpus
 from signlattice.evaluation import perplexity
 from signlattice.models import loading, minis, passages
-from signlattice.models.hooks import key_hook
+from signlattice.models.hooks import attention_hook
 from signlattice.quantizers.codec import KeyCodec
 from signlattice_paper import records, tables
 from signlattice_paper.claims import load_claims
@@ -135,10 +135,10 @@ def test_a_running_model_does_not_see_a_static_offset_of_its_keys(name):
     offset = torch.randn(4, 1, 64, generator=torch.Generator().manual_seed(0))
     changed = {}
     for what, change in {
-        "static": lambda layer, query, key: key + offset,
-        "dc": lambda layer, query, key: key - key.mean(-1, keepdim=True),
+        "static": lambda layer, query, key, value: (query, key + offset, value),
+        "dc": lambda layer, query, key, value: (query, key - key.mean(-1, keepdim=True), value),
     }.items():
-        with key_hook(loaded.model, change):
+        with attention_hook(loaded.model, change):
             logits = loaded.model(ids, use_cache=False).logits
         changed[what] = (logits - exact).abs().max()
     assert changed["static"] < 1e-3 and changed["dc"] > 0.1

@@ -380,6 +380,16 @@ def test_estimate_says_why_not(tmp_path, capsys):
     assert "not a transformers checkpoint" in capsys.readouterr().err
 
 
+def test_preflight_knows_the_papers_models_by_their_short_names(monkeypatch):
+    def resolve(name, revision=None, kind="model"):
+        raise InputError(f"asked for {name}")
+
+    monkeypatch.setattr(hub, "resolve", resolve)
+    for name, repository in REPOSITORIES.items():
+        with pytest.raises(InputError, match=f"asked for {repository}$"):
+            preflight(name)
+
+
 def test_record_names_are_words():
     assert [record_name(name) for name in REPOSITORIES] == list(REPOSITORIES)
     assert record_name("meta-llama/Llama-3.1-8B") == "meta-llama--Llama-3.1-8B"

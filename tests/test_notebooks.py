@@ -14,9 +14,8 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from signlattice.errors import InputError, IntegrityError
-from signlattice_paper import cli, notebooks
+from signlattice_paper import notebooks
 from signlattice_paper.notebooks import NotebookError, normalise, to_text
-from signlattice_paper.records import RunRecord
 
 SLIDER = """
 import ipywidgets as widgets
@@ -84,15 +83,12 @@ def test_parameters_replace_defaults_and_do_not_outlive_their_run(tmp_path: Path
 def test_a_run_may_go_elsewhere_and_leave_the_notebook(tmp_path: Path) -> None:
     path = write(tmp_path / "a.ipynb", "print(model)", parameters="model = 'a'")
     before = path.read_bytes()
-    command = ["run", str(path), "-p", "model", "b", "--out", str(tmp_path / "out" / "b")]
-    assert cli.main(command) == 0
+    notebooks.run(path, {"model": "b"}, out=tmp_path / "out" / "b", progress=False)
     assert path.read_bytes() == before
     assert outputs(tmp_path / "out" / "b" / "a.ipynb")[-1] == "b\n"
 
 
-def test_a_failing_cell_is_one_line_and_leaves_the_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_says_in_one_line_which_cell_failed_and_leaves_the_file(tmp_path: Path) -> None:
     source = "print('before')\nraise ValueError('first line\\nsecond line')"
     path = write(tmp_path / "a.ipynb", "x = 1", source)
     before = path.read_bytes()
@@ -102,8 +98,6 @@ def test_a_failing_cell_is_one_line_and_leaves_the_file(
     assert message.endswith("""cell 2 ("print('before')"): ValueError: first line""")
     assert "\n" not in message and str(path) in message
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.ipynb"]
-    assert cli.main(["run", str(path)]) == 1
-    assert "ValueError: first line\n" in capsys.readouterr().err
 
 
 def test_a_dead_kernel_is_one_line(tmp_path: Path) -> None:
@@ -115,25 +109,29 @@ def test_a_dead_kernel_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("values", "message"),
     [
-        (["-p", "modle", "a"], "has no parameter 'modle'; it has model, steps, lr, on"),
-        (["-p", "steps", "many"], "parameter steps='many' must be of type int, as its default 3"),
-        (["-p", "steps", "2.5"], "steps=2.5 must be of type int"),
-        (["-p", "steps", "true"], "steps=True must be of type int"),
-        (["-p", "on", "1"], "on=1 must be of type bool"),
-        (["-p", "model", "{"], "cannot read the parameters"),
-        (["missing.ipynb"], "cannot read the notebook missing.ipynb"),
+        ({"modle": "a"}, "has no parameter 'modle'; it has model, steps, lr, on"),
+        ({"steps": "many"}, "parameter steps='many' must be of type int, as its default 3"),
+        ({"steps": 2.5}, "steps=2.5 must be of type int"),
+        ({"steps": True}, "steps=True must be of type int"),
+        ({"on": 1}, "on=1 must be of type bool"),
     ],
 )
-def test_wrong_arguments_are_one_line_before_anything_runs(
-    arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_run_all_refuses_wrong_parameters_before_anything_runs(
+    values: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     defaults = "model = 'a'\nsteps = 3\nlr = 0.1\non = True"
     path = write(tmp_path / "a.ipynb", "1 / 0", parameters=defaults)
-    assert cli.main(["run", str(path), *arguments]) == 1
-    error = capsys.readouterr().err
-    assert told in error and error.startswith("error: ") and error.count("\n") == 1
+    with pytest.raises(InputError) as caught:
+        notebooks.run_all([path], values)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_run_all_reads_every_notebook_before_anything_runs(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ipynb", "1 / 0")
+    with pytest.raises(InputError, match="cannot read the notebook missing.ipynb"):
+        notebooks.run_all([path, Path("missing.ipynb")])
 
 
 def test_whole_numbers_do_for_floats_and_anything_for_none(tmp_path: Path) -> None:
@@ -262,30 +260,23 @@ def test_problems_are_told(cells: list[NotebookNode], told: str, tmp_path: Path)
     assert any(told in line for line in notebooks.problems(tmp_path / "a.ipynb"))
 
 
-def test_normalise_and_check_on_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_normalise_file_says_whether_it_changed_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.ipynb"
     nbformat.write(executed(ran("a", count=5)), path)
-    assert cli.main(["check", str(path)]) == 1
-    assert "not normalised" in capsys.readouterr().out
-    assert cli.main(["normalise", str(path)]) == 0
-    assert cli.main(["check", str(path)]) == 0
-    assert cli.main(["normalise", str(path)]) == 0
-    assert capsys.readouterr().out.endswith("unchanged\n")
+    assert notebooks.normalise_file(path)
+    assert notebooks.problems(path) == ()
+    assert not notebooks.normalise_file(path)
 
 
-def test_times_are_kept_of_a_whole_run(tmp_path: Path, monkeypatch) -> None:
+def test_run_all_records_how_long_each_notebook_takes(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(notebooks, "environment_bytes", lambda: 2_500_000_000)
     paths = [write(tmp_path / f"{name}.ipynb", "print(1)") for name in ("one", "two")]
-    kept: list[RunRecord] = []
-    monkeypatch.setattr(RunRecord, "save", lambda record: kept.append(record) or tmp_path)
-    assert cli.main(["run", *map(str, paths), "--times"]) == 0
-    rows = kept[0].table("notebooks")
+    record = notebooks.run_all(paths, times=True)
+    rows = record.table("notebooks")
     assert [row["notebook"] for row in rows] == [str(path) for path in paths]
-    assert all(0 < row["seconds"] <= kept[0].seconds for row in rows)
-    assert kept[0].metric("environment_gigabytes").value == 2.5
-    assert cli.main(["run", str(paths[0])]) == 0 and len(kept) == 1
+    assert all(0 < row["seconds"] <= record.seconds for row in rows)
+    assert record.metric("environment_gigabytes").value == 2.5
+    assert notebooks.run_all([]) is None
 
 
 def test_an_environment_is_as_large_as_its_files(tmp_path: Path) -> None:

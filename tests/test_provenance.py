@@ -13,7 +13,7 @@ import pytest
 
 from signlattice.errors import InputError
 from signlattice.models.minis import MINIS
-from signlattice_paper import cli, provenance, records
+from signlattice_paper import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "olmoe-mini"
@@ -178,15 +178,6 @@ def test_injected_parameters_count(tmp_path: Path) -> None:
         "run = records.begin('lab', 'm', config={'n': n})",
     ]
     assert provenance.expected(lab_of(cells, tmp_path), "m").config == {"n": 2}
-
-
-def test_the_command_says_what_is_wrong(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(provenance, "faults", lambda before_run: [])
-    assert cli.main(["records"]) == 0
-    assert f"{len(records.every())} records" in capsys.readouterr().out
-    monkeypatch.setattr(provenance, "faults", lambda before_run: ["a is stale", "b is missing"])
-    assert cli.main(["records", "--before-run"]) == 1
-    assert capsys.readouterr().err == "error: a is stale\nerror: b is missing\n"
 
 
 def lab_of(cells: list[str], folder: Path) -> Path:

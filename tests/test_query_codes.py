@@ -10,10 +10,10 @@ import torch
 
 from conftest import documents
 from signlattice.bits import sign
-from signlattice.cache.simulated import quantized_attention
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.models.loading import load_model
+from signlattice.models.quantized_attention import quantized_attention
 from signlattice.models.states import LayerStates
 from signlattice_paper.experiments import queries as query_codes
 from signlattice_paper.experiments.comparison import Comparison, ComparisonConfig
@@ -120,9 +120,9 @@ def test_a_mean_of_queries_that_is_left_out_is_missed_and_one_that_is_kept_is_no
     }
     with torch.no_grad():
         exact = model(ids, use_cache=False).logits
-        with quantized_attention(comparison.loaded, queries=shifted):
+        with quantized_attention(model, queries=shifted):
             kept = model(ids, use_cache=False).logits
-        with quantized_attention(comparison.loaded, queries=dropped):
+        with quantized_attention(model, queries=dropped):
             lost = model(ids, use_cache=False).logits
     torch.testing.assert_close(kept, exact, atol=1e-3, rtol=0)
     assert (lost - exact).abs().max() > 0.1

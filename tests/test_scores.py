@@ -10,6 +10,8 @@ from signlattice.errors import InputError
 from signlattice.models.hooks import score_scaling
 from signlattice.models.loading import load_model
 from signlattice.models.passages import Passage
+from signlattice.models.quantized_attention import quantized_attention
+from signlattice.models.states import LayerStates, read_states
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.levels import LevelQuantizer
@@ -18,10 +20,9 @@ from signlattice.rotations.fixed import haar, srht
 from signlattice_paper.experiments import scores
 from signlattice_paper.experiments.scores import (
     ScoresConfig,
-    States,
-    attention_states,
+    check_plain_attention,
     log_weights,
-    signed_attention,
+    signed_codes,
     with_absorbed_rotations,
 )
 
@@ -39,22 +40,26 @@ def loaded(request):
     return load_model(request.getfixturevalue(request.param))
 
 
+def states_on(loaded):
+    return read_states(loaded, [Passage("a.py", IDS, 100)])
+
+
 def heads_of(loaded, layer=0):
-    return len(attention_states(loaded, IDS)[layer].key)
+    return len(states_on(loaded)[layer].keys)
 
 
 def outputs(loaded, layer=0):
     """What enters the output projection of a layer, [Hq, T, D]."""
-    found = {}
+    captured = {}
     module = scores._value_layers(loaded.model)[layer]
-    hook = module.o_proj.register_forward_pre_hook(lambda _, args: found.update(x=args[0][0]))
+    hook = module.o_proj.register_forward_pre_hook(lambda _, args: captured.update(x=args[0][0]))
     try:
         with torch.no_grad():
             loaded.model(IDS[None], use_cache=False)
     finally:
         hook.remove()
     d = loaded.head_dim
-    return found["x"].unflatten(-1, (-1, d)).transpose(0, 1)
+    return captured["x"].unflatten(-1, (-1, d)).transpose(0, 1)
 
 
 def attended(query, key, value, scaling):
@@ -63,55 +68,52 @@ def attended(query, key, value, scaling):
     return (weights @ value.unsqueeze(1)).flatten(0, 1)
 
 
-def test_states_are_those_that_attention_computes_with(loaded):
-    for layer, states in attention_states(loaded, IDS).items():
+def test_log_weights_are_those_that_attention_computes_with(loaded):
+    for layer, states in states_on(loaded).items():
         weights = log_weights(states, score_scaling(loaded.model)[layer]).exp()
-        by_hand = (weights @ states.value.unsqueeze(1)).flatten(0, 1)
+        by_hand = (weights @ states.values.unsqueeze(1)).flatten(0, 1)
         torch.testing.assert_close(by_hand, outputs(loaded, layer), atol=1e-4, rtol=1e-4)
 
 
-def test_states_through_a_codec_hold_the_decoded_keys(olmoe):
-    layer = SignQuantizer(torch.stack([srht(16, i) for i in range(4)]), Centering("none"))
-    codec = KeyCodec({1: layer}, olmoe.weights_hash)
-    exact, coded = attention_states(olmoe, IDS), attention_states(olmoe, IDS, codec)
-    torch.testing.assert_close(coded[0].key, exact[0].key)
-    expected = layer.decode(layer.encode(exact[1].key[None]))[0]
-    torch.testing.assert_close(coded[1].key, expected)
+def test_check_plain_attention_refuses_windows_and_shared_keys(loaded, gemma):
+    check_plain_attention(loaded)
+    with pytest.raises(InputError, match="layer 0 of .* has a window, a soft-cap, sinks"):
+        check_plain_attention(gemma)
 
 
 @pytest.mark.parametrize("side", scores.SIDES)
-def test_signed_attention_signs_what_it_says(loaded, side):
+def test_signed_codes_sign_what_they_say(loaded, side):
     heads, d = heads_of(loaded), loaded.head_dim
     rotation = torch.stack([haar(d, i) for i in range(heads)])
     mean = 0.3 * gaussian(heads, d, seed=5)
-    states = attention_states(loaded, IDS)[0]
-    with signed_attention(loaded.model, {0: rotation, 1: rotation}, {0: mean, 1: mean}, side):
-        seen = outputs(loaded)
-    query = states.grouped @ rotation.unsqueeze(1).mT
-    key = (states.key - mean.unsqueeze(1)) @ rotation.mT
+    states = states_on(loaded)[0]
+    keys, queries = signed_codes({0: rotation, 1: rotation}, {0: mean, 1: mean}, side)
+    with quantized_attention(loaded.model, keys, queries=queries):
+        signed = outputs(loaded)
+    query = states.grouped_queries @ rotation.unsqueeze(1).mT
+    key = (states.keys - mean.unsqueeze(1)) @ rotation.mT
     if side != "keys":
         query = scores._signed(query)
     if side != "queries":
         key = scores._signed(key)
-    by_hand = attended(query, key, states.value, score_scaling(loaded.model)[0])
-    torch.testing.assert_close(seen, by_hand, atol=1e-4, rtol=1e-4)
+    by_hand = attended(query, key, states.values, score_scaling(loaded.model)[0])
+    torch.testing.assert_close(signed, by_hand, atol=1e-4, rtol=1e-4)
 
 
-def test_a_side_must_be_known(olmoe):
+def test_signed_codes_refuse_an_unknown_side():
     with pytest.raises(InputError, match="unknown side 'values': choose one of keys, queries"):
-        with signed_attention(olmoe.model, {}, {}, "values"):
-            pass
+        signed_codes({}, {}, "values")
 
 
 def states_of(query, key):
-    return States(query, key, torch.zeros_like(key))
+    return LayerStates(key, torch.zeros_like(key), {0: query})
 
 
 def sides(query, key, mean, rotation, scaling=0.1):
     return scores._signed_sides(states_of(query, key), mean, rotation, scaling, CONFIG)
 
 
-def test_isotropic_scores_correlate_as_the_cosines_say():
+def test_signed_sides_of_isotropic_vectors_correlate_as_the_cosines_say():
     """K signed: c. Q signed: sqrt(2/pi). Both: their product."""
     d, n = 64, 400
     keys = torch.stack([gaussian(n, d, seed=1), gaussian(n, d, seed=2).sign()])
@@ -128,7 +130,7 @@ def test_isotropic_scores_correlate_as_the_cosines_say():
     assert (found["both"][1] > found["keys"][1]).all()
 
 
-def test_keys_on_the_lattice_lose_nothing_and_their_mean_does_not_matter():
+def test_signed_sides_of_keys_on_the_lattice_lose_nothing_whatever_their_mean():
     d, n = 32, 100
     rotation, mean = haar(d, 0)[None], 3 * gaussian(1, d, seed=2)
     lattice = gaussian(1, n, d, seed=1).sign() @ rotation
@@ -146,7 +148,7 @@ def test_correlation_is_of_the_keys_that_a_query_sees():
     torch.testing.assert_close(scores._correlation(a, changed)[4], expected)
 
 
-def test_scores_use_the_directions_that_keys_and_queries_share():
+def test_effective_directions_of_scores_are_those_that_keys_and_queries_share():
     n, d = 4000, 16
     flat = states_of(gaussian(2, n, d, seed=1), gaussian(2, n, d, seed=2))
     assert scores.effective_directions(flat) == pytest.approx((d, d, d), rel=0.05)
@@ -167,22 +169,22 @@ def test_weights_kl_is_zero_for_equal_weights_alone():
     torch.testing.assert_close(kl[5], row)
 
 
-def test_a_rotation_of_values_absorbs_into_the_weights(loaded):
+def test_with_absorbed_rotations_rotates_values_and_changes_no_output(loaded):
     heads, d = heads_of(loaded), loaded.head_dim
     rotation = torch.stack([haar(d, i) for i in range(heads)])
-    before = attention_states(loaded, IDS)[0].value
+    before = states_on(loaded)[0].values
     with torch.no_grad():
         exact = loaded.model(IDS[None]).logits
-        turned = with_absorbed_rotations(loaded.model, {0: rotation, 1: rotation})
-        torch.testing.assert_close(turned(IDS[None]).logits, exact, atol=1e-4, rtol=1e-4)
+        rotated = with_absorbed_rotations(loaded.model, {0: rotation, 1: rotation})
+        torch.testing.assert_close(rotated(IDS[None]).logits, exact, atol=1e-4, rtol=1e-4)
         wrong = with_absorbed_rotations(loaded.model, {0: 1.1 * rotation})
         assert not torch.allclose(wrong(IDS[None]).logits, exact, atol=1e-2)
     cached, own = (
         scores._value_layers(model)[0].v_proj.weight.unflatten(0, (heads, d))
-        for model in (turned, loaded.model)
+        for model in (rotated, loaded.model)
     )
     torch.testing.assert_close(cached, rotation @ own)
-    torch.testing.assert_close(attention_states(loaded, IDS)[0].value, before)
+    torch.testing.assert_close(states_on(loaded)[0].values, before)
 
 
 def output_row(values, weights, rule="unbiased", bits=1):
@@ -193,7 +195,7 @@ def output_row(values, weights, rule="unbiased", bits=1):
 
 
 @pytest.mark.parametrize("rule", ["mse", "unbiased"])
-def test_errors_of_independent_values_average_by_the_effective_keys(rule):
+def test_output_energies_of_independent_values_average_by_the_effective_keys(rule):
     n, d = 1200, 64
     weights = torch.softmax(1.5 * gaussian(300, n, seed=1), -1)
     row = output_row(gaussian(n, d, seed=2), weights, rule)
@@ -204,20 +206,20 @@ def test_errors_of_independent_values_average_by_the_effective_keys(rule):
     assert row["relative"] == pytest.approx(row["value_error"], rel=0.15)
 
 
-def test_one_effective_key_keeps_the_error_of_a_value():
+def test_output_energies_of_one_effective_key_keep_the_error_of_a_value():
     row = output_row(gaussian(200, 64), torch.eye(200), "mse")
     assert row["effective_keys"] == pytest.approx(1)
     assert row["predicted"] == pytest.approx(row["value_error"], rel=1e-4)
     assert row["measured"] == pytest.approx(row["value_error"], rel=1e-4)
 
 
-def test_errors_of_like_values_do_not_average():
+def test_output_energies_of_like_values_do_not_average():
     alike = gaussian(1, 64, seed=3) + 0.1 * gaussian(400, 64, seed=4)
     row = output_row(alike, torch.full((1, 400), 1 / 400))
     assert row["measured"] > 20 * row["predicted"]
 
 
-def test_rows_cover_every_head_rotation_and_side(olmoe):
+def test_score_rows_cover_every_head_rotation_and_side(olmoe):
     pieces = [Passage(f"{i}.py", IDS + i, 100) for i in range(2)]
     layer = SignQuantizer(torch.stack([srht(16, i) for i in range(4)]), Centering("none"))
     codec = KeyCodec({0: layer, 1: layer}, olmoe.weights_hash)
@@ -246,7 +248,7 @@ def test_whole_passages_are_full_and_of_different_documents():
 @pytest.mark.parametrize(
     "wrong", [{"passages": 0}, {"value_bits": ()}, {"perplexity_rotations": ("haar",)}]
 )
-def test_wrong_settings_are_told_in_one_line(wrong):
+def test_scores_config_refuses_wrong_settings_in_one_line(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))) as told:
         ScoresConfig(**wrong)
     assert "\n" not in str(told.value)

@@ -100,9 +100,9 @@ def ran(loaded, text, tmp_path_factory, one_thread) -> Ran:
     def words(pieces) -> set[str]:
         return {loaded.tokenizer.decode(piece.ids.tolist()) for piece in pieces}
 
-    def captured(model, pieces, *, queries=True, **more):
-        run.read["learned" if queries else "judged"] |= words(pieces)
-        return capture_passages(model, pieces, queries=queries, **more)
+    def captured(model, pieces, *, states=("keys", "queries"), **more):
+        run.read["learned" if "queries" in states else "judged"] |= words(pieces)
+        return capture_passages(model, pieces, states=states, **more)
 
     def judged(self, *arguments, **more):
         run.read["judged"] |= words(self.pieces)

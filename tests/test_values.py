@@ -11,12 +11,12 @@ import torch
 
 from conftest import documents
 from signlattice.alignment import beta
-from signlattice.cache.simulated import quantized_attention
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.io import Scratch
 from signlattice.models.loading import load_model
 from signlattice.models.passages import spread
+from signlattice.models.quantized_attention import quantized_attention
 from signlattice.models.states import compressible_layers, read_states
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
@@ -199,7 +199,7 @@ def test_absorbed_into_the_weights_it_is_the_rotation_where_values_are_read(llam
     ids = torch.arange(1, 61)[None] * 7 % 290
     found = []
     for loaded, codes in ((llama, online), (turned, absorbed), (llama, absorbed)):
-        with torch.no_grad(), quantized_attention(loaded, values=codes):
+        with torch.no_grad(), quantized_attention(loaded.model, values=codes):
             found.append(loaded.model(ids).logits)
     torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-3)
     assert (found[2] - found[0]).abs().max() > 0.1

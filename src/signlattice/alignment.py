@@ -60,6 +60,12 @@ def cosine(y: Tensor) -> Tensor:
         InputError: if ``y`` is empty, or a vector holds NaN or infinity or has zero norm.
 
     Source: paper S2, cos_sign_quant_formula.
+
+    Example:
+        >>> import torch
+        >>> from signlattice import cosine
+        >>> cosine(torch.tensor([[2.0, -2.0], [1.0, 0.0]]))
+        tensor([1.0000, 0.7071])
     """
     y = _checked_vectors(y, "y")
     y = y.to(torch.promote_types(y.dtype, torch.float32))
@@ -84,6 +90,12 @@ def beta(y: Tensor) -> float:
         InputError: as ``cosine`` does.
 
     Source: paper S4 (the objective) and the tables of S1.
+
+    Example:
+        >>> import torch
+        >>> from signlattice import beta
+        >>> beta(torch.tensor([[1.0, -1.0], [1.0, 0.0]]))  # on the lattice, and as far from it as can be
+        0.853...
     """
     return cosine(y).mean(dtype=torch.float64).item()
 
@@ -101,6 +113,12 @@ def moment_ratio(y: Tensor) -> float:
         InputError: if ``y`` is empty, all zero, or holds NaN or infinity.
 
     Source: paper S2, the definition of beta.
+
+    Example:
+        >>> import torch
+        >>> from signlattice import moment_ratio
+        >>> moment_ratio(torch.tensor([3.0, -3.0, 3.0])), moment_ratio(torch.tensor([4.0, 0.0]))
+        (1.0, 0.5)
     """
     y = _checked_vectors(y, "y").detach().to(torch.float64)
     peak = y.abs().max()
@@ -135,6 +153,11 @@ def haar_beta(d: int) -> float:
 
     Raises:
         InputError: if ``d`` is below 1.
+
+    Example:
+        >>> from signlattice import haar_beta
+        >>> print(f"{haar_beta(1):.4f}, {haar_beta(64):.4f}, {haar_beta(100_000):.4f}")
+        1.0000, 0.8010, 0.7979
     """
     return rank_ceiling(d)
 
@@ -185,6 +208,11 @@ def elliptical_ceiling(eigenvalues: Tensor | np.ndarray | Sequence[float]) -> fl
 
     Raises:
         InputError: if the eigenvalues are empty, negative, all zero, NaN or infinite.
+
+    Example:
+        >>> from signlattice import elliptical_ceiling
+        >>> print(f"{elliptical_ceiling([1, 0, 0, 0]):.4f}, {elliptical_ceiling([1, 1, 1, 1]):.4f}")
+        1.0000, 0.8488
     """
     spectrum = torch.as_tensor(eigenvalues).detach().to("cpu", torch.float64)
     if spectrum.ndim != 1 or spectrum.numel() == 0:

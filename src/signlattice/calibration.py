@@ -17,7 +17,7 @@ from signlattice.distributed.workers import Workers
 from signlattice.errors import InputError
 from signlattice.evaluation.heads import HeadQuality, fit_temperature, head_quality
 from signlattice.kernels import HEAD_DIMS
-from signlattice.models.capture import KeyBank, capture_passages
+from signlattice.models.capture import StateBank, capture_passages
 from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage, passages, take_tokens
@@ -53,6 +53,11 @@ class CalibrationConfig:
 
     Raises:
         InputError: on an unknown name, or a count below 1.
+
+    Example:
+        >>> from signlattice import CalibrationConfig
+        >>> CalibrationConfig(code="rotation", keys_per_dim=128).scale_rule
+        'unbiased'
     """
 
     code: str = "lattice"
@@ -111,6 +116,18 @@ def learn_codec(
     and layers that are done are kept there: a run that was interrupted goes on where it was.
 
     Raises ``InputError`` as `coded_layers`, and on a text too short for the head sizes.
+
+    Example:
+        >>> from signlattice import CalibrationConfig, LearnConfig, learn_codec, load_model, read_text
+        >>> config = CalibrationConfig(
+        ...     code="rotation",
+        ...     keys_per_dim=128,
+        ...     n_held_out=512,
+        ...     rotation=LearnConfig(solver="itq", steps=2),  # two steps, to be quick: leave it out
+        ... )
+        >>> codec = learn_codec(load_model("olmoe-mini"), read_text("corpus"), config)
+        >>> sorted(codec.layers)
+        [0, 1, 2, 3]
     """
     codec = learn_codec_shared(Workers(), loaded, text, config, scratch, progress)
     assert codec is not None  # a process alone leads
@@ -144,7 +161,7 @@ def learn_codec_shared(
     codes = learn_layers(loaded, bank, config, scratch, tell, workers)
     if not workers.leads:
         return None
-    held_out = capture_passages(loaded, judged, queries=False, batch_size=config.batch_size)
+    held_out = capture_passages(loaded, judged, states=("keys",), batch_size=config.batch_size)
     beta = {
         index: tuple(code.cosines(held_out.keys(index)).double().mean(-1).tolist())
         for index, code in codes.items()
@@ -168,7 +185,7 @@ def learn_codec_shared(
 
 def learn_layers(
     loaded: LoadedModel,
-    bank: KeyBank,
+    bank: StateBank,
     config: CalibrationConfig = CalibrationConfig(),
     scratch: Path | None = None,
     progress: Progress | None = None,
@@ -213,7 +230,19 @@ def n_parts(loaded: LoadedModel, config: CalibrationConfig) -> int:
 def measure_codec(
     loaded: LoadedModel, codec: KeyCodec, pieces: Sequence[Passage], batch_size: int = 16
 ) -> dict[int, HeadQuality]:
-    """β, distortion and KL of the attention weights, of each layer and head on some passages."""
+    """β, distortion and KL of the attention weights, of each layer and head on some passages.
+
+    Example:
+        >>> from signlattice import KeyCodec, load_model, measure_codec, read_text
+        >>> from signlattice.models.loading import MODELS
+        >>> from signlattice.models.passages import passages
+        >>> loaded = load_model("olmoe-mini")
+        >>> codec = KeyCodec.load(MODELS / "olmoe-mini" / "lattice.safetensors", loaded.weights_hash)
+        >>> pieces = passages(loaded, read_text("corpus").evaluation)[:2]
+        >>> quality = measure_codec(loaded, codec, pieces)
+        >>> bool(quality[0].beta.mean() > 0.8)
+        True
+    """
     codec.check_model(loaded.weights_hash)
     bank = capture_passages(loaded, pieces, batch_size=batch_size)
     layers = attention_layers(loaded.model)
@@ -251,7 +280,7 @@ def _captured(
     config: CalibrationConfig,
     scratch: Path | None,
     workers: Workers,
-) -> KeyBank:
+) -> StateBank:
     size = config.batch_size
     if scratch is None:
         return capture_passages(loaded, fit, batch_size=size)
@@ -268,7 +297,7 @@ def _readers(loaded: LoadedModel) -> dict[int, list[int]]:
 
 
 def _learned(
-    bank: KeyBank,
+    bank: StateBank,
     layer: AttentionLayer,
     readers: list[int],
     config: CalibrationConfig,
@@ -293,9 +322,9 @@ def _learned(
     return code
 
 
-def _few(bank: KeyBank, layer: int, n_sequences: int = 12) -> KeyBank:
+def _few(bank: StateBank, layer: int, n_sequences: int = 12) -> StateBank:
     """A bank of some sequences of one layer of another: a temperature has one number to fit."""
-    few = KeyBank(bank.stage, lengths=bank.lengths[:n_sequences])
+    few = StateBank(bank.stage, lengths=bank.lengths[:n_sequences])
     n_tokens = sum(few.lengths)
     few.append("keys", layer, bank.keys(layer).transpose(0, 1)[:n_tokens])
     few.append("queries", layer, bank.queries(layer).transpose(0, 1)[:n_tokens])

@@ -4,8 +4,27 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Bad input, told in one line: it names the value and says what would be right."""
+    """Bad input, told in one line: it names the value and says what would be right.
+
+    Example:
+        >>> from signlattice import InputError, LearnConfig
+        >>> try:
+        ...     LearnConfig(solver="newton")
+        ... except InputError as error:
+        ...     print(error)
+        unknown solver 'newton': choose one of annealed, itq, gradient
+    """
 
 
 class IntegrityError(InputError):
-    """A file, model or corpus is not the one that was expected."""
+    """A file, model or corpus is not the one that was expected.
+
+    Example:
+        >>> from signlattice import IntegrityError, KeyCodec
+        >>> from signlattice.models.loading import MODELS
+        >>> try:
+        ...     KeyCodec.load(MODELS / "olmoe-mini" / "lattice.safetensors", model_hash="f" * 64)
+        ... except IntegrityError as error:
+        ...     print(error)
+        this codec was fitted on the model of hash ..., not on ffffffffffff…: ...
+    """

@@ -95,7 +95,9 @@ def parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     values = notebooks.parse_values(options.values)
-    notebooks.run_all(options.notebooks, values, times=options.times, out=options.out)
+    timing = notebooks.run_all(options.notebooks, values, times=options.times, out=options.out)
+    if timing is not None:
+        print(timing.save())
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Execute chapters and labs by papermill, and write them so that a second run changes no byte."""
+"""Chapters and labs as files: executed, and written so that a second run changes no byte."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from papermill.exceptions import PapermillExecutionError
 from signlattice.errors import InputError, IntegrityError
 from signlattice.io import PROJECT, check_writable, display_path, write_text
 from signlattice_paper import records
-from signlattice_paper.records import Metric
+from signlattice_paper.records import Metric, RunRecord
 
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -193,15 +193,17 @@ def problems(path: Path) -> tuple[str, ...]:
 
 def run_all(
     paths: Sequence[Path],
-    values: Mapping[str, Any],
+    values: Mapping[str, Any] | None = None,
     *,
-    times: bool = False,
     out: Path | None = None,
-) -> None:
-    """Run notebooks one after another, as `run` does; ``times`` records how long each took.
+    times: bool = False,
+) -> RunRecord | None:
+    """Execute notebooks one after the other, as `run` does each.
 
-    Raises as `run` does; a wrong parameter of any of them before the first one is executed.
+    ``times`` returns a record of how long each took and of the size of the environment. Raises as
+    `run` does; a wrong parameter of any notebook is found before the first one is executed.
     """
+    values = dict(values or {})
     for path in paths:
         _changed_parameters(read(path), values, path)
     timing = records.begin(*TIMES, config=values) if times else None
@@ -210,9 +212,10 @@ def run_all(
         started = time.perf_counter()
         run(path, values, progress=f"[{number}/{len(paths)}] {display_path(path)}", out=out)
         rows.append({"notebook": display_path(path), "seconds": time.perf_counter() - started})
-    if timing is not None:
-        size = Metric(environment_bytes() / 1e9)
-        print(timing.finish({"notebooks": rows, "environment_gigabytes": size}).save())
+    if timing is None:
+        return None
+    size = Metric(environment_bytes() / 1e9)
+    return timing.finish({"notebooks": rows, "environment_gigabytes": size})
 
 
 def environment_bytes(folder: Path = Path(sys.prefix)) -> int:

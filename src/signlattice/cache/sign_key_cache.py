@@ -46,6 +46,11 @@ class CacheConfig:
 
     Raises:
         InputError: on an unknown name, or a number below zero.
+
+    Example:
+        >>> from signlattice import CacheConfig
+        >>> CacheConfig(value_format="int2", window=28).key_format
+        'sign'
     """
 
     key_format: KeyFormat = "sign"
@@ -128,6 +133,24 @@ class SignKeyCache(Cache):
             size that the kernels are not made for, ``exempt`` names a layer that is not there, or
             nothing would be packed.
         IntegrityError: if the codec was learned on another model.
+
+    Example:
+        >>> import torch
+        >>> from signlattice import KeyCodec, SignKeyCache, load_model
+        >>> from signlattice.models.loading import MODELS
+        >>> loaded = load_model("olmoe-mini")
+        >>> codec = KeyCodec.load(MODELS / "olmoe-mini" / "lattice.safetensors")
+        >>> cache = SignKeyCache(loaded, codec)
+        >>> prompt = torch.arange(128)[None]
+        >>> tokens = loaded.model.generate(
+        ...     prompt,
+        ...     attention_mask=torch.ones_like(prompt),
+        ...     past_key_values=cache,
+        ...     max_new_tokens=4,
+        ...     do_sample=False,
+        ... )
+        >>> cache.stats().n_packed > 0
+        True
     """
 
     def __init__(

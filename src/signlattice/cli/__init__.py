@@ -299,7 +299,9 @@ def _estimate(commands: argparse._SubParsersAction) -> None:
         "signlattice estimate OLMoE-1B-7B",
     )
     command.add_argument(
-        "model", metavar="MODEL", help="a model of the paper, a name on the hub, or a folder"
+        "model",
+        metavar="MODEL",
+        help="a model of the paper, a small one of ours, a name on the hub, or a folder",
     )
     command.add_argument("--revision", help="branch, tag or commit of a model on the hub")
     command.add_argument(

@@ -28,7 +28,7 @@ from signlattice.evaluation.timing import device_name
 from signlattice.io import check_writable, display_path
 from signlattice.models import full_size
 from signlattice.models.hooks import attention_layers
-from signlattice.models.loading import LoadedModel, load_model
+from signlattice.models.loading import MODELS, LoadedModel, load_model
 from signlattice.models.minis import MINIS
 from signlattice.models.passages import passages, spread
 from signlattice.quantizers.codec import KeyCodec
@@ -434,12 +434,31 @@ def bench(options: argparse.Namespace) -> Result:
 
 
 def estimate(options: argparse.Namespace) -> Result:
-    """``signlattice estimate``: what a model will take, before a weight is fetched."""
-    preflight = full_size.preflight(
-        options.model, revision=options.revision, dtype=options.dtype, context=options.context
+    """Run ``signlattice estimate``: what a model will take, before a weight is fetched."""
+    small = options.model in MINIS
+    model = full_size.preflight(
+        str(MODELS / options.model) if small else options.model,
+        revision=options.revision,
+        dtype="float32" if small and options.dtype == "auto" else options.dtype,  # as `_load` does
+        context=options.context,
     )
-    rows = preflight.table(options.tokens)
-    return plain(dict(rows)), facts(rows)
+    document = {
+        "model": options.model if small else model.model_id,
+        "parameters": model.parameters,
+        "active": model.active,
+        "download_bytes": model.download_bytes,
+        "memory_bytes": model.memory_bytes,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "context": model.context,
+        "keys": [{"layers": n, "heads": h, "head_dim": d} for n, h, d in model.keys],
+        "tokens": options.tokens,
+        "key_bytes": model.key_bytes(options.tokens),
+        "hours": [
+            {"device": machine.device.name, "n_gpus": n_gpus, "hours": hours}
+            for machine, n_gpus, hours in model.hours(options.tokens)
+        ],
+    }
+    return plain(document), facts([("model", document["model"]), *model.table(options.tokens)[1:]])
 
 
 # What the commands have in common.

@@ -92,6 +92,17 @@ def read_text(
         InputError: an unknown name; a file that is empty, not UTF-8 text, or too short; a hub that
             cannot be reached, where the text has not been read before.
         IntegrityError: a corpus, or a text kept in the cache, that is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from signlattice import read_text
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "own.txt")
+        ...     _ = file.write_text("A paragraph of my own.\\n\\n" * 4000)
+        ...     text = read_text(file)
+        >>> len(text.calibration), len(text.evaluation)
+        (9, 3)
     """
     for label, value in (("calibration", calibration_bytes), ("evaluation", evaluation_bytes)):
         if value < 1:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from signlattice.distributed.workers import Workers
-from signlattice.models.capture import KeyBank, capture_passages, join_banks, open_bank
+from signlattice.models.capture import (
+    StateBank,
+    StateKind,
+    capture_passages,
+    join_banks,
+    open_bank,
+)
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import BATCH, Passage
 
@@ -34,10 +40,10 @@ def capture_parts(
     folder: Path,
     workers: Workers = Workers(),
     *,
-    queries: bool = True,
+    states: Collection[StateKind] = ("keys", "queries"),
     batch_size: int = BATCH,
     progress: Callable[[], object] | None = None,
-) -> KeyBank:
+) -> StateBank:
     """Capture each part to a folder of its own in ``folder``, and open them as one bank, in order.
 
     All ``workers`` call this, and each captures its share. A part that an earlier run finished is
@@ -51,7 +57,7 @@ def capture_parts(
             capture_passages(
                 loaded,
                 parts[number],
-                queries=queries,
+                states=states,
                 folder=folders[number],
                 batch_size=batch_size,
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from signlattice.alignment import beta, relative_distortion
 from signlattice.errors import InputError
-from signlattice.models.capture import KeyBank
+from signlattice.models.capture import StateBank
 from signlattice.models.hooks import AttentionLayer
 from signlattice.quantizers.base import StoredQuantizer
 from signlattice.quantizers.sign import SignQuantizer
@@ -32,7 +32,7 @@ class HeadQuality:
 
 
 @torch.no_grad()
-def head_quality(codec: StoredQuantizer, bank: KeyBank, layer: AttentionLayer) -> HeadQuality:
+def head_quality(codec: StoredQuantizer, bank: StateBank, layer: AttentionLayer) -> HeadQuality:
     """Measure a layer's code on the held-out keys and queries of ``bank``.
 
     Its attention is that of ``layer``: window, scaling and soft-cap included, and of a layer whose
@@ -69,7 +69,7 @@ def _betas(codec: StoredQuantizer, keys: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def fit_temperature(
-    codec: SignQuantizer, bank: KeyBank, layer: AttentionLayer, newton_steps: int = 12
+    codec: SignQuantizer, bank: StateBank, layer: AttentionLayer, newton_steps: int = 12
 ) -> Tensor:
     """The temperature per KV head [H] that brings coded attention closest to exact attention.
 

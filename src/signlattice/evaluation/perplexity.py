@@ -3,68 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from signlattice.data.corpus import Document
 from signlattice.errors import InputError
 from signlattice.evaluation.bootstrap import Interval, bootstrap
-from signlattice.models.hooks import attention_layers, key_hook
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import BATCH, Passage, batches
+from signlattice.models.quantized_attention import Codes, QueryCode, quantized_attention
 from signlattice.quantizers.codec import KeyCodec
-from signlattice.quantizers.sign import SignQuantizer
-
-
-@dataclass
-class KeyCount:
-    """Keys that went through the code: one per layer, head and token, padding among them."""
-
-    compressed: int = 0
-
-
-@contextmanager
-def quantized_keys(model: PreTrainedModel, codec: KeyCodec) -> Iterator[KeyCount]:
-    """While open, attention sees every key of the codec's layers only through its sign code.
-
-    A layer that reads the keys of another sees them through that layer's code. The count says how
-    many keys were compressed; an evaluation must compare it with what it fed.
-    """
-    count = KeyCount()
-    readers = readers_of(model, codec)
-    codes: dict[int, SignQuantizer] = {}
-
-    def through_the_code(layer: int, query: Tensor, key: Tensor) -> Tensor:
-        if layer not in readers:
-            return key
-        if layer not in codes:  # once, not at each of a model's many readings
-            codes[layer] = codec.layers[readers[layer]].to(key.device)
-        code = codes[layer]
-        packed = code.encode(key)
-        count.compressed += packed.n_keys
-        return code.decode(packed).to(key.dtype)
-
-    with key_hook(model, through_the_code):
-        yield count
-
-
-def readers_of(model: PreTrainedModel, codec: KeyCodec) -> dict[int, int]:
-    """The layers that attend to coded keys, each with the layer whose code it reads.
-
-    Raises ``InputError`` if the codec has a layer that the model lacks, or that has no keys of its
-    own.
-    """
-    layers = attention_layers(model)
-    owners = [index for index, layer in layers.items() if layer.owns_keys]
-    if missing := sorted(set(codec.layers) - set(owners)):
-        raise InputError(f"the codec has layers {missing}: the model has keys in layers {owners}")
-    return {i: layer.source for i, layer in layers.items() if layer.source in codec.layers}
 
 
 @dataclass(frozen=True)
@@ -90,21 +42,39 @@ def token_losses(
     codec: KeyCodec | None = None,
     exact_logits: Sequence[Tensor] | None = None,
     *,
+    keys: Codes | None = None,
+    values: Codes | None = None,
+    queries: Mapping[int, QueryCode] | None = None,
     batch_size: int = BATCH,
 ) -> TokenLosses:
-    """Teacher-forced losses of each passage, with exact keys or through ``codec``.
+    """Measure teacher-forced losses of each passage, with exact attention or a quantized one.
 
-    ``exact_logits`` (from `next_token_logits`, per passage) adds KL and agreement. ``batch_size`` passages
-    are read at once; their logits are what takes memory. Raises
-    ``IntegrityError`` if the codec is of another model, ``RuntimeError`` if it left a key
-    uncompressed: an evaluation that compressed nothing would look perfect.
+    Args:
+        loaded: the model.
+        pieces: passages, at most as long as its context.
+        codec: keys are seen through its layers.
+        exact_logits: of each passage, from `next_token_logits`; adds KL and agreement.
+        keys: quantizers of keys, in the place of a codec.
+        values: quantizers of values, see `quantized_attention`.
+        queries: what quantizes queries, see `quantized_attention`.
+        batch_size: passages read at once; their logits are what takes memory.
+
+    Raises:
+        InputError: if both ``codec`` and ``keys`` are given, or as `quantized_attention`.
+        IntegrityError: if the codec is of another model.
+        RuntimeError: if a vector was left unquantized.
     """
+    if codec is not None:
+        if keys is not None:
+            raise InputError("a codec and quantizers of keys: give one of the two")
+        codec.check_model(loaded.weights_hash)
+        keys = codec.layers
     nll, kl, agree = (np.zeros(len(pieces)) for _ in range(3))
     n_tokens = np.array([len(piece.ids) - 1 for piece in pieces])
-    n_fed = 0
-    with _attention(loaded, codec) as count:
+    n_read = 0
+    with quantized_attention(loaded.model, keys, values, queries) as count:
         for chosen, ids, mask in batches(pieces, batch_size):
-            n_fed += ids.numel()
+            n_read += ids.numel()
             logits = _logits(loaded, ids, mask)
             for row, index in enumerate(chosen):
                 target = pieces[index].ids[1:].to(logits.device)
@@ -114,11 +84,7 @@ def token_losses(
                     exact = exact_logits[index].to(logits.device).log_softmax(-1)
                     kl[index] = (exact.exp() * (exact - log_p)).sum().item()
                     agree[index] = (exact.argmax(-1) == log_p.argmax(-1)).sum().item()
-    if codec is not None:
-        read = readers_of(loaded.model, codec).values()
-        expected = n_fed * sum(codec.layers[source].n_heads for source in read)
-        if count.compressed != expected:
-            raise RuntimeError(f"compressed {count.compressed} keys, expected {expected}")
+    count.check(n_read)
     return TokenLosses(tuple(pieces), nll, n_tokens, kl, agree, count.compressed)
 
 
@@ -131,16 +97,6 @@ def next_token_logits(loaded: LoadedModel, pieces: Sequence[Passage]) -> list[Te
         for row, index in enumerate(chosen):
             found[index] = logits[row, : len(pieces[index].ids) - 1].clone()
     return [found[index] for index in range(len(pieces))]
-
-
-@contextmanager
-def _attention(loaded: LoadedModel, codec: KeyCodec | None) -> Iterator[KeyCount]:
-    if codec is None:
-        yield KeyCount()
-        return
-    codec.check_model(loaded.weights_hash)
-    with quantized_keys(loaded.model, codec) as count:
-        yield count
 
 
 def _logits(loaded: LoadedModel, ids: Tensor, mask: Tensor) -> Tensor:

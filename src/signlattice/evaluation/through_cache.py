@@ -66,6 +66,11 @@ class QualityConfig:
 
     Raises:
         InputError: on a count below 1.
+
+    Example:
+        >>> from signlattice import QualityConfig
+        >>> QualityConfig(n_passages=8, n_needles=4).batch_size
+        16
     """
 
     n_passages: int = 64
@@ -252,7 +257,19 @@ def gap_percent(losses: TokenLosses, exact: TokenLosses) -> Interval:
 
 
 class Judge:
-    """Judges caches of one model on one text; what is exact is computed once."""
+    """Judges caches of one model on one text; what is exact is computed once.
+
+    Example:
+        >>> from signlattice import CacheConfig, Judge, KeyCodec, QualityConfig, load_model, read_text
+        >>> from signlattice.models.loading import MODELS
+        >>> loaded, text = load_model("olmoe-mini"), read_text("corpus")
+        >>> config = QualityConfig(n_passages=2, n_needles=1)
+        >>> judge = Judge(loaded, text.evaluation, text.calibration, config)
+        >>> codec = KeyCodec.load(MODELS / "olmoe-mini" / "lattice.safetensors")
+        >>> row = judge.row(codec, CacheConfig(), with_needles=False)
+        >>> row["bits"] < 4, abs(row["gap"]) < 20  # bits to a coordinate; per cent of perplexity
+        (True, True)
+    """
 
     def __init__(
         self,

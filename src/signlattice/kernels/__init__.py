@@ -17,7 +17,7 @@ from torch import Tensor
 from signlattice.errors import InputError
 from signlattice.hadamard import hadamard_core
 from signlattice.kernels.layout import VALUE_BITS, FullPrecisionTokens, PackedKeys, PackedValues
-from signlattice.quantizers.scales import SCALE_RULES
+from signlattice.quantizers.scales import SCALE_RULES, ScaleRule
 
 Impl = Literal["auto", "torch", "triton", "cpu"]
 
@@ -83,7 +83,7 @@ def pack_into(
     *,
     mean: Tensor | None = None,
     temperature: Tensor | None = None,
-    rule: str = "unbiased",
+    rule: ScaleRule = "unbiased",
     impl: Impl = "auto",
 ) -> None:
     """Pack keys [B, H, T, D] into places ``positions[b]`` onward: see `pack.reference`.

@@ -1,6 +1,6 @@
 """Models of full size, by their name on the hub or by their folder, and what they will take.
 
-Everything is told before a weight is fetched: ``signlattice estimate Gemma-4-E2B`` prints it. Only
+Everything is said before a weight is fetched: ``signlattice estimate Gemma-4-E2B`` prints it. Only
 safetensors are read, and no code of a repository is run. Of a model that also sees or hears, the
 text decoder alone is loaded.
 """
@@ -92,9 +92,21 @@ class Preflight:
         """What a record names as its model: repository and commit, or the folder."""
         return f"{self.repository}@{self.revision}" if self.repository else self.name
 
+    def key_bytes(self, n_tokens: int) -> int:
+        """Count the bytes of the keys of ``n_tokens`` calibration tokens on disk."""
+        return sum(keys.n_bytes() for keys in self._groups(n_tokens))
+
+    def hours(self, n_tokens: int) -> tuple[tuple[cost.Machine, int, float], ...]:
+        """Estimate capture and learning from ``n_tokens``: (machine, its GPUs, hours)."""
+        groups = self._groups(n_tokens)
+        return tuple(
+            (machine, n_gpus, _hours(self.active, groups, machine, n_gpus))
+            for machine in (cost.A100, cost.H100)
+            for n_gpus in (1, 8)
+        )
+
     def table(self, n_tokens: int = 1_000_000) -> tuple[tuple[str, str], ...]:
-        """The estimate for ``n_tokens`` calibration tokens in rows of (what, how much)."""
-        groups = [cost.Keys(*group, n_tokens) for group in self.keys]
+        """Write the estimate for ``n_tokens`` calibration tokens in rows of (what, how much)."""
         rows = [
             ("model", self.model_id),
             ("parameters", f"{self.parameters / 1e9:.3g} billion, {self.active / 1e9:.3g} active"),
@@ -103,17 +115,19 @@ class Preflight:
             ("context", f"{self.context} tokens"),
         ]
         rows += [("keys", f"{n} layers of {h} heads of {d}") for n, h, d in self.keys]
-        rows += [(f"keys of {n_tokens:,} tokens", f"{_total(groups) / _GB:.3g} GB on disk")]
-        for machine in (cost.A100, cost.H100):
-            for n_gpus in (1, 8):
-                hours = _hours(self.active, groups, machine, n_gpus)
-                label = f"{n_gpus} × {machine.device.name}"
-                rows.append((label, f"{hours:.2g} hours, at {machine.efficiency:.0%} of its rates"))
+        key_bytes = self.key_bytes(n_tokens)
+        rows += [(f"keys of {n_tokens:,} tokens", f"{key_bytes / _GB:.3g} GB on disk")]
+        rows += [
+            (
+                f"{n_gpus} × {machine.device.name}",
+                f"{hours:.2g} hours, at {machine.efficiency:.0%} of its rates",
+            )
+            for machine, n_gpus, hours in self.hours(n_tokens)
+        ]
         return tuple(rows)
 
-
-def _total(groups: list[cost.Keys]) -> int:
-    return sum(keys.n_bytes() for keys in groups)
+    def _groups(self, n_tokens: int) -> list[cost.Keys]:
+        return [cost.Keys(*group, n_tokens) for group in self.keys]
 
 
 def _hours(active: int, groups: list[cost.Keys], machine: cost.Machine, n_gpus: int) -> float:
@@ -130,8 +144,6 @@ def _hours(active: int, groups: list[cost.Keys], machine: cost.Machine, n_gpus: 
 
 def record_name(name: str) -> str:
     """A word for the record of a model, from its name or folder: letters, digits, ``._-``."""
-    if name in REPOSITORIES:
-        return name
     word = re.sub(r"[^\w.-]+", "--", name.strip().rstrip("/").removeprefix("./")).strip("-.")
     if not word:
         raise InputError(f"model {name!r}: give a name on the hub or a folder")
@@ -211,6 +223,15 @@ def load_full(
     """Load a model, fetched if need be, after a `preflight`: same arguments, same errors.
 
     ``name`` of the result is the record's model id: repository and commit, or the folder.
+
+    Example:
+        A folder is taken as it is; a name on the hub is fetched:
+
+        >>> from signlattice import load_full
+        >>> from signlattice.models.loading import MODELS
+        >>> loaded = load_full(str(MODELS / "olmoe-mini"), device_map="cpu")
+        >>> loaded.head_dim
+        64
     """
     found = preflight(name, revision=revision, dtype=dtype, context=context, device_map=device_map)
     folder = found.folder or _fetched(found)

@@ -1,9 +1,9 @@
-"""The one place where a model's attention is opened: a function of ours stands in for it.
+"""Hook into a model's attention: a registered attention function stands in for its own.
 
 Every decoder in transformers sends its queries, keys and values, after RoPE and before grouped
 heads are repeated, through a registered attention function. Ours hands them to a callback, and
-runs the library's own attention on the keys that the callback returns; or, where a cache gave
-`AttendableKV` in the place of keys, lets these attend. No model file is forked.
+runs transformers' own attention on what the callback returns; or, where a cache gave `AttendableKV`
+in the place of keys, lets these attend. No model file is forked.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from signlattice.errors import InputError
 
-KeyHook = Callable[[int, Tensor, Tensor], Tensor]
-"""``(layer, query [B, Hq, Tq, D], key [B, H, T, D]) -> key``: the keys attention shall use."""
-StateHook = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""The same with the values [B, H, T, Dv]: all three that attention shall use."""
+AttentionInputs = tuple[Tensor, Tensor, Tensor]
+"""Queries [B, Hq, Tq, D], keys [B, H, T, D] and values [B, H, T, Dv] of one layer."""
+AttentionHook = Callable[[int, Tensor, Tensor, Tensor], AttentionInputs]
+"""``(layer, query, key, value) -> (query, key, value)`` that attention shall use."""
 
 _SDPA, _EAGER = "signlattice", "signlattice_eager"
-_hook: ContextVar[StateHook | None] = ContextVar("signlattice_seen_states", default=None)
+_active_hook: ContextVar[AttentionHook | None] = ContextVar("signlattice_hook", default=None)
 
 
 class AttendableKV(Protocol):
-    """What a cache of ours returns in the place of keys and of values."""
+    """What a cache of this library returns in the place of keys and of values."""
 
     def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of queries [B, Hq, T, D] to the tokens: [B, Hq, T, Dv].
+        """Attend from queries [B, Hq, T, D] to the cached tokens: [B, Hq, T, Dv].
 
         ``mask``: bool [B, 1, T, n], true where a query may look, of the last n tokens; None is
         causal.
@@ -81,21 +81,25 @@ class AttentionLayer:
         return self.softcap is None and not self.sinks
 
     def log_weights(self, products: Tensor) -> Tensor:
-        """Log attention weights of inner products [..., T, T] of the queries and keys of T tokens.
+        """Turn inner products [..., T, T] of queries and keys into log attention weights.
 
-        A sink logit is left out: the weights are those among the tokens.
+        The T queries and T keys are those of the same tokens. A sink logit is left out: the weights
+        are those among the tokens.
         """
         scores = products * self.scaling
         if self.softcap is not None:
             scores = self.softcap * (scores / self.softcap).tanh()
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if self.window is not None:
-            seen = seen.triu(1 - self.window)
-        return scores.masked_fill(~seen, -math.inf).log_softmax(-1)
+            visible = visible.triu(1 - self.window)
+        return scores.masked_fill(~visible, -math.inf).log_softmax(-1)
 
 
 def attention_layers(model: PreTrainedModel) -> dict[int, AttentionLayer]:
-    """The attention layers of a decoder, by index. Raises ``InputError`` if it is none."""
+    """List the attention layers of a decoder by index.
+
+    Raises ``InputError`` if the model is not a decoder.
+    """
     modules = [
         module
         for module in model.modules()
@@ -106,13 +110,13 @@ def attention_layers(model: PreTrainedModel) -> dict[int, AttentionLayer]:
     if not modules:
         raise InputError(f"{type(model).__name__} has no decoder attention: give a causal model")
     config = model.config.get_text_config(decoder=True)
-    found: dict[int, AttentionLayer] = {}
+    layers: dict[int, AttentionLayer] = {}
     for module in sorted(modules, key=lambda module: module.layer_idx):
         index = module.layer_idx
         n_query_heads = config.num_attention_heads
-        found[index] = AttentionLayer(
+        layers[index] = AttentionLayer(
             index=index,
-            source=_source(module, modules),
+            source=_key_source(module, modules),
             n_heads=n_query_heads // getattr(module, "num_key_value_groups", 1),
             n_query_heads=n_query_heads,
             head_dim=_head_dim(module, config.hidden_size // n_query_heads),
@@ -121,7 +125,7 @@ def attention_layers(model: PreTrainedModel) -> dict[int, AttentionLayer]:
             softcap=getattr(module, "attn_logit_softcapping", None),
             sinks=getattr(module, "sinks", None) is not None,
         )
-    return found
+    return layers
 
 
 def _head_dim(module: nn.Module, otherwise: int) -> int:
@@ -129,23 +133,26 @@ def _head_dim(module: nn.Module, otherwise: int) -> int:
     return getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", otherwise)
 
 
-def _source(module: nn.Module, modules: list[nn.Module]) -> int:
-    """A layer that shares keys reads those of the last layer of its kind that has its own."""
+def _key_source(module: nn.Module, modules: list[nn.Module]) -> int:
+    """Index of the layer whose keys this one reads.
+
+    A layer that shares keys reads those of the last layer of its kind that has its own.
+    """
     if not getattr(module, "is_kv_shared_layer", False):
         return module.layer_idx
-    kind = getattr(module, "layer_type", None)
+    layer_type = getattr(module, "layer_type", None)
     return max(
         other.layer_idx
         for other in modules
-        if getattr(other, "layer_type", None) == kind
+        if getattr(other, "layer_type", None) == layer_type
         and not getattr(other, "is_kv_shared_layer", False)
         and other.layer_idx < module.layer_idx
     )
 
 
 def _window(module: nn.Module, config) -> int | None:
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and kinds[module.layer_idx] != "sliding_attention":
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and layer_types[module.layer_idx] != "sliding_attention":
         return None
     return getattr(module, "sliding_window", getattr(config, "sliding_window", None))
 
@@ -159,8 +166,8 @@ def _forward_sdpa(
     **kwargs,
 ) -> tuple[Tensor, None]:
     if not isinstance(key, Tensor):
-        return _attended(key.attend(module, query, attention_mask)), None
-    query, key, value = _hooked(module, query, key, value)
+        return _token_major(key.attend(module, query, attention_mask)), None
+    query, key, value = _apply_hook(module, query, key, value)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -174,22 +181,20 @@ def _forward_eager(
 ) -> tuple[Tensor, Tensor | None]:
     if not isinstance(key, Tensor):
         visible = None if attention_mask is None else attention_mask == 0
-        return _attended(key.attend(module, query, visible)), None
-    query, key, value = _hooked(module, query, key, value)
+        return _token_major(key.attend(module, query, visible)), None
+    query, key, value = _apply_hook(module, query, key, value)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     return eager(module, query, key, value, attention_mask, **kwargs)
 
 
-def _hooked(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    callback = _hook.get()
-    if callback is None:
+def _apply_hook(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> AttentionInputs:
+    hook = _active_hook.get()
+    if hook is None:
         return query, key, value
-    return callback(module.layer_idx, query, key, value)
+    return hook(module.layer_idx, query, key, value)
 
 
-def _attended(output: Tensor) -> Tensor:
+def _token_major(output: Tensor) -> Tensor:
     """[B, Hq, T, Dv] as transformers wants it: [B, T, Hq, Dv]."""
     return output.transpose(1, 2).contiguous()
 
@@ -202,53 +207,35 @@ AttentionMaskInterface.register(_EAGER, eager_mask)
 
 
 @contextmanager
-def key_hook(model: PreTrainedModel, callback: KeyHook) -> Iterator[None]:
-    """While the context is open, ``model``'s attention uses the keys that ``callback`` returns.
+def attention_hook(model: PreTrainedModel, hook: AttentionHook) -> Iterator[None]:
+    """Let ``model`` attend with what ``hook`` returns while the context is open.
 
-    As `attention_hook`, whose queries and values stay as they are.
-    """
+    Inside another such context the hook is given what the outer one returns. Models with a soft-cap
+    or sinks, which SDPA does not know, run their own eager attention. The attention implementation
+    that was set before comes back at the end, also after an error.
 
-    def keys_alone(
-        layer: int, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return query, callback(layer, query, key), value
-
-    with attention_hook(model, keys_alone):
-        yield
-
-
-@contextmanager
-def attention_hook(model: PreTrainedModel, callback: StateHook) -> Iterator[None]:
-    """While the context is open, ``model``'s attention uses what ``callback`` returns.
-
-    Inside another such context the callback is given what the outer one returns.
-
-    SDPA knows no soft-cap and no sinks: models with either run their own eager attention. The
-    former attention implementation comes back at the end, also after an error.
-    Raises ``InputError`` if the model has no decoder attention to open.
+    Raises ``InputError`` if the model has no decoder attention.
     """
     config = model.config.get_text_config(decoder=True)
-    former = config._attn_implementation
+    implementation_before = config._attn_implementation
     attach_attention(model)
-    outer = _hook.get()
+    outer = _active_hook.get()
 
-    def both(
-        layer: int, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return callback(layer, *outer(layer, query, key, value))
+    def after_outer(layer: int, query: Tensor, key: Tensor, value: Tensor) -> AttentionInputs:
+        return hook(layer, *outer(layer, query, key, value))
 
-    token = _hook.set(callback if outer is None else both)
+    token = _active_hook.set(hook if outer is None else after_outer)
     try:
         yield
     finally:
-        model.set_attn_implementation(former)
-        _hook.reset(token)
+        model.set_attn_implementation(implementation_before)
+        _active_hook.reset(token)
 
 
 def attach_attention(model: PreTrainedModel) -> None:
-    """Let ``model`` attend through our function from now on: with plain keys nothing changes.
+    """Let ``model`` attend through the hooked function from now on: with tensors nothing changes.
 
-    Raises ``InputError`` if the model has no decoder attention to open.
+    Raises ``InputError`` if the model has no decoder attention.
     """
     if not getattr(model, "_supports_attention_backend", False):
         raise InputError(f"{type(model).__name__} does not use transformers' attention interface")
@@ -258,5 +245,5 @@ def attach_attention(model: PreTrainedModel) -> None:
 
 
 def score_scaling(model: PreTrainedModel) -> dict[int, float]:
-    """What multiplies the scores before softmax, per layer: 1/√D in most models, 1 in some."""
+    """Return what multiplies the scores before softmax, by layer: 1/√D, or 1 in some models."""
     return {index: layer.scaling for index, layer in attention_layers(model).items()}

@@ -31,7 +31,15 @@ MODELS = PROJECT / "models"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to measure, in evaluation mode, with its tokenizer and hash: a mini in fp32."""
+    """A model ready to measure, in evaluation mode, with its tokenizer and hash: a mini in fp32.
+
+    Example:
+        >>> from signlattice import load_model
+        >>> loaded = load_model("olmoe-mini")
+        >>> loaded.head_dim, loaded.context
+        (64, 256)
+        >>> loaded.encode(["def add(a, b):"])
+    """
 
     name: str
     model: PreTrainedModel
@@ -73,6 +81,11 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
 
     Raises ``InputError`` if there is neither, ``IntegrityError`` if a mini's checkpoint is missing
     or is not the one its training record names. Loads safetensors only and no remote code.
+
+    Example:
+        >>> from signlattice import load_model
+        >>> load_model("olmoe-mini").model.config.model_type
+        'olmoe'
     """
     named = str(name) in MINIS
     folder = MODELS / str(name) if named else Path(name)

@@ -44,6 +44,10 @@ class Quantizer(ABC):
         """Tokens that are coded together: those at 0 … group - 1, the next group, and so on."""
         return 1
 
+    def to(self, device: torch.device) -> Self:
+        """Return the quantizer on another device; by default itself."""
+        return self
+
     @abstractmethod
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """Quantize vectors [B, H, T, D] and dequantize them, fp32; T in whole groups but the last."""
@@ -125,10 +129,6 @@ class StoredQuantizer(Quantizer):
     @abstractmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
         """Restore a quantizer from `tensors` of either width. Raises ``InputError`` on bad ones."""
-
-    def to(self, device: torch.device) -> Self:
-        """Return the quantizer on another device."""
-        return self
 
     def rounded(self) -> Self:
         """Return the quantizer that a file of eight bits a number gives back."""

@@ -39,6 +39,18 @@ class Centering:
     Raises:
         InputError: for an unknown method, a mean where there should be none, or none where there
             should be one.
+
+    Example:
+        >>> import torch
+        >>> from signlattice import Centering
+        >>> keys = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+        >>> centering = Centering.fit(keys, "token_mean")
+        >>> centred, offset = centering.split(keys)
+        >>> centred
+        tensor([[-1., -2.],
+                [ 1.,  2.]])
+        >>> torch.equal(centering.join(centred, offset), keys)
+        True
     """
 
     method: CenteringMethod

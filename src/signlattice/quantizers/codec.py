@@ -54,6 +54,17 @@ class KeyCodec:
 
     ``layers`` maps a layer's index to its code; layers without one keep their keys.
     ``provenance`` holds strings, for readers: solver, text, library version …
+
+    Example:
+        >>> from signlattice import KeyCodec, load_model
+        >>> from signlattice.models.loading import MODELS
+        >>> loaded = load_model("olmoe-mini")
+        >>> file = MODELS / "olmoe-mini" / "lattice.safetensors"
+        >>> codec = KeyCodec.load(file, model_hash=loaded.weights_hash)
+        >>> sorted(codec.layers)
+        [0, 1, 2, 3]
+        >>> codec.layers[0].n_heads, codec.layers[0].head_dim
+        (4, 64)
     """
 
     layers: dict[int, StoredQuantizer]

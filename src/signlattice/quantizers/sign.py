@@ -37,6 +37,17 @@ class SignQuantizer(StoredQuantizer):
     [H, D, D], symmetric and positive definite, any basis: signs and scale then make
     (k − k̂)ᵀ M (k − k̂) small. ``temperature`` [H] multiplies every scale of a head, hence the
     head's logits. ``centering.mean`` is [H, D] for ``token_mean``.
+
+    Example:
+        >>> import torch
+        >>> from signlattice import Centering, SignQuantizer
+        >>> quantizer = SignQuantizer(torch.eye(8)[None], Centering("none"))  # one head of 8
+        >>> keys = torch.tensor([1.0, -2, 3, -4, 5, -6, 7, -8]).reshape(1, 1, 1, 8)
+        >>> packed = quantizer.encode(keys)
+        >>> packed.words.numel()  # bytes of signs
+        1
+        >>> quantizer.decode(packed)[0, 0, 0].sign().tolist() == keys[0, 0, 0].sign().tolist()
+        True
     """
 
     basis: Tensor

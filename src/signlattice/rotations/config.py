@@ -60,6 +60,11 @@ class LearnConfig:
 
     Raises:
         InputError: on an unknown name or a number out of range.
+
+    Example:
+        >>> from signlattice import LearnConfig
+        >>> LearnConfig(solver="itq", steps=20).solver
+        'itq'
     """
 
     solver: Solver = "annealed"

@@ -78,6 +78,16 @@ def learn_rotation(
 
     Warns:
         CalibrationWarning: when N/d is below 128.
+
+    Example:
+        >>> import torch
+        >>> from signlattice import LearnConfig, beta, learn_rotation
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q
+        >>> keys = torch.randn(2048, 8, generator=generator).sign() @ rotation  # a hidden lattice
+        >>> learned = learn_rotation(keys, LearnConfig(seed=0))
+        >>> print(f"{beta(keys):.2f} before, {beta(keys @ learned.matrix.T):.2f} after")
+        0.83 before, 1.00 after
     """
     task = _prepare(keys, held_out, config, impl, "[N, d]")
     return _learned(task, progress, checkpoint)[0]
@@ -103,6 +113,14 @@ def learn_rotations(
             over heads.
 
     The other arguments, and what is raised and warned of, are those of `learn_rotation`.
+
+    Example:
+        >>> import torch
+        >>> from signlattice import LearnConfig, learn_rotations
+        >>> keys = torch.randn(3, 2048, 8, generator=torch.Generator().manual_seed(0))
+        >>> learned = learn_rotations(keys, LearnConfig(solver="itq", steps=5))
+        >>> len(learned), tuple(learned[0].matrix.shape)
+        (3, (8, 8))
     """
     task = _prepare(keys, held_out, config, impl, "[H, N, d]")
     return _learned(task, progress, checkpoint)

@@ -22,7 +22,7 @@ from signlattice.evaluation.perplexity import (
     perplexity_gap,
     token_losses,
 )
-from signlattice.models.capture import KeyBank, calibration_keys, capture_passages
+from signlattice.models.capture import StateBank, calibration_keys, capture_passages
 from signlattice.models.hooks import attention_layers
 from signlattice.models.passages import Passage, passages
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering
@@ -157,18 +157,18 @@ class AblationLab(Lab[AblationConfig, Case]):
     @cached_property
     def _centred(self) -> dict[str, _Centred]:
         """Calibration keys by how they are centred."""
-        bank = capture_passages(self.loaded, self._calibration_passages, queries=False)
+        bank = capture_passages(self.loaded, self._calibration_passages, states=("keys",))
         keys = calibration_keys(bank, self.config.n_keys, self.config.seed)
         return {method: _centre(keys, method) for method in self.config.centerings}
 
     @cached_property
-    def _temperature_bank(self) -> KeyBank:
+    def _temperature_bank(self) -> StateBank:
         pieces = self._calibration_passages
         every = max(1, len(pieces) // self.config.temperature_passages)
         return capture_passages(self.loaded, pieces[::every])
 
     @cached_property
-    def _held_out(self) -> KeyBank:
+    def _held_out(self) -> StateBank:
         pieces = [piece for piece in self.passages if len(piece.ids) == self.loaded.context]
         return capture_passages(self.loaded, (pieces or self.passages)[::2])
 

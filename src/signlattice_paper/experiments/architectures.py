@@ -45,7 +45,7 @@ from signlattice.evaluation.perplexity import (
 )
 from signlattice.io import check_writable, display_path, write_tensors, write_text
 from signlattice.models import full_size
-from signlattice.models.capture import KeyBank
+from signlattice.models.capture import StateBank
 from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import LoadedModel, load_model
 from signlattice.models.minis import MINIS
@@ -166,7 +166,7 @@ def load(
 ) -> LoadedModel:
     """A mini by its name, or any decoder by its name on the hub or its folder.
 
-    Raises as `models.load_model` and `fullsize.load_full` do.
+    Raises as `loading.load_model` and `full_size.load_full` do.
     """
     if name in MINIS:
         loaded = load_model(name)
@@ -185,7 +185,7 @@ def estimate(
 ) -> tuple[tuple[str, str], ...]:
     """What a model of full size will take, in rows of (what, how much); none for a mini.
 
-    Raises as `fullsize.preflight` does.
+    Raises as `full_size.preflight` does.
     """
     if name in MINIS:
         return ()
@@ -304,8 +304,8 @@ def n_parts(loaded: LoadedModel, config: ArchitectureConfig) -> int:
 class _Keys:
     """Captured keys of both sides."""
 
-    calibration: KeyBank
-    held_out: KeyBank
+    calibration: StateBank
+    held_out: StateBank
 
 
 def _captured(
@@ -339,7 +339,7 @@ def _captured(
             [chosen[start : start + PART] for start in range(0, len(chosen), PART)],
             folder / side,
             workers,
-            queries=False,
+            states=("keys",),
             batch_size=config.batch_size,
             progress=partial(tell, f"captured {side}"),
         )

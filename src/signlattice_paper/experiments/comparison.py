@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from signlattice.cache.simulated import Codes, QueryCode, quantized_attention
 from signlattice.calibration import CalibrationConfig, learn_codec
 from signlattice.data.texts import Text
 from signlattice.errors import InputError, IntegrityError
@@ -30,6 +29,7 @@ from signlattice.io import Scratch
 from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import MODELS, LoadedModel
 from signlattice.models.passages import spread
+from signlattice.models.quantized_attention import Codes, QueryCode
 from signlattice.models.states import LayerStates, compressible_layers, read_states
 from signlattice.quantizers.basis import LatticeConfig, query_metric
 from signlattice.quantizers.centering import Centering
@@ -155,9 +155,15 @@ class Comparison:
         """
 
         def measured() -> Row:
-            pieces, logits = self.exact.pieces, self._exact_logits  # not through the codes
-            with quantized_attention(self.loaded, keys, values, queries):
-                losses = token_losses(self.loaded, pieces, exact_logits=logits)
+            pieces, logits = self.exact.pieces, self._exact_logits
+            losses = token_losses(
+                self.loaded,
+                pieces,
+                exact_logits=logits,
+                keys=keys,
+                values=values,
+                queries=queries,
+            )
             gap, n = gap_percent(losses, self.exact), losses.n_tokens.sum()
             return {
                 "perplexity": perplexity(losses).value,

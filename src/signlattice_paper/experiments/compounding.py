@@ -15,10 +15,12 @@ from signlattice.io import Progress, no_progress
 from signlattice.models.hooks import score_scaling
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage
+from signlattice.models.quantized_attention import quantized_attention
+from signlattice.models.states import read_states
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice_paper.experiments.scores import (
-    attention_states,
+    check_plain_attention,
     log_weights,
     mean_interval,
     weights_kl,
@@ -29,10 +31,10 @@ LayerSet = tuple[int, ...]
 
 
 def compared_codecs(learned: KeyCodec, srht: Mapping[int, Tensor]) -> dict[str, KeyCodec]:
-    """Three codes of the same keys, from coarse to fine.
+    """Build three codes of the same keys, from coarse to fine.
 
-    ``srht_mse`` and ``srht_unbiased`` turn keys by ``srht`` [H, D, D] per layer, and take the means
-    off that ``learned`` does.
+    ``srht_mse`` and ``srht_unbiased`` rotate keys by ``srht`` [H, D, D] per layer, and take off the
+    means that ``learned`` does.
     """
     codecs = {}
     for rule in ("mse", "unbiased"):
@@ -45,20 +47,20 @@ def compared_codecs(learned: KeyCodec, srht: Mapping[int, Tensor]) -> dict[str, 
 
 
 def layer_sets(layers: Sequence[int]) -> tuple[LayerSet, ...]:
-    """Each layer alone, then the first two, the first three, … and all."""
+    """List each layer alone, then the first two, the first three, … and all."""
     alone = [(layer,) for layer in layers]
     return tuple(alone + [tuple(layers[:n]) for n in range(2, len(layers) + 1)])
 
 
 def only(codec: KeyCodec, layers: LayerSet) -> KeyCodec:
-    """The codec restricted to some layers; the others keep their keys."""
+    """Restrict a codec to some layers; the others keep their keys."""
     return KeyCodec(
         {layer: codec.layers[layer] for layer in layers}, codec.model_hash, codec.provenance
     )
 
 
 def added_nats(losses: TokenLosses, exact: TokenLosses) -> Interval:
-    """Loss per token above that of exact keys, with its interval over documents."""
+    """Compute the loss per token above that of exact keys, with its interval over documents."""
 
     def added(weight: np.ndarray) -> float:
         return float((weight * (losses.nll - exact.nll)).sum() / (weight * exact.n_tokens).sum())
@@ -69,7 +71,7 @@ def added_nats(losses: TokenLosses, exact: TokenLosses) -> Interval:
 def together_over_sum(
     together: TokenLosses, alone: Sequence[TokenLosses], exact: TokenLosses
 ) -> Interval:
-    """Nats added by all layers at once over the sum of what each adds alone.
+    """Divide the nats added by all layers at once by the sum of what each adds alone.
 
     One: nats add, that is, the factors on the perplexity multiply. Above one: a layer hurts more
     where the others are coded too.
@@ -89,7 +91,7 @@ def loss_rows(
     pieces: Sequence[Passage],
     progress: Progress = no_progress,
 ) -> tuple[list[Row], dict[str, Interval], dict[str, TokenLosses]]:
-    """What each layer adds to the loss when it alone is coded, and what all add together.
+    """Measure what each layer adds to the loss when coded alone, and what all add together.
 
     Returns a row per code and set of layers; per code the ratio of `together_over_sum`; and the
     losses with all layers coded, those with exact keys under the name "exact".
@@ -131,22 +133,26 @@ def attention_rows(
     pieces: Sequence[Passage],
     progress: Progress = no_progress,
 ) -> list[Row]:
-    """Divergence of each layer's attention from that of the exact model, nats per query.
+    """Measure how far each layer's attention is from the exact model's, KL in nats per query.
 
     ``own``: only that layer is coded. ``upstream``: the layers before it are, and it is not; None
     in the first. ``both``: it and all before it. Each with its interval over documents.
+    Raises ``InputError`` as `scores.check_plain_attention`.
     """
+    check_plain_attention(loaded)
     scaling = score_scaling(loaded.model)
     divergences: dict[tuple[str, LayerSet, int], list[float]] = {}
     for piece in pieces:
         exact = {
             layer: log_weights(states, scaling[layer])
-            for layer, states in attention_states(loaded, piece.ids).items()
+            for layer, states in read_states(loaded, [piece]).items()
         }
         for name, codec in codecs.items():
             for layers in layer_sets(sorted(codec.layers)):
-                seen = attention_states(loaded, piece.ids, only(codec, layers))
-                for layer, states in seen.items():
+                with quantized_attention(loaded.model, only(codec, layers).layers) as count:
+                    quantized = read_states(loaded, [piece])
+                count.check(len(piece.ids))
+                for layer, states in quantized.items():
                     kl = weights_kl(exact[layer], log_weights(states, scaling[layer]))
                     divergences.setdefault((name, layers, layer), []).append(float(kl.mean()))
         progress("compared the attention of a passage")
@@ -167,12 +173,12 @@ def _attention_row(
     before = tuple(other for other in layers if other < layer)
     row: dict = {"code": code, "layer": layer}
     for part, coded in (("own", (layer,)), ("upstream", before), ("both", (*before, layer))):
-        found = mean_interval(pieces, divergences[code, coded, layer]) if coded else None
-        row[part] = found and found.value
-        row[f"{part}_low"], row[f"{part}_high"] = found and found.low, found and found.high
+        mean = mean_interval(pieces, divergences[code, coded, layer]) if coded else None
+        row[part] = mean and mean.value
+        row[f"{part}_low"], row[f"{part}_high"] = mean and mean.low, mean and mean.high
     return row
 
 
 def layers_name(layers: LayerSet) -> str:
-    """How a set of layers is called in a record: ``"2"`` or ``"0-2"``."""
+    """Name a set of layers as records do: ``"2"`` or ``"0-2"``."""
     return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"

@@ -25,9 +25,10 @@ from signlattice.kernels.attention import reference
 from signlattice.kernels.pack import reference as pack_reference
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage
+from signlattice.models.states import read_states
 from signlattice.quantizers.scales import ScaleRule
 from signlattice.rotations import fixed
-from signlattice_paper.experiments.scores import attention_states
+from signlattice_paper.experiments.scores import check_plain_attention
 from signlattice_paper.records import Row
 
 Tick = Callable[[], object]
@@ -64,19 +65,23 @@ class Step:
 def decode_steps(
     loaded: LoadedModel, passages: Sequence[Passage], config: FidelityConfig
 ) -> dict[int, Step]:
-    """The last token of every passage in every layer, with what it attends to."""
-    seen = [attention_states(loaded, passage.ids) for passage in passages]
+    """Capture the last token of every passage in every layer, with what it attends to.
+
+    Raises ``InputError`` as `scores.check_plain_attention`.
+    """
+    check_plain_attention(loaded)
+    by_passage = [read_states(loaded, [passage]) for passage in passages]
     steps = {}
-    for layer in seen[0]:
-        states = [each[layer] for each in seen]
-        keys = torch.stack([each.key for each in states])
+    for layer in by_passage[0]:
+        states = [layers[layer] for layers in by_passage]
+        keys = torch.stack([each.keys for each in states])
         n_heads, _, d = keys.shape[1:]
-        turned = [fixed.srht(d, config.seed + head) for head in range(n_heads)]
+        rotations = [fixed.srht(d, config.seed + head) for head in range(n_heads)]
         steps[layer] = Step(
-            torch.stack([each.query[:, -1] for each in states]),
+            torch.stack([each.queries[layer][:, -1] for each in states]),
             keys,
-            torch.stack([each.value for each in states]),
-            torch.stack(turned),
+            torch.stack([each.values for each in states]),
+            torch.stack(rotations),
         )
     return steps
 
@@ -87,7 +92,7 @@ def attention_rows(
     config: FidelityConfig,
     progress: Tick = lambda: None,
 ) -> list[Row]:
-    """Relative error of attention's output, per layer, dtype, bits of V, and implementation."""
+    """Measure relative errors of attention's output, by layer, dtype, bits of V, implementation."""
     rows: list[Row] = []
     for layer, step in steps.items():
         for dtype, bits in ((d, b) for d in config.dtypes for b in config.value_bits):
@@ -119,7 +124,7 @@ def pack_rows(
     config: FidelityConfig,
     progress: Tick = lambda: None,
 ) -> list[Row]:
-    """Signs that come out otherwise than in fp64, and the scales' error, per layer and dtype."""
+    """Count signs that differ from those in fp64, and the scales' error, by layer and dtype."""
     rows: list[Row] = []
     for layer, step in steps.items():
         exact = _packed(step.keys.double(), step.rotation, "torch", config)
@@ -174,7 +179,7 @@ def compiled_rows(program: Path, arch: int, progress: Tick = lambda: None) -> li
 
 
 def worst(rows: Sequence[Row], by: Sequence[str], of: Sequence[str]) -> list[Row]:
-    """The largest of the columns ``of`` for every combination of the columns ``by``."""
+    """Take the largest of the columns ``of`` for every combination of the columns ``by``."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in by), []).append(row)
@@ -185,7 +190,7 @@ def worst(rows: Sequence[Row], by: Sequence[str], of: Sequence[str]) -> list[Row
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
-    """‖got − exact‖ / ‖exact‖ in fp64, NaN counted as infinite."""
+    """Compute ‖got − exact‖ / ‖exact‖ in fp64; NaN counts as infinite."""
     difference = (got.double() - exact.double()).norm() / exact.double().norm()
     return difference.nan_to_num(torch.inf).item()
 

@@ -19,8 +19,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from signlattice.cache.simulated import Codes, QueryCode
 from signlattice.errors import InputError
+from signlattice.models.quantized_attention import Codes, QueryCode
 from signlattice.models.states import LayerStates
 from signlattice.quantizers.basis import LatticeConfig, learn_basis
 from signlattice.quantizers.centering import Centering

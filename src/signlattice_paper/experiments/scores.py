@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,14 +18,16 @@ from torch import Tensor, nn
 
 from signlattice.alignment import cosine
 from signlattice.bits import sign
-from signlattice.cache.simulated import quantized_attention
 from signlattice.errors import InputError
 from signlattice.evaluation.bootstrap import Interval, bootstrap
 from signlattice.evaluation.perplexity import TokenLosses, perplexity, perplexity_gap, token_losses
 from signlattice.io import Progress, no_progress
-from signlattice.models.hooks import attention_hook, attention_layers, score_scaling
+from signlattice.models.hooks import attention_layers, score_scaling
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage
+from signlattice.models.quantized_attention import QueryCode
+from signlattice.models.states import LayerStates, read_states
+from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.levels import LevelQuantizer
@@ -77,49 +79,14 @@ class ScoresConfig:
             )
 
 
-@dataclass(frozen=True, eq=False)
-class States:
-    """One passage in one layer: queries [Hq, T, D], keys [H, T, D] after RoPE, values [H, T, D]."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-    @property
-    def grouped(self) -> Tensor:
-        """Queries by the key head that they read, [H, Hq / H, T, D]."""
-        return self.query.unflatten(0, (len(self.key), -1))
-
-
-@torch.no_grad()
-def attention_states(
-    loaded: LoadedModel, ids: Tensor, codec: KeyCodec | None = None
-) -> dict[int, States]:
-    """What attention sees of one sequence ``ids`` [T] in every layer, keys through ``codec``.
-
-    Raises ``InputError`` if the model has layers that do not see all tokens before a query, or
-    share keys, or cap their scores.
-    """
+def check_plain_attention(loaded: LoadedModel) -> None:
+    """Raise ``InputError`` unless each layer has its own keys and plain softmax over all tokens."""
     for layer in attention_layers(loaded.model).values():
         if not layer.owns_keys or layer.window or layer.softcap or layer.sinks:
             raise InputError(
                 f"layer {layer.index} of {loaded.name} has a window, a soft-cap, sinks or the keys "
                 "of another layer: scores are measured on models whose layers see all tokens"
             )
-    seen: dict[int, States] = {}
-
-    def record(
-        layer: int, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if codec is not None and layer in codec.layers:
-            code = codec.layers[layer]
-            key = code.decode(code.encode(key)).to(key.dtype)
-        seen[layer] = States(query[0].float(), key[0].float(), value[0].float())
-        return query, key, value
-
-    with attention_hook(loaded.model, record):
-        loaded.model(ids[None], use_cache=False)
-    return seen
 
 
 def whole_passages(pieces: Sequence[Passage], context: int, count: int) -> list[Passage]:
@@ -134,13 +101,14 @@ def whole_passages(pieces: Sequence[Passage], context: int, count: int) -> list[
     return [chosen[i * len(chosen) // count] for i in range(count)]
 
 
-def effective_directions(states: States) -> tuple[float, float, float]:
-    """How many directions centred keys, queries, and the scores between them use, mean over heads.
+def effective_directions(states: LayerStates) -> tuple[float, float, float]:
+    """Count the directions that centred keys, queries and their scores use, mean over heads.
 
     The participation ratio (Σλ)²/Σλ² of the second moments of keys, of queries, and of
     Σ_q^{1/2} Σ_k Σ_q^{1/2}, whose trace is the energy of the scores.
     """
-    key, query = states.key - states.key.mean(1, keepdim=True), states.grouped.flatten(1, 2)
+    key = states.keys - states.keys.mean(1, keepdim=True)
+    query = states.grouped_queries.flatten(1, 2)
     k, q = (x.mT @ x / x.shape[1] for x in (key, query))
     values, vectors = torch.linalg.eigh(q)
     root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # q = root rootᵀ
@@ -149,18 +117,18 @@ def effective_directions(states: States) -> tuple[float, float, float]:
     return ratios[0], ratios[1], ratios[2]
 
 
-def log_weights(states: States, scaling: float) -> Tensor:
-    """Exact causal attention of one layer, log weights [H, Hq / H, T, T]."""
-    return _causal(states.grouped @ states.key.unsqueeze(1).mT * scaling)
+def log_weights(states: LayerStates, scaling: float) -> Tensor:
+    """Compute the causal attention of one passage in a layer: log weights [H, Hq / H, T, T]."""
+    return _causal(states.grouped_queries @ states.keys.unsqueeze(1).mT * scaling)
 
 
 def weights_kl(exact: Tensor, other: Tensor) -> Tensor:
-    """KL(exact ‖ other) of log attention weights [..., T, T], nats per query [..., T]."""
+    """Compute KL(exact ‖ other) of log attention weights [..., T, T], nats per query [..., T]."""
     return (exact.exp() * (exact - other).nan_to_num(0.0)).sum(-1)
 
 
 def mean_interval(pieces: Sequence[Passage], values: Sequence[float] | np.ndarray) -> Interval:
-    """Mean of a number per passage, with its interval over documents."""
+    """Average a number per passage, with its interval over documents."""
     values = np.asarray(values, dtype=float)
     return bootstrap(pieces, lambda weight: float((weight * values).sum() / weight.sum()))
 
@@ -181,17 +149,19 @@ def calibrate(
     config: ScoresConfig,
     progress: Progress = no_progress,
 ) -> Calibrated:
-    """Means of keys and values, and the five rotations of keys and queries.
+    """Fit means of keys and values, and five rotations of keys and queries.
 
     ``learned_keys`` is the codec's. ``learned_queries`` and ``learned_both`` are learned by the
     same solver, the latter on as many queries as keys; each vector counts by its direction alone.
+    Raises ``InputError`` as `check_plain_attention`.
     """
-    pooled = _pooled([attention_states(loaded, piece.ids) for piece in pieces])
-    key_mean = {layer: states.key.mean(1) for layer, states in pooled.items()}
+    check_plain_attention(loaded)
+    calibration = read_states(loaded, pieces, batch_size=1)
+    key_mean = {layer: states.keys.mean(1) for layer, states in calibration.items()}
     rotations: dict[str, dict[int, Tensor]] = {name: {} for name in ROTATIONS}
-    for layer, states in pooled.items():
-        keys = states.key - key_mean[layer].unsqueeze(1)
-        queries = states.grouped.flatten(1, 2)
+    for layer, states in calibration.items():
+        keys = states.keys - key_mean[layer].unsqueeze(1)
+        queries = states.grouped_queries.flatten(1, 2)
         both = torch.cat([keys, queries[:, :: queries.shape[1] // keys.shape[1]]], 1)
         rotations["learned_keys"][layer] = codec.layers[layer].basis
         for name, vectors, kind in (
@@ -202,7 +172,7 @@ def calibrate(
         ):
             rotations[name][layer] = rotate_heads(vectors, kind, config.seed)
         progress(f"learned rotations of layer {layer}")
-    value_mean = {layer: states.value.mean(1) for layer, states in pooled.items()}
+    value_mean = {layer: states.values.mean(1) for layer, states in calibration.items()}
     return Calibrated(key_mean, value_mean, rotations)
 
 
@@ -214,7 +184,7 @@ def score_rows(
     config: ScoresConfig,
     progress: Progress = no_progress,
 ) -> tuple[list[Row], list[Row]]:
-    """What signing each side does to the scores: a row per head, and a row per mean over heads.
+    """Measure what signing each side does to scores: a row per head, and one per mean over heads.
 
     ``correlation`` is Pearson's, over the keys that a query sees, mean over queries;
     ``attention_kl`` is in nats per query, both sides at the unbiased scale. ``predicted`` is what
@@ -223,7 +193,7 @@ def score_rows(
     scaling = score_scaling(loaded.model)
     found: dict[tuple[str, str, int], list[Tensor]] = {}
     for piece in pieces:
-        for layer, states in attention_states(loaded, piece.ids).items():
+        for layer, states in read_states(loaded, [piece]).items():
             for rotation, matrices in calibrated.rotations.items():
                 measured = _signed_sides(
                     states, calibrated.key_mean[layer], matrices[layer], scaling[layer], config
@@ -235,11 +205,11 @@ def score_rows(
 
 
 def _signed_sides(
-    states: States, mean: Tensor, rotation: Tensor, scaling: float, config: ScoresConfig
+    states: LayerStates, mean: Tensor, rotation: Tensor, scaling: float, config: ScoresConfig
 ) -> dict[str, Tensor]:
     """Per side (correlation, KL, predicted correlation) of each key head, [3, H]."""
-    key = ((states.key - mean.unsqueeze(1)) @ rotation.mT).unsqueeze(1)
-    query = states.grouped @ rotation.mT.unsqueeze(1)
+    key = ((states.keys - mean.unsqueeze(1)) @ rotation.mT).unsqueeze(1)
+    query = states.grouped_queries @ rotation.mT.unsqueeze(1)
     exact = query @ key.mT  # the mean's share is the same for every key: softmax does not see it
     weights = _causal(exact * scaling)
     sides = {"keys": (query, _signed(key)), "queries": (_signed(query), key)}
@@ -302,35 +272,52 @@ def _mean_rows(found: Mapping[tuple[str, str, int], list[Tensor]], pieces) -> li
     return rows
 
 
-@contextmanager
-def signed_attention(
-    model: nn.Module,
-    rotations: Mapping[int, Tensor],
-    key_mean: Mapping[int, Tensor],
-    side: str,
-) -> Iterator[None]:
-    """While open, attention sees keys, queries or both only through their signs.
+@dataclass(frozen=True, eq=False)
+class SignedVectors(Quantizer):
+    """Signs of centred and rotated vectors at the unbiased scale, with nothing rounded to fp16.
 
-    Both are turned by ``rotations`` [H, D, D]; keys lose ``key_mean`` [H, D] before and get it back
-    after. Scales are unbiased. Raises ``InputError`` on an unknown side.
+    ``rotation`` [H, D, D]; ``mean`` [H, D] is taken off before and added back after.
+    """
+
+    rotation: Tensor
+    mean: Tensor
+
+    @property
+    def bits(self) -> float:
+        """One per coordinate, and 32 per token for the scale."""
+        return 1 + 32 / self.rotation.shape[-1]
+
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """As `Quantizer.reconstruct`."""
+        mean = self.mean.unsqueeze(1)
+        return _signed((vectors - mean) @ self.rotation.mT) @ self.rotation + mean
+
+
+def signed_queries(rotation: Tensor, query: Tensor) -> Tensor:
+    """Replace queries [B, Hq, T, D] by the signs of their rotations [H, D, D], unbiased."""
+    grouped = query.unflatten(1, (len(rotation), -1))
+    rotation = rotation.unsqueeze(1)
+    return (_signed(grouped @ rotation.mT) @ rotation).flatten(1, 2)
+
+
+def signed_codes(
+    rotations: Mapping[int, Tensor], key_mean: Mapping[int, Tensor], side: str
+) -> tuple[dict[int, Quantizer], dict[int, QueryCode]]:
+    """Build quantizers, by layer, that reduce keys, queries or both to signs after a rotation.
+
+    ``rotations`` [H, D, D]; ``key_mean`` [H, D]. Returns those of keys and those of queries, empty
+    for the side that stays exact. Raises ``InputError`` on an unknown side.
     """
     if side not in SIDES:
         raise InputError(f"unknown side {side!r}: choose one of {', '.join(SIDES)}")
-
-    def through_signs(
-        layer: int, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rotation, mean = rotations[layer], key_mean[layer].unsqueeze(1)
-        if side != "keys":
-            grouped = query.unflatten(1, (len(rotation), -1))
-            turned = rotation.unsqueeze(1)
-            query = (_signed(grouped @ turned.mT) @ turned).flatten(1, 2)
+    keys: dict[int, Quantizer] = {}
+    queries: dict[int, QueryCode] = {}
+    for layer, rotation in rotations.items():
         if side != "queries":
-            key = _signed((key - mean) @ rotation.mT) @ rotation + mean
-        return query, key, value
-
-    with torch.no_grad(), attention_hook(model, through_signs):
-        yield
+            keys[layer] = SignedVectors(rotation, key_mean[layer])
+        if side != "keys":
+            queries[layer] = partial(signed_queries, rotation)
+    return keys, queries
 
 
 def perplexity_rows(
@@ -341,13 +328,12 @@ def perplexity_rows(
     config: ScoresConfig,
     progress: Progress = no_progress,
 ) -> list[Row]:
-    """Perplexity with keys, queries or both signed in every layer: a row per rotation and side."""
+    """Measure perplexity with keys, queries or both signed: a row per rotation and side."""
     rows: list[Row] = []
     for rotation in config.perplexity_rotations:
         for side in SIDES:
-            matrices = calibrated.rotations[rotation]
-            with signed_attention(loaded.model, matrices, calibrated.key_mean, side):
-                losses = token_losses(loaded, pieces)
+            keys, queries = signed_codes(calibrated.rotations[rotation], calibrated.key_mean, side)
+            losses = token_losses(loaded, pieces, keys=keys, queries=queries)
             rows.append({"rotation": rotation, "side": side} | _gap(losses, exact))
             progress(f"read with {rotation}, {side} signed")
     return rows
@@ -361,7 +347,7 @@ def value_rows(
     exact: TokenLosses,
     progress: Progress = no_progress,
 ) -> list[Row]:
-    """A first look: perplexity with one-bit values after an SRHT, by scale rule.
+    """Measure perplexity with one-bit values after an SRHT, by scale rule: a first look.
 
     "values": keys stay exact; "keys and values": keys go through ``keys``.
     """
@@ -371,9 +357,7 @@ def value_rows(
             codes = {
                 layer: _value_code(calibrated, layer, 1, rule) for layer in calibrated.value_mean
             }
-            coded_keys = {} if codec is None else {i: c for i, c in codec.layers.items()}
-            with quantized_attention(loaded, coded_keys, codes):
-                losses = token_losses(loaded, pieces)
+            losses = token_losses(loaded, pieces, codec, values=codes)
             rows.append({"coded": coded, "value_rule": rule} | _gap(losses, exact))
             progress(f"read with coded {coded}, {rule}")
     return rows
@@ -389,22 +373,22 @@ def _gap(losses: TokenLosses, exact: TokenLosses) -> dict[str, float]:
 def output_rows(
     loaded: LoadedModel, calibrated: Calibrated, pieces: Sequence[Passage], config: ScoresConfig
 ) -> list[Row]:
-    """Error of attention's output when values are coded after an SRHT: per head, width and rule.
+    """Measure errors of attention's output when values are coded: per head, width and rule.
 
-    All energies are relative to that of a value without its mean. ``effective_keys`` is one over
-    the mean of Σ w². ``value_error`` is the code's own error, ``predicted`` the output's if errors
-    of different tokens were uncorrelated, ``measured`` the output's, ``output_energy`` the exact
-    output's and ``relative`` their ratio.
+    Values are coded after an SRHT. All energies are relative to that of a value without its mean.
+    ``effective_keys`` is one over the mean of Σ w². ``value_error`` is the code's own error,
+    ``predicted`` the output's if errors of different tokens were uncorrelated, ``measured`` the
+    output's, ``output_energy`` the exact output's and ``relative`` their ratio.
     """
     scaling = score_scaling(loaded.model)
     sums: dict[tuple[int, int, str], Tensor] = {}
     for piece in pieces:
-        for layer, states in attention_states(loaded, piece.ids).items():
+        for layer, states in read_states(loaded, [piece]).items():
             weights = log_weights(states, scaling[layer]).exp()[:, :, config.first_query :]
             for bits in config.value_bits:
                 for rule in ("mse", "unbiased"):
                     code = _value_code(calibrated, layer, bits, rule)
-                    energies = _output_energies(states.value, code, weights)
+                    energies = _output_energies(states.values, code, weights)
                     name = (layer, bits, rule)
                     sums[name] = sums.get(name, 0) + energies / len(pieces)
     return [
@@ -457,13 +441,13 @@ def _output_row(layer: int, head: int, bits: int, rule: str, energies: Sequence[
 
 @torch.no_grad()
 def with_absorbed_rotations(model: nn.Module, rotations: Mapping[int, Tensor]) -> nn.Module:
-    """A copy whose values are turned by ``rotations`` [H, D, D] per layer, and its output not.
+    """Copy a model so that ``rotations`` [H, D, D] per layer rotate its values, not its output.
 
     W_V becomes R W_V and W_O becomes W_O Rᵀ, head by head: nothing stands between a value and the
     output projection but a weighted sum, so no operation is added.
     """
-    turned = copy.deepcopy(model)
-    for layer, module in _value_layers(turned).items():
+    rotated = copy.deepcopy(model)
+    for layer, module in _value_layers(rotated).items():
         if layer not in rotations:
             continue
         rotation = rotations[layer].to(module.v_proj.weight)
@@ -474,7 +458,7 @@ def with_absorbed_rotations(model: nn.Module, rotations: Mapping[int, Tensor]) -
         output = module.o_proj.weight  # [C, Hq·D]
         by_head = output.unflatten(1, (heads, -1, d))
         output.copy_(torch.einsum("chgd,hed->chge", by_head, rotation).reshape(output.shape))
-    return turned
+    return rotated
 
 
 def _value_layers(model: nn.Module) -> dict[int, nn.Module]:
@@ -487,19 +471,6 @@ def _value_layers(model: nn.Module) -> dict[int, nn.Module]:
     if not layers:
         raise InputError(f"{type(model).__name__} has no separate value projection")
     return layers
-
-
-def _pooled(passages: Sequence[Mapping[int, States]]) -> dict[int, States]:
-    """The states of all passages, one behind the other."""
-    return {
-        layer: States(
-            *(
-                torch.cat([getattr(states[layer], name) for states in passages], 1)
-                for name in ("query", "key", "value")
-            )
-        )
-        for layer in passages[0]
-    }
 
 
 def _signed(y: Tensor) -> Tensor:

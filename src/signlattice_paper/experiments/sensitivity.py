@@ -30,7 +30,7 @@ from signlattice.data.corpus import Document
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import Judge, QualityConfig
-from signlattice.models.capture import KeyBank, capture_passages, open_bank
+from signlattice.models.capture import StateBank, capture_passages, open_bank
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage, passages, take_tokens
@@ -526,18 +526,18 @@ class _Source:
         return sum(len(piece.ids) for piece in self.pieces)
 
     @cached_property
-    def bank(self) -> KeyBank:
+    def bank(self) -> StateBank:
         if (self.folder / "index.json").is_file():
             return open_bank(self.folder)
         return capture_passages(self.loaded, self.pieces, folder=self.folder)
 
-    def sample(self, n_tokens: int, seed: int) -> KeyBank:
+    def sample(self, n_tokens: int, seed: int) -> StateBank:
         """Draw keys and queries of so many tokens; by the same seed, fewer are among more."""
         if n_tokens == self.n_tokens:
             return self.bank
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(self.n_tokens, generator=generator)[:n_tokens].sort().values
-        few = KeyBank(self.bank.stage, lengths=[n_tokens])
+        few = StateBank(self.bank.stage, lengths=[n_tokens])
         for index, layer in attention_layers(self.loaded.model).items():
             if layer.owns_keys:
                 few.append("keys", index, self.bank.keys(index).transpose(0, 1)[chosen])
@@ -554,7 +554,7 @@ class _Sample:
     seed: int
 
     @cached_property
-    def bank(self) -> KeyBank:
+    def bank(self) -> StateBank:
         return self.source.sample(self.n_tokens, self.seed)
 
 
@@ -576,7 +576,7 @@ class _Evaluation:
     def keys(self) -> dict[int, Tensor]:
         """Held-out keys [H, N, D] of each layer."""
         pieces = passages(self.loaded, self.text.evaluation, 4)
-        bank = capture_passages(self.loaded, take_tokens(pieces, self.n_held_out), queries=False)
+        bank = capture_passages(self.loaded, take_tokens(pieces, self.n_held_out), states=("keys",))
         return {layer: bank.keys(layer) for layer in bank.layers}
 
     def beta(self, codec: KeyCodec) -> Row:

@@ -12,7 +12,7 @@ from functools import cached_property
 from signlattice.data.corpus import Document
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
-from signlattice.models.capture import KeyBank, calibration_keys, capture_passages
+from signlattice.models.capture import StateBank, calibration_keys, capture_passages
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import passages
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering
@@ -213,12 +213,12 @@ def null_row(d: int, keys_per_dim: int, solver: str, seed: int) -> Row:
     }
 
 
-def _bank(loaded: LoadedModel, side: Sequence[Document], config: SolverConfig) -> KeyBank:
+def _bank(loaded: LoadedModel, side: Sequence[Document], config: SolverConfig) -> StateBank:
     """Keys of passages from all over a side, of twice the tokens that will be drawn from it."""
     pieces = passages(loaded, side, config.windows)
     n_tokens = sum(len(piece.ids) for piece in pieces)
     return capture_passages(
-        loaded, pieces[:: max(1, n_tokens // (2 * config.n_keys))], queries=False
+        loaded, pieces[:: max(1, n_tokens // (2 * config.n_keys))], states=("keys",)
     )
 
 

@@ -21,11 +21,11 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from signlattice.cache.simulated import Codes, quantized_attention
 from signlattice.calibration import CalibrationConfig
 from signlattice.errors import InputError
 from signlattice.io import Scratch
 from signlattice.models.hooks import attention_layers
+from signlattice.models.quantized_attention import Codes, quantized_attention
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering
 from signlattice.quantizers.levels import LevelQuantizer
 from signlattice.quantizers.scales import SCALE_RULES
@@ -205,7 +205,9 @@ class ValuesLab(Lab[ValuesConfig, TableCase]):
         row = best(rows, bits, "one bit")
         spec = LevelSpec(bits, rotation, row["centering"], row["rule"])
         values = self._codes("values", spec)  # fitted on exact states
-        with quantized_attention(self.loaded, self._lattice):  # its exact attention has coded keys
+        with quantized_attention(
+            self.loaded.model, self._lattice
+        ):  # exact attention has coded keys
             losses = self._beside_one_bit.row(str(spec), values=values)
         yield asdict(spec) | {"value_bits": row["value_bits"]} | losses
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from signlattice.bits import pack_signs
 from signlattice.kernels.layout import PackedKeys
-from signlattice.quantizers.scales import clamp_to_half, token_scale
+from signlattice.quantizers.scales import ScaleRule, clamp_to_half, token_scale
 
 
 def pack_into(
@@ -17,7 +17,7 @@ def pack_into(
     positions: Tensor,
     mean: Tensor | None = None,
     temperature: Tensor | None = None,
-    rule: str = "unbiased",
+    rule: ScaleRule = "unbiased",
 ) -> None:
     """Centre, rotate, take the signs and the scale of keys, and write them into a cache.
 

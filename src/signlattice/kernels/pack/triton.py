@@ -9,6 +9,7 @@ from torch import Tensor
 
 from signlattice.kernels.layout import PackedKeys
 from signlattice.kernels.runtime import INTERPRETED, Launch, interpreter_view, n_programs, padded
+from signlattice.quantizers.scales import ScaleRule
 
 HALF_MAX = tl.constexpr(65504.0)
 """Largest number of half precision, in which scales are stored."""
@@ -110,7 +111,7 @@ def pack_into(
     positions: Tensor,
     mean: Tensor | None = None,
     temperature: Tensor | None = None,
-    rule: str = "unbiased",
+    rule: ScaleRule = "unbiased",
 ) -> None:
     """As `reference.pack_into`, in one launch; a place outside the cache is not written.
 

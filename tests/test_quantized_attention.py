@@ -1,4 +1,4 @@
-"""Models read through codes: that attention sees what the code says, whole or from a cache."""
+"""Attention through quantizers, all at once or from a cache: it sees what they reconstruct."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
-from signlattice.cache.simulated import SimulatedCache, quantized_attention
+from signlattice.cache.simulated import SimulatedCache
 from signlattice.errors import InputError
 from signlattice.models.hooks import attention_hook, attention_layers
 from signlattice.models.loading import load_model
 from signlattice.models.passages import Passage
+from signlattice.models.quantized_attention import quantized_attention
 from signlattice.models.states import compressible_layers, read_states
 from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
@@ -53,10 +54,10 @@ def codes(loaded, bits=2):
     keys, values = {}, {}
     with torch.no_grad():
         states = read_states(loaded, [Passage("a", ids, 1) for ids in IDS])
-    for index, found in states.items():
-        for side, vectors in ((keys, found.keys), (values, found.values)):
-            turn = srht(vectors.shape[-1], 0).expand(len(vectors), -1, -1)
-            side[index] = LevelQuantizer(Centering("none"), turn, bits, "unbiased")
+    for index, layer in states.items():
+        for side, vectors in ((keys, layer.keys), (values, layer.values)):
+            rotation = srht(vectors.shape[-1], 0).expand(len(vectors), -1, -1)
+            side[index] = LevelQuantizer(Centering("none"), rotation, bits, "unbiased")
     return keys, values
 
 
@@ -69,28 +70,7 @@ def logits(loaded, cache=None, step=60):
         )
 
 
-def test_states_are_those_of_the_layers_that_see_everything(loaded):
-    pieces = [Passage("a", ids, 1) for ids in IDS]
-    states = read_states(loaded, pieces)
-    layers = attention_layers(loaded.model)
-    assert set(states) == set(compressible_layers(loaded))
-    for index, found in states.items():
-        layer = layers[index]
-        assert found.keys.shape == (layer.n_heads, 120, layer.head_dim)
-        assert found.values.shape == found.keys.shape
-        assert set(found.queries) == {i for i, other in layers.items() if other.source == index}
-        for queries in found.queries.values():
-            assert queries.shape == (layer.n_query_heads, 120, layer.head_dim)
-    few = read_states(loaded, pieces, 70)
-    first = next(iter(few))
-    torch.testing.assert_close(few[first].keys, states[first].keys[:, :70])
-    with pytest.raises(InputError, match="n_tokens=121: the passages hold 120"):
-        read_states(loaded, pieces, 121)
-    with pytest.raises(InputError, match=r"passages of \[60, 61\] tokens"):
-        read_states(loaded, [pieces[0], Passage("b", torch.arange(61), 1)])
-
-
-def test_attention_sees_what_the_codes_read_back_and_nothing_else_changes(loaded):
+def test_quantized_attention_sees_what_the_quantizers_reconstruct_and_nothing_else_changes(loaded):
     keys, values = codes(loaded)
     first = min(keys)
     exact, seen = {}, {}
@@ -106,7 +86,7 @@ def test_attention_sees_what_the_codes_read_back_and_nothing_else_changes(loaded
         with attention_hook(loaded.model, recorder(exact)):
             before = loaded.model(IDS, use_cache=False).logits
         with (
-            quantized_attention(loaded, keys, values, {first: lambda query: 0.5 * query}),
+            quantized_attention(loaded.model, keys, values, {first: lambda query: 0.5 * query}),
             attention_hook(loaded.model, recorder(seen)),
         ):
             during = loaded.model(IDS, use_cache=False).logits
@@ -119,18 +99,56 @@ def test_attention_sees_what_the_codes_read_back_and_nothing_else_changes(loaded
     torch.testing.assert_close(seen[first][2], values[first].reconstruct(value))
 
 
-def test_a_layer_without_keys_of_its_own_cannot_be_coded(gemma):
+def test_quantized_attention_refuses_layers_without_keys_of_their_own(gemma):
     code = next(iter(codes(gemma)[0].values()))
     with pytest.raises(InputError, match=r"codes for layers \[4\]"):
-        with quantized_attention(gemma, {4: code}):
+        with quantized_attention(gemma.model, {4: code}):
             pass
+    with pytest.raises(InputError, match=r"codes for layers \[7\]"):
+        with quantized_attention(gemma.model, queries={7: code.reconstruct}):
+            pass
+
+
+def test_simulated_cache_refuses_layers_that_it_does_not_pack(gemma):
+    code = next(iter(codes(gemma)[0].values()))
     with pytest.raises(InputError, match=r"codes for layers \[3\]: packed are \[2\]"):
         SimulatedCache(gemma, {3: code})
 
 
+def test_quantized_attention_counts_every_vector(loaded):
+    keys, values = codes(loaded)
+    layers = attention_layers(loaded.model)
+    readers = [layer for layer in layers.values() if layer.source in keys]
+    asking = readers[-1]
+    queries = {asking.index: lambda query: query}
+    per_token = 2 * sum(layer.n_heads for layer in readers) + asking.n_query_heads
+    with quantized_attention(loaded.model, keys, values, queries) as count:
+        logits(loaded)
+    assert count.compressed == IDS.numel() * per_token
+    count.check(IDS.numel())
+    with pytest.raises(RuntimeError, match=f"compressed {count.compressed} vectors, expected"):
+        count.check(IDS.numel() + 1)
+
+
+def test_quantized_attention_of_nothing_is_the_model_itself(olmoe):
+    with quantized_attention(olmoe.model) as count:
+        assert olmoe.model.config._attn_implementation != "signlattice"
+        logits(olmoe)
+    count.check(IDS.numel())
+
+
+def test_quantized_attention_refuses_states_that_are_not_finite(olmoe):
+    keys, values = codes(olmoe)
+    with torch.no_grad():
+        olmoe.model.model.layers[0].self_attn.v_proj.weight[0] = torch.nan
+    with pytest.raises(InputError, match="NaN or infinite states: check the model's precision"):
+        with quantized_attention(olmoe.model, values=values):
+            logits(olmoe)
+
+
 @pytest.mark.parametrize("sinks", [0, 2])
 @pytest.mark.parametrize("window", [0, 7])
-def test_a_coded_cache_is_the_packed_one_if_its_code_is_the_codecs(loaded, window, sinks):
+def test_simulated_cache_is_the_packed_one_if_its_quantizers_are_the_codecs(loaded, window, sinks):
     layers = {
         index: SignQuantizer(
             torch.stack([srht(layer.head_dim, head) for head in range(layer.n_heads)]),
@@ -151,7 +169,7 @@ def test_a_coded_cache_is_the_packed_one_if_its_code_is_the_codecs(loaded, windo
 
 @pytest.mark.parametrize("step", [1, 13])
 @pytest.mark.parametrize("kind", ["levels", "groups"])
-def test_what_is_seen_does_not_depend_on_the_calls(loaded, step, kind):
+def test_simulated_cache_does_not_depend_on_the_calls(loaded, step, kind):
     keys, values = codes(loaded)
     if kind == "groups":
         keys = values = dict.fromkeys(keys, Grouped())
@@ -162,22 +180,22 @@ def test_what_is_seen_does_not_depend_on_the_calls(loaded, step, kind):
     assert (once - logits(loaded)).abs().max() > 1e-3
 
 
-def test_with_nothing_whole_a_cache_is_what_is_seen_through_codes(loaded):
+def test_simulated_cache_without_window_and_sinks_is_quantized_attention(loaded):
     keys, values = codes(loaded)
     config = CacheConfig(window=0, sinks=0, dtype=torch.float32)
     cached = logits(loaded, SimulatedCache(loaded, keys, values, config))
-    with quantized_attention(loaded, keys, values):
+    with quantized_attention(loaded.model, keys, values):
         torch.testing.assert_close(cached, logits(loaded), atol=2e-4, rtol=1e-3)
 
 
-def test_a_window_that_ends_inside_a_group_is_refused(olmoe):
+def test_simulated_cache_refuses_a_window_that_ends_inside_a_group(olmoe):
     config = CacheConfig(window=6, dtype=torch.float32)
     with pytest.raises(InputError, match="window=6: Grouped takes 8 tokens together, so use 7"):
         SimulatedCache(olmoe, {0: Grouped()}, None, config)
     SimulatedCache(olmoe, {0: Grouped()}, None, replace(config, window=7))
 
 
-def test_bits_are_by_the_codes_account(llama):
+def test_simulated_cache_counts_the_bits_that_its_quantizers_state(llama):
     keys, values = codes(llama, bits=3)
     cache = SimulatedCache(llama, keys, values, CacheConfig(window=4, sinks=0, dtype=torch.float16))
     logits(llama, cache)
