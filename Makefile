@@ -21,7 +21,7 @@ STAMP    := .venv/.installed
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 BENCHES  := $(sort $(wildcard benchmarks/bench_*.py))
 
-.PHONY: help book html pdf records lab estimate lint test test-gpu test-browser cross-compile twice bench clean
+.PHONY: help book html pdf records check-records lab estimate lint test test-all test-gpu test-browser cross-compile twice bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list

@@ -26,5 +26,5 @@ class IntegrityError(InputError):
         ...     KeyCodec.load(MODELS / "olmoe-mini" / "lattice.safetensors", model_hash="f" * 64)
         ... except IntegrityError as error:
         ...     print(error)
-        this codec was fitted on the model of hash ..., not on ffffffffffff…: ...
+        this codec was fitted on the model e20beb886666…, not on ffffffffffff…: fit one for this model
     """

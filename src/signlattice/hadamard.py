@@ -1,6 +1,7 @@
 """Hadamard matrices of the orders that head sizes have: k * 2**m with k in {1, 12, 20, 28}.
 
-Sylvester's matrix of a power of two times one of Paley's (Kronecker product), computed once per order.
+Sylvester's matrix of a power of two times one of Paley's (Kronecker product), computed once per
+order.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def project_folder() -> Path:
 
 
 PROJECT = project_folder()
-"""Holds ``models/`` and ``results/``; in a checkout ``book/``, ``claims.yml`` and the tests, too."""
+"""Holds ``models/`` and ``results/``; in a checkout ``book/``, ``claims.yml`` and tests, too."""
 
 
 def require_checkout(path: Path) -> Path:

@@ -102,7 +102,7 @@ def read_text(
         ...     _ = file.write_text("A paragraph of my own.\\n\\n" * 4000)
         ...     text = read_text(file)
         >>> len(text.calibration), len(text.evaluation)
-        (9, 3)
+        (10, 2)
     """
     for label, value in (("calibration", calibration_bytes), ("evaluation", evaluation_bytes)):
         if value < 1:

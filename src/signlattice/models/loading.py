@@ -37,8 +37,9 @@ class LoadedModel:
         >>> from signlattice import load_model
         >>> loaded = load_model("olmoe-mini")
         >>> loaded.head_dim, loaded.context
-        (64, 256)
+        (64, 512)
         >>> loaded.encode(["def add(a, b):"])
+        [[472, 976, 8, 65, 12, 309, 314]]
     """
 
     name: str

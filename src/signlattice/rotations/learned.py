@@ -83,11 +83,11 @@ def learn_rotation(
         >>> import torch
         >>> from signlattice import LearnConfig, beta, learn_rotation
         >>> generator = torch.Generator().manual_seed(0)
-        >>> rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q
-        >>> keys = torch.randn(2048, 8, generator=generator).sign() @ rotation  # a hidden lattice
+        >>> rotation = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
+        >>> keys = torch.randn(2048, 16, generator=generator).sign() @ rotation  # a hidden lattice
         >>> learned = learn_rotation(keys, LearnConfig(seed=0))
         >>> print(f"{beta(keys):.2f} before, {beta(keys @ learned.matrix.T):.2f} after")
-        0.83 before, 1.00 after
+        0.81 before, 1.00 after
     """
     task = _prepare(keys, held_out, config, impl, "[N, d]")
     return _learned(task, progress, checkpoint)[0]
@@ -117,10 +117,10 @@ def learn_rotations(
     Example:
         >>> import torch
         >>> from signlattice import LearnConfig, learn_rotations
-        >>> keys = torch.randn(3, 2048, 8, generator=torch.Generator().manual_seed(0))
+        >>> keys = torch.randn(3, 2048, 16, generator=torch.Generator().manual_seed(0))
         >>> learned = learn_rotations(keys, LearnConfig(solver="itq", steps=5))
         >>> len(learned), tuple(learned[0].matrix.shape)
-        (3, (8, 8))
+        (3, (16, 16))
     """
     task = _prepare(keys, held_out, config, impl, "[H, N, d]")
     return _learned(task, progress, checkpoint)
