@@ -51,7 +51,7 @@ def run_lab(project: Path, *values: str) -> subprocess.CompletedProcess:
     command = [
         sys.executable,
         "-m",
-        "signlattice_paper.notebooks",
+        "signlattice_paper",
         "run",
         "book/lab/architectures.ipynb",
         "--out",
@@ -64,7 +64,11 @@ def run_lab(project: Path, *values: str) -> subprocess.CompletedProcess:
         "own.txt",
         *values,
     ]
-    environment = os.environ | {"PYTHONPATH": str(project / "src"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(project / "src"),
+        "SIGNLATTICE_HOME": str(project),
+        "HF_HUB_OFFLINE": "1",
+    }
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
 
 

@@ -7,9 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from signlattice_paper import notebooks, provenance, records
+from conftest import TEXTS
+from signlattice.distributed.workers import Workers
+from signlattice_paper import cli, notebooks, provenance, records
 from signlattice_paper.cli import main
+from signlattice_paper.experiments import architectures
+from signlattice_paper.experiments.architectures import configured
 from signlattice_paper.notebooks import NotebookError
 
 
@@ -53,7 +58,7 @@ def test_run_tells_an_error_in_one_line(arguments: list[str], message: str, caps
     ("stop", "code", "message"),
     [
         (NotebookError("a.ipynb: cell 2: ValueError: no"), 1, "error: a.ipynb: cell 2: ValueError"),
-        (KeyboardInterrupt(), 130, "interrupted: the notebook is as it was before"),
+        (KeyboardInterrupt(), 130, "interrupted: no file is left half written"),
     ],
 )
 def test_run_returns_why_it_stopped(stop, code: int, message: str, monkeypatch, capsys) -> None:
@@ -89,6 +94,27 @@ def test_records_says_what_is_wrong(monkeypatch, capsys) -> None:
     assert asked == [False, True]
 
 
+def test_prepare_is_a_command_whose_arguments_reach_the_lab(monkeypatch, olmoe_folder, tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text("\n\n".join(TEXTS) * 80)
+    calls = []
+    monkeypatch.setattr(cli, "PROJECT", tmp_path)
+    monkeypatch.setattr(architectures, "prepare", lambda *arguments: calls.append(arguments))
+    options = ["--profile", "mini", "--text", str(own), "--context", "32", "--dtype", "bfloat16"]
+    assert main(["prepare", str(olmoe_folder), *options]) == 0
+    loaded, source, config, scratch, tell, workers = calls[0]
+    assert (loaded.context, loaded.model.dtype) == (32, torch.bfloat16)
+    assert config == configured("mini", str(own), 32) and source.fingerprint
+    assert scratch == tmp_path / "scratch" / "architectures"  # where the lab looks
+    assert workers == Workers() and tell is print
+
+
+def test_prepare_says_in_a_line_what_is_wrong(olmoe_folder, capsys):
+    assert main(["prepare", str(olmoe_folder), "--context", "1"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "windows of 2 to 64 tokens" in message
+
+
 @pytest.mark.parametrize("arguments", [[], ["run"], ["publish", "a.ipynb"], ["check", "--times"]])
 def test_parser_refuses_wrong_usage(arguments: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -100,4 +126,4 @@ def test_parser_refuses_wrong_usage(arguments: list[str], capsys) -> None:
 def test_main_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "signlattice_paper", "--help"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert all(name in printed for name in ("run", "normalise", "check", "records"))
+    assert all(name in printed for name in ("run", "normalise", "check", "records", "prepare"))

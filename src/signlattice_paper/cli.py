@@ -1,4 +1,4 @@
-"""The command line of the paper: execute notebooks, check them, and check the records.
+"""The command line of the paper: execute notebooks, check them, check the records, prepare a lab.
 
 ::
 
@@ -6,6 +6,7 @@
     signlattice-paper normalise book/*.ipynb
     signlattice-paper check book/*.ipynb
     signlattice-paper records [--before-run]
+    torchrun --nproc-per-node 8 -m signlattice_paper prepare OLMoE-1B-7B
 
 Exit codes: 0 success, 1 an error that is told in a line each, 2 wrong usage, 130 interrupted.
 """
@@ -17,9 +18,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from signlattice.data.texts import read_text
+from signlattice.distributed.workers import Workers
 from signlattice.errors import InputError
-from signlattice.io import display_path
+from signlattice.io import PROJECT, display_path
 from signlattice_paper import notebooks, provenance, records
+from signlattice_paper.experiments import architectures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the notebook is as it was before", file=sys.stderr)
+        print("interrupted: no file is left half written", file=sys.stderr)
         return 130
 
 
@@ -74,6 +78,18 @@ def parser() -> argparse.ArgumentParser:
         help="the chapters will be executed: do not look at what they show",
     )
     stale.set_defaults(run=_records)
+    prepare = commands.add_parser(
+        "prepare", help="capture keys and fit rotations by several processes; make lab goes on"
+    )
+    prepare.add_argument(
+        "model", help="a mini, a model of the paper, a name on the hub or a folder"
+    )
+    prepare.add_argument("--profile", choices=architectures.PROFILES, default="full")
+    prepare.add_argument("--text", default="", help="the profile's own, unless given")
+    prepare.add_argument("--context", type=int, default=0, help="tokens of a window")
+    prepare.add_argument("--revision", default="", help="branch, tag or commit on the hub")
+    prepare.add_argument("--dtype", default="auto", help="of the loaded weights")
+    prepare.set_defaults(run=_prepare)
     return top
 
 
@@ -105,3 +121,19 @@ def _records(options: argparse.Namespace) -> int:
     if not faults:
         print(f"{len(records.every())} records, each as its lab would make it")
     return 1 if faults else 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    with Workers.current() as workers:
+        config = architectures.configured(options.profile, options.text, options.context)
+        loaded = architectures.load(
+            options.model,
+            config,
+            revision=options.revision,
+            dtype=options.dtype,
+            device_map=workers.device if workers.count > 1 else "auto",
+        )
+        scratch = PROJECT / "scratch" / "architectures"
+        tell = print if workers.leads else None
+        architectures.prepare(loaded, read_text(config.text), config, scratch, tell, workers)
+    return 0

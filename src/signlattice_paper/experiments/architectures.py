@@ -7,19 +7,17 @@ goes on where it was and ends with the same tables.
 Processes can share out captures and rotations, which take most of the time. `measure`, in the lab
 notebook, then goes on from what they leave::
 
-    torchrun --nproc-per-node 8 -m signlattice_paper.experiments.architectures OLMoE-1B-7B
+    torchrun --nproc-per-node 8 -m signlattice_paper prepare OLMoE-1B-7B
     make lab MODEL=OLMoE-1B-7B PROFILE=full
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
 import shutil
 import statistics
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +32,7 @@ from torch import Tensor
 
 from signlattice import __version__, hadamard
 from signlattice.alignment import beta, elliptical_ceiling
-from signlattice.data.texts import Text, read_text
+from signlattice.data.texts import Text
 from signlattice.distributed.capture import capture_parts
 from signlattice.distributed.workers import Workers
 from signlattice.errors import InputError, IntegrityError
@@ -46,7 +44,7 @@ from signlattice.evaluation.perplexity import (
     perplexity_gap,
     token_losses,
 )
-from signlattice.io import PROJECT, check_writable, display_path, write_tensors, write_text
+from signlattice.io import check_writable, display_path, write_tensors, write_text
 from signlattice.models import full_size
 from signlattice.models.capture import StateBank
 from signlattice.models.hooks import AttentionLayer, attention_layers
@@ -820,39 +818,3 @@ def _identity(loaded: LoadedModel, text: Text, config: ArchitectureConfig) -> st
     known = [loaded.weights_hash, str(loaded.model.dtype), text.fingerprint, __version__]
     settings = asdict(config) | {"text": None, "batch_size": None}
     return hashlib.sha256(json.dumps([known, settings]).encode()).hexdigest()[:16]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `prepare` by the processes that ``torchrun`` started. Returns 2 on bad input."""
-    parser = argparse.ArgumentParser(
-        "python -m signlattice_paper.experiments.architectures",
-        description="Capture keys and fit rotations by several processes, for make lab to go on.",
-    )
-    parser.add_argument("model", help="one of the minis, a name on the hub or a folder")
-    parser.add_argument("--profile", choices=PROFILES, default="full")
-    parser.add_argument("--text", default="", help="the profile's own, unless given")
-    parser.add_argument("--context", type=int, default=0, help="tokens of a window")
-    parser.add_argument("--revision", default="", help="branch, tag or commit on the hub")
-    parser.add_argument("--dtype", default="auto", help="of the loaded weights")
-    given = parser.parse_args(arguments)
-    try:
-        with Workers.current() as workers:
-            config = configured(given.profile, given.text, given.context)
-            loaded = load(
-                given.model,
-                config,
-                revision=given.revision,
-                dtype=given.dtype,
-                device_map=workers.device if workers.count > 1 else "auto",
-            )
-            scratch = PROJECT / "scratch" / "architectures"
-            tell = print if workers.leads else None
-            prepare(loaded, read_text(config.text), config, scratch, tell, workers)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
