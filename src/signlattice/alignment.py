@@ -94,7 +94,7 @@ def beta(y: Tensor) -> float:
     Example:
         >>> import torch
         >>> from signlattice import beta
-        >>> beta(torch.tensor([[1.0, -1.0], [1.0, 0.0]]))  # on the lattice, and as far from it as can be
+        >>> beta(torch.tensor([[1.0, -1.0], [1.0, 0.0]]))  # on the lattice, and farthest from it
         0.853...
     """
     return cosine(y).mean(dtype=torch.float64).item()

@@ -26,5 +26,6 @@ class IntegrityError(InputError):
         ...     KeyCodec.load(MODELS / "olmoe-mini" / "lattice.safetensors", model_hash="f" * 64)
         ... except IntegrityError as error:
         ...     print(error)
-        this codec was fitted on the model e20beb886666…, not on ffffffffffff…: fit one for this model
+        this codec was fitted on the model e20beb886666…, not on ffffffffffff…:
+        fit one for this model
     """
