@@ -226,7 +226,7 @@ def test_a_lattice_beside_the_model_is_taken_and_that_of_another_is_not(
     def basis(codec):
         codec.save(folder / "lattice.safetensors")
         lab = ValuesLab(loaded, TEXT, CONFIG, tmp_path)
-        return lab._codes("keys", "lattice")[0].code.basis
+        return lab._codes("keys", "lattice")[0].basis
 
     own = sign_codec(loaded, seed=9)
     torch.testing.assert_close(basis(own), own.layers[0].basis)
