@@ -27,7 +27,7 @@ from signlattice.models.capture import capture_passages
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import MODELS, LoadedModel, load_model
 from signlattice.models.passages import passages, take_tokens
-from signlattice.quantizers import registry
+from signlattice.quantizers import lattice, registry, rotation
 from signlattice.quantizers.basis import LatticeConfig, query_metric
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import Calibration, KeyCodec
@@ -225,7 +225,7 @@ def test_all_queries_that_read_a_layer_take_part_in_its_metric(gemma48, text, mo
         given.append(readers)
         return query_metric(readers, n_heads, config)
 
-    monkeypatch.setattr(calibrate, "query_metric", recorded)
+    monkeypatch.setattr(lattice, "query_metric", recorded)
     config = replace(CONFIG, sliding=True)
     codec = learn_codec(gemma48, text, config)
     fit, _ = calibrate._passages(gemma48, text, coded_layers(gemma48, config), config)
@@ -360,8 +360,8 @@ def test_an_interrupted_run_goes_on_where_it_was(code, llama48, text, tmp_path, 
         read.append(len(pieces))
         return capture_passages(loaded, pieces, **more)
 
-    def counted(name):
-        function = getattr(calibrate, name)
+    def counted(module, name):
+        function = getattr(module, name)
 
         def learn(*arguments):
             made.append(name)
@@ -370,8 +370,8 @@ def test_an_interrupted_run_goes_on_where_it_was(code, llama48, text, tmp_path, 
         return learn
 
     monkeypatch.setattr(parts_of_a_capture, "capture_passages", counted_bank)
-    for name in ("learn_matrices", "learn_basis"):
-        monkeypatch.setattr(calibrate, name, counted(name))
+    for module, name in ((rotation, "learn_matrices"), (lattice, "learn_basis")):
+        monkeypatch.setattr(module, name, counted(module, name))
     monkeypatch.setattr(calibrate, "null_betas", lambda *arguments: whole.calibration.noise_null)
 
     def interrupt(part):
@@ -443,7 +443,7 @@ def test_a_layer_that_was_damaged_is_named(llama48, text, tmp_path):
     learn_codec(llama48, text, CONFIG, tmp_path)
     kept = next(tmp_path.glob("*/layer-0.safetensors"))
     kept.write_bytes(kept.read_bytes()[:-100])
-    with pytest.raises(IntegrityError, match="layer-0.safetensors is damaged"):
+    with pytest.raises(IntegrityError, match="layer-0.safetensors is not a whole"):
         learn_codec(llama48, text, CONFIG, tmp_path)
 
 
