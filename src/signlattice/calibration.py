@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
 from signlattice import __version__
+from signlattice.data import corpus
 from signlattice.data.texts import Text
 from signlattice.distributed.capture import capture_parts, split_batches
 from signlattice.distributed.workers import Workers
 from signlattice.errors import InputError
 from signlattice.evaluation.heads import HeadQuality, fit_temperature, head_quality
+from signlattice.io import Progress, identity, no_progress
 from signlattice.kernels import HEAD_DIMS
-from signlattice.models.capture import StateBank, capture_passages
+from signlattice.models.capture import StateBank, capture_passages, draw_tokens
 from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage, passages, take_tokens
@@ -28,9 +27,6 @@ from signlattice.quantizers.codec import Calibration, KeyCodec
 from signlattice.quantizers.scales import SCALE_RULES, ScaleRule
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.config import LearnConfig
-
-Progress = Callable[[str], object]
-"""Called with the name of each part of the work that is done."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,7 @@ def learn_codec_shared(
     Raises ``InputError`` as `learn_codec`, and on several workers without ``scratch``.
     """
     _check_shared(scratch, workers)
-    tell = progress or (lambda part: None)
+    tell = progress or no_progress
     layers = coded_layers(loaded, config)
     if scratch is not None:
         scratch = scratch / _identity(loaded, text, config)
@@ -308,9 +304,7 @@ def _learned(
     """Learn the code of one layer, rounded, and keep it in ``file``; or load it from there."""
     if file is not None and file.is_file():
         return KeyCodec.load(file).layers[layer.index]
-    generator = torch.Generator().manual_seed(config.seed)
-    n_keys = min(bank.n_tokens, config.keys_per_dim * layer.head_dim)
-    chosen = torch.randperm(bank.n_tokens, generator=generator)[:n_keys].sort().values
+    chosen = draw_tokens(bank.n_tokens, config.keys_per_dim * layer.head_dim, config.seed)
     calibration = CalibrationSet(
         bank.keys(layer.index)[:, chosen],
         lambda: [bank.queries(reader) for reader in readers],
@@ -342,9 +336,5 @@ def _hash(pieces: Sequence[Passage]) -> str:
 
 def _identity(loaded: LoadedModel, text: Text, config: CalibrationConfig) -> str:
     """Hash what kept results depend on: the model, the text, the library and the configuration."""
-    sides = [
-        hashlib.sha256("".join(d.text for d in side).encode()).hexdigest()
-        for side in (text.calibration, text.evaluation)
-    ]
-    known = [loaded.weights_hash, loaded.context, *sides, asdict(config), __version__]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    sides = map(corpus.fingerprint, (text.calibration, text.evaluation))
+    return identity(loaded.weights_hash, loaded.context, *sides, asdict(config), __version__)

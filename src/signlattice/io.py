@@ -131,6 +131,14 @@ def load_or_compute(
     return dict(sorted(loaded.items()))
 
 
+def identity(*known: object) -> str:
+    """Name kept results by a hash of all that they depend on, which is written as JSON.
+
+    Hashes of weights and text, the version of the library, the configuration.
+    """
+    return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Scratch:
     """A folder of results by name: a run that goes on after an interruption loads them."""
@@ -139,12 +147,8 @@ class Scratch:
 
     @classmethod
     def of(cls, root: Path, *known: object) -> Scratch:
-        """Name a folder under ``root`` by a hash of all that its results depend on.
-
-        ``known`` is written as JSON: hashes of weights and text, the version, the configuration.
-        """
-        digest = hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
-        return cls(Path(root) / digest[:16])
+        """Name a folder under ``root`` by the `identity` of all that its results depend on."""
+        return cls(Path(root) / identity(*known))
 
     def row(self, name: str, compute: Callable[..., dict], *arguments: object) -> dict:
         """Load what an earlier run computed by that name, or compute it and write it as JSON.

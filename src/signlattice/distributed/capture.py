@@ -14,7 +14,7 @@ from signlattice.models.capture import (
     open_bank,
 )
 from signlattice.models.loading import LoadedModel
-from signlattice.models.passages import BATCH, Passage
+from signlattice.models.passages import BATCH, Passage, longest_first
 
 __all__ = ["capture_parts", "split_batches"]
 
@@ -28,7 +28,7 @@ def split_batches(pieces: Sequence[Passage], batch_size: int) -> list[list[Passa
     Captured one after another, the parts give the batches of a capture of all ``pieces``, hence the
     same keys in the same order.
     """
-    by_length = sorted(pieces, key=lambda piece: -len(piece.ids))  # as `passages.batches` sorts
+    by_length = [pieces[i] for i in longest_first(pieces)]
     n_batches = -(-len(by_length) // batch_size)
     size = batch_size * -(-n_batches // MAX_PARTS)
     return [by_length[start : start + size] for start in range(0, len(by_length), size)]

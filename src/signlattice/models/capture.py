@@ -315,6 +315,15 @@ class _Recorder:
             self.bank.append(kind, layer, rows)
 
 
+def draw_tokens(n_tokens: int, n_drawn: int, seed: int) -> Tensor:
+    """Draw ``n_drawn`` of the numbers below ``n_tokens``, ascending, or all if there are fewer.
+
+    By the same seed, fewer are among more.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(n_tokens, generator=generator)[:n_drawn].sort().values
+
+
 def calibration_keys(bank: StateBank, n_keys: int, seed: int) -> dict[int, Tensor]:
     """Draw ``n_keys`` of the bank's tokens, the same in each layer: [H, n_keys, D] per layer.
 
@@ -322,8 +331,7 @@ def calibration_keys(bank: StateBank, n_keys: int, seed: int) -> dict[int, Tenso
     """
     if bank.n_tokens < n_keys:
         raise InputError(f"n_keys={n_keys}, but the calibration text has {bank.n_tokens} tokens")
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(bank.n_tokens, generator=generator)[:n_keys].sort().values
+    chosen = draw_tokens(bank.n_tokens, n_keys, seed)
     return {layer: bank.keys(layer)[:, chosen].contiguous() for layer in bank.layers}
 
 

@@ -59,11 +59,16 @@ def take_tokens(pieces: Sequence[Passage], n_tokens: int) -> list[Passage]:
     return spread(pieces, math.ceil(len(pieces) * n_tokens / total))
 
 
+def longest_first(pieces: Sequence[Passage]) -> list[int]:
+    """Return the indices of passages in the order in which `batches` takes them."""
+    return sorted(range(len(pieces)), key=lambda i: -len(pieces[i].ids))
+
+
 def batches(
     pieces: Sequence[Passage], size: int = BATCH
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Yield (indices, input ids, attention mask) [B, T], like lengths together, padded right."""
-    order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i].ids))
+    order = longest_first(pieces)
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
         ids = torch.nn.utils.rnn.pad_sequence([pieces[i].ids for i in chosen], batch_first=True)

@@ -162,10 +162,17 @@ class StoredQuantizer(Quantizer):
         """
         generator = torch.Generator().manual_seed(config.seed)
         noise = torch.randn(1, 2 * n_keys, d, generator=generator)
-        queries = torch.randn(1, n_keys, d, generator=generator)
-        fitted = cls.fit(CalibrationSet(noise[:, :n_keys], lambda: [queries], "none"), config)
+        fitted = cls._fit_noise(noise[:, :n_keys], generator, config)
         inside, outside = fitted.cosines(noise)[0].double().split(n_keys)
         return float(inside.mean()), float(outside.mean())
+
+    @classmethod
+    def _fit_noise(
+        cls, keys: Tensor, generator: torch.Generator, config: CalibrationConfig
+    ) -> Self:
+        """Fit on noise [1, N, D] that as many queries read, noise like it."""
+        queries = torch.randn(keys.shape, generator=generator)
+        return cls.fit(CalibrationSet(keys, lambda: [queries], "none"), config)
 
     def _groups(self, query: Tensor) -> int:
         """Query heads of a KV head, after a check of the queries' shape."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Self
 
 import torch
+from torch import Tensor
 
 from signlattice.quantizers.base import CalibrationSet
 from signlattice.quantizers.basis import learn_basis, query_metric
@@ -32,12 +33,10 @@ class LatticeQuantizer(SignQuantizer):
         return cls(basis, centering, config.scale_rule, metric=metric.float())
 
     @classmethod
-    def noise_null(cls, n_keys: int, d: int, config: CalibrationConfig) -> tuple[float, float]:
-        """Learn on noise in the Euclidean metric, see `StoredQuantizer.noise_null`."""
-        generator = torch.Generator().manual_seed(config.seed)
-        noise = torch.randn(1, 2 * n_keys, d, generator=generator)
-        eye = torch.eye(d)[None]
-        basis = learn_basis(noise[:, :n_keys], eye.double(), config.lattice)
-        code = cls(basis, Centering("none"), metric=eye)
-        inside, outside = code.cosines(noise)[0].double().split(n_keys)
-        return float(inside.mean()), float(outside.mean())
+    def _fit_noise(
+        cls, keys: Tensor, generator: torch.Generator, config: CalibrationConfig
+    ) -> Self:
+        """Fit in the Euclidean metric, which noise that reads noise has."""
+        eye = torch.eye(keys.shape[-1])[None]
+        basis = learn_basis(keys, eye.double(), config.lattice)
+        return cls(basis, Centering("none"), metric=eye)

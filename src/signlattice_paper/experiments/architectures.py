@@ -13,13 +13,12 @@ notebook, then goes on from what they leave::
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,9 +43,17 @@ from signlattice.evaluation.perplexity import (
     perplexity_gap,
     token_losses,
 )
-from signlattice.io import check_writable, display_path, write_tensors, write_text
+from signlattice.io import (
+    Progress,
+    check_writable,
+    display_path,
+    identity,
+    no_progress,
+    write_tensors,
+    write_text,
+)
 from signlattice.models import full_size
-from signlattice.models.capture import StateBank
+from signlattice.models.capture import StateBank, draw_tokens
 from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import LoadedModel, load_model
 from signlattice.models.minis import MINIS
@@ -71,8 +78,6 @@ from signlattice_paper.records import Row
 
 ROTATIONS = ("identity", "srht", "pca_hadamard", "learned")
 SCOPES = ("head", "layer")
-Progress = Callable[[str], object]
-"""Told of each part of the work as it is done."""
 
 PART = 64
 """Passages that are captured to one folder: what an interruption loses at most."""
@@ -230,7 +235,7 @@ def measure(
     head size that no rotation exists for; ``IntegrityError`` on a damaged file in ``scratch``.
     """
     scratch = scratch / _identity(loaded, text, config)
-    tell = progress or (lambda part: None)
+    tell = progress or no_progress
     layers = attention_layers(loaded.model)
     pieces, fits = _prepared(loaded, text, config, scratch, tell, Workers())
     null = _null(fits, config, scratch, tell)
@@ -268,7 +273,7 @@ def prepare(
     Raises as `measure` does.
     """
     scratch = scratch / _identity(loaded, text, config)
-    _prepared(loaded, text, config, scratch, progress or (lambda part: None), workers)
+    _prepared(loaded, text, config, scratch, progress or no_progress, workers)
     workers.barrier()
 
 
@@ -371,8 +376,7 @@ def _sample(keys: Tensor, n_keys: int, seed: int) -> Tensor:
     """At most ``n_keys`` of keys [H, N, D], in their order."""
     if keys.shape[1] <= n_keys:
         return keys
-    chosen = torch.randperm(keys.shape[1], generator=torch.Generator().manual_seed(seed))
-    return keys[:, chosen[:n_keys].sort().values]
+    return keys[:, draw_tokens(keys.shape[1], n_keys, seed)]
 
 
 def _wide(keys: Tensor) -> Tensor:
@@ -817,4 +821,4 @@ def _identity(loaded: LoadedModel, text: Text, config: ArchitectureConfig) -> st
     """Hash what kept results depend on."""
     known = [loaded.weights_hash, str(loaded.model.dtype), text.fingerprint, __version__]
     settings = asdict(config) | {"text": None, "batch_size": None}
-    return hashlib.sha256(json.dumps([known, settings]).encode()).hexdigest()[:16]
+    return identity(known, settings)

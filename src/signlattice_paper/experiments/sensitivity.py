@@ -30,7 +30,7 @@ from signlattice.data.corpus import Document
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import Judge, QualityConfig
-from signlattice.models.capture import StateBank, capture_passages, open_bank
+from signlattice.models.capture import StateBank, capture_passages, draw_tokens, open_bank
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage, passages, take_tokens
@@ -541,8 +541,7 @@ class _Source:
         """Draw keys and queries of so many tokens; by the same seed, fewer are among more."""
         if n_tokens == self.n_tokens:
             return self.bank
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(self.n_tokens, generator=generator)[:n_tokens].sort().values
+        chosen = draw_tokens(self.n_tokens, n_tokens, seed)
         few = StateBank(self.bank.stage, lengths=[n_tokens])
         for index, layer in attention_layers(self.loaded.model).items():
             if layer.owns_keys:
