@@ -22,8 +22,7 @@ from signlattice.data.texts import read_text
 from signlattice.distributed.workers import Workers
 from signlattice.errors import InputError
 from signlattice.io import PROJECT, display_path
-from signlattice_paper import notebooks, provenance, records
-from signlattice_paper.experiments import architectures
+from signlattice_paper import notebooks, records
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "model", help="a mini, a model of the paper, a name on the hub or a folder"
     )
-    prepare.add_argument("--profile", choices=architectures.PROFILES, default="full")
+    prepare.add_argument("--profile", choices=("mini", "full"), default="full")
     prepare.add_argument("--text", default="", help="the profile's own, unless given")
     prepare.add_argument("--context", type=int, default=0, help="tokens of a window")
     prepare.add_argument("--revision", default="", help="branch, tag or commit on the hub")
@@ -115,6 +114,8 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _records(options: argparse.Namespace) -> int:
+    from signlattice_paper import provenance  # here: notebooks need not wait for transformers
+
     faults = provenance.faults(before_run=options.before_run)
     for line in faults:
         print(f"error: {line}", file=sys.stderr)
@@ -124,6 +125,8 @@ def _records(options: argparse.Namespace) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    from signlattice_paper.experiments import architectures
+
     with Workers.current() as workers:
         config = architectures.configured(options.profile, options.text, options.context)
         loaded = architectures.load(
