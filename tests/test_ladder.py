@@ -16,7 +16,7 @@ from signlattice.evaluation.through_cache import Judge, QualityConfig
 from signlattice.models.loading import load_model
 from signlattice.quantizers.basis import LatticeConfig
 from signlattice_paper import records
-from signlattice_paper.experiments import ladder
+from signlattice_paper.experiments import comparison, ladder
 from signlattice_paper.experiments.ladder import (
     LadderConfig,
     LadderEntry,
@@ -83,7 +83,7 @@ def test_an_interrupted_ladder_goes_on_and_weighs_everything(
         Judge, "judged", lambda *a, **k: judged.append(k["step"]) or original(*a, **k)
     )
     monkeypatch.setattr(
-        ladder, "learn_codec", lambda *a, **k: learned.append(a[2].code) or learn(*a, **k)
+        comparison, "learn_codec", lambda *a, **k: learned.append(a[2].code) or learn(*a, **k)
     )
     done = []
 

@@ -18,7 +18,7 @@ from signlattice.evaluation.through_cache import Judge, QualityConfig
 from signlattice.models.loading import load_model
 from signlattice.quantizers.basis import LatticeConfig
 from signlattice.rotations.config import LearnConfig
-from signlattice_paper.experiments import sensitivity
+from signlattice_paper.experiments import comparison, sensitivity
 from signlattice_paper.experiments.sensitivity import (
     ALL,
     PROSE,
@@ -285,8 +285,9 @@ def test_an_interrupted_run_goes_on(ran, text, loaded, monkeypatch):
     def never(*arguments, **more):
         raise AssertionError("it was kept")
 
-    for name in ("learn_layers", "learn_codec", "capture_passages", "null_betas", "Judge"):
+    for name in ("learn_layers", "capture_passages", "null_betas", "Judge"):
         monkeypatch.setattr(sensitivity, name, never)
+    monkeypatch.setattr(comparison, "learn_codec", never)
     assert SensitivityLab(loaded, text, CONFIG, ran.folder).run() == ran.tables
 
 

@@ -308,7 +308,7 @@ def _learned(
     calibration = CalibrationSet(
         bank.keys(layer.index)[:, chosen],
         lambda: [bank.queries(reader) for reader in readers],
-        "token_mean" if layer.mean_cancels else "none",
+        layer.centering,
     )
     code = registry.quantizer(config.code).fit(calibration, config).rounded()
     if config.temperature and layer.softcap is None and isinstance(code, SignQuantizer):

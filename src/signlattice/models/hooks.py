@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from signlattice.errors import InputError
+from signlattice.quantizers.centering import CenteringMethod
 
 AttentionInputs = tuple[Tensor, Tensor, Tensor]
 """Queries [B, Hq, Tq, D], keys [B, H, T, D] and values [B, H, T, Dv] of one layer."""
@@ -81,6 +82,11 @@ class AttentionLayer:
         """True where softmax cancels a static mean that was subtracted from all keys."""
         return self.softcap is None and not self.sinks
 
+    @property
+    def centering(self) -> CenteringMethod:
+        """Centering that costs the layer nothing: a static mean where softmax is blind to it."""
+        return "token_mean" if self.mean_cancels else "none"
+
     def log_weights(self, products: Tensor) -> Tensor:
         """Compute log attention weights from inner products [..., T, T] of queries and keys.
 
@@ -90,10 +96,13 @@ class AttentionLayer:
         scores = products * self.scaling
         if self.softcap is not None:
             scores = self.softcap * (scores / self.softcap).tanh()
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        if self.window is not None:
-            visible = visible.triu(1 - self.window)
+        visible = self.visible(scores.shape[-1], scores.device)
         return scores.masked_fill(~visible, -math.inf).log_softmax(-1)
+
+    def visible(self, n_tokens: int, device: torch.device | None = None) -> Tensor:
+        """Return which keys each query of T tokens sees, bool [T, T]: itself and those before."""
+        mask = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril()
+        return mask if self.window is None else mask.triu(1 - self.window)
 
 
 def attention_layers(model: PreTrainedModel) -> dict[int, AttentionLayer]:

@@ -13,13 +13,13 @@ from functools import cached_property
 import torch
 
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
-from signlattice.calibration import CalibrationConfig, coded_layers, learn_codec
+from signlattice.calibration import CalibrationConfig, coded_layers
 from signlattice.evaluation.through_cache import Judge, QualityConfig, read_through
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.scales import SCALE_RULES
-from signlattice_paper.experiments.comparison import sign_codes
+from signlattice_paper.experiments.comparison import kept_codec, sign_codes
 from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.records import Row
 
@@ -162,11 +162,8 @@ class CacheLab(Lab[CacheLabConfig, Case]):
         return {name: self._codec(name) for name in CODECS if name in names}
 
     def _codec(self, name: str) -> KeyCodec:
-        file = self.scratch.file(name, ".safetensors")
-        if not file.exists():
-            config = replace(self.config.calibrate, **CODECS[name])
-            learn_codec(self.loaded, self.text, config).save(file, bits=8)
-        return KeyCodec.load(file, self.loaded.weights_hash)
+        config = replace(self.config.calibrate, **CODECS[name])
+        return kept_codec(self.loaded, self.text, config, self.scratch.file(name, ".safetensors"))
 
 
 def _filled(rows: Sequence[Row]) -> list[Row]:

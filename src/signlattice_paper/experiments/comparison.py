@@ -92,9 +92,7 @@ class Comparison:
     def key_centerings(self) -> dict[int, Centering]:
         """Return each layer's key centering: a static mean, where softmax is blind to it."""
         return {
-            index: Centering.fit(
-                states.keys, "token_mean" if self.layers[index].mean_cancels else "none"
-            )
+            index: Centering.fit(states.keys, self.layers[index].centering)
             for index, states in self.fit.items()
         }
 
@@ -244,9 +242,7 @@ def head_errors(
     if first_query >= n_tokens:
         raise InputError(f"first_query={first_query} of {n_tokens} tokens: use a smaller one")
     rows = slice(first_query, None)
-    seen = torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril()
-    if layer.window is not None:
-        seen = seen.triu(1 - layer.window)
+    seen = layer.visible(n_tokens)
     scores, weights, outputs = [], [], []
     for query, key, value in (exact, coded):
         grouped = query.unflatten(0, (len(key), -1))  # [H, G, T, D]
@@ -288,9 +284,14 @@ def shipped_lattice(
     try:
         return KeyCodec.load(MODELS / loaded.name / "lattice.safetensors", loaded.weights_hash)
     except IntegrityError:
-        if not kept.exists():
-            learn_codec(loaded, text, config).save(kept, bits=8)
-        return KeyCodec.load(kept, loaded.weights_hash)
+        return kept_codec(loaded, text, config, kept)
+
+
+def kept_codec(loaded: LoadedModel, text: Text, config: CalibrationConfig, file: Path) -> KeyCodec:
+    """Load the codec that an earlier run kept in ``file``, or learn it and keep it there."""
+    if not file.exists():
+        learn_codec(loaded, text, config).save(file, bits=8)
+    return KeyCodec.load(file, loaded.weights_hash)
 
 
 def sign_codes(codec: KeyCodec) -> dict[int, SignQuantizer]:

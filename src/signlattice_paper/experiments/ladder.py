@@ -18,7 +18,7 @@ from torch import Tensor
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
 from signlattice.cache.simulated import Codes, SimulatedCache
 from signlattice.cache.storage import KeyFormat, ValueFormat
-from signlattice.calibration import CalibrationConfig, coded_layers, learn_codec
+from signlattice.calibration import CalibrationConfig, coded_layers
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import Judge, NewCache, QualityConfig, full_windows
 from signlattice.models.loading import LoadedModel
@@ -36,7 +36,7 @@ from signlattice_paper.baselines.rabitq import RaBitQ
 from signlattice_paper.baselines.rounding import Rounded
 from signlattice_paper.baselines.transformers_caches import Backend, QuantizedLayers
 from signlattice_paper.baselines.turboquant import TurboQuant
-from signlattice_paper.experiments.comparison import sign_codes
+from signlattice_paper.experiments.comparison import kept_codec, sign_codes
 from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.records import Row
 
@@ -297,18 +297,15 @@ class LadderLab(Lab[LadderConfig, LadderEntry]):
         """
         if signs == "srht":
             return KeyCodec(dict(self._srht()), self.loaded.weights_hash)
-        file = self.scratch.file(signs, ".safetensors")
-        if not file.exists():
-            learning = replace(self.config.calibrate, code=signs)
-            learn_codec(self.loaded, self.text, learning).save(file, bits=8)
-        return KeyCodec.load(file, self.loaded.weights_hash)
+        config = replace(self.config.calibrate, code=signs)
+        return kept_codec(self.loaded, self.text, config, self.scratch.file(signs, ".safetensors"))
 
     def _srht(self) -> dict[int, SignQuantizer]:
         layers = {}
         for index, layer in coded_layers(self.loaded, self.config.calibrate).items():
             keys = self.states[index].keys
             rotations = rotate_heads(keys, "srht", seed=0)
-            centering = Centering.fit(keys, "token_mean" if layer.mean_cancels else "none")
+            centering = Centering.fit(keys, layer.centering)
             layers[index] = SignQuantizer(rotations, centering, self.config.calibrate.scale_rule)
         return layers
 

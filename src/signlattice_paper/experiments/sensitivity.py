@@ -22,7 +22,6 @@ from signlattice.cache.sign_key_cache import CacheConfig
 from signlattice.calibration import (
     CalibrationConfig,
     coded_layers,
-    learn_codec,
     learn_layers,
     null_betas,
 )
@@ -36,7 +35,7 @@ from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage, passages, take_tokens
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.rotations.fixed import srht
-from signlattice_paper.experiments.comparison import sign_codes
+from signlattice_paper.experiments.comparison import kept_codec, sign_codes
 from signlattice_paper.experiments.runner import Lab, TableCase, Tables
 from signlattice_paper.records import Row
 
@@ -352,10 +351,8 @@ class SensitivityLab(Lab[SensitivityConfig, TableCase]):
 
     def _calibrated(self, code: str) -> _LearnedCodec:
         file = self.scratch.file(f"base {code}", ".safetensors")
-        if not file.exists():
-            config = replace(self.config.calibrate, code=code)
-            learn_codec(self.loaded, self.text, config).save(file, bits=8)
-        codec = KeyCodec.load(file, self.loaded.weights_hash)
+        config = replace(self.config.calibrate, code=code)
+        codec = kept_codec(self.loaded, self.text, config, file)
         calibration = codec.calibration
         assert calibration is not None  # a learned codec says what it was learned on
         inside, outside = calibration.noise_null
