@@ -76,7 +76,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return decompose(x)
 
     monkeypatch.setattr(iteration, "_lifted", lifted)
-    monkeypatch.setattr(reference.reference, "polar", decomposed)
+    monkeypatch.setattr(reference, "polar", decomposed)
     return made
 
 
