@@ -55,8 +55,9 @@ lab: $(STAMP) ## the heavy notebooks: make lab MODEL=<mini> [LAB=ablation]
 estimate: $(STAMP) ## what a full-size model takes: make estimate MODEL=<name or path>
 	$(BIN)/signlattice estimate $(call quoted,$(MODEL)) $(if $(REVISION),--revision $(call quoted,$(REVISION))) $(if $(CONTEXT),--context $(call quoted,$(CONTEXT)))
 
-# Each worker takes whole files, so that a chapter's cells run in order; threads are one a worker.
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests --ignore=tests/browser $(CHAPTERS) \
+# Each worker takes whole files, so that a chapter's cells run in order. It has one thread, and so
+# have the kernels and commands that it starts: more threads than cores take twice as long.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests --ignore=tests/browser $(CHAPTERS) \
   --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 
 test: $(STAMP) ## unit, property, equation and style tests, then the chapters' outputs
