@@ -146,7 +146,7 @@ def residual_energy(cosine: Number) -> Number:
 
 
 def haar_beta(d: int) -> float:
-    """Expected cosine of any fixed vector after a uniformly random rotation in dimension d.
+    """Return expected cosine of any fixed vector after a uniformly random rotation in dimension d.
 
     Equals ``sqrt(d) Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2))``, which is
     sqrt(2/pi) * (1 + 1/(4d) + O(1/d^2)): the floor with its finite-d correction.
@@ -186,7 +186,7 @@ def rank_ceiling(r: float) -> float:
 
 
 def elliptical_ceiling(eigenvalues: Tensor | np.ndarray | Sequence[float]) -> float:
-    """The largest beta any rotation can reach on centred elliptical keys.
+    """Return the largest beta any rotation can reach on centred elliptical keys.
 
     With scatter eigenvalues lambda_j scaled to sum to one,
 

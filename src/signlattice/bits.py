@@ -38,7 +38,7 @@ def pack_signs(y: Tensor) -> Tensor:
 
 
 def unpack_signs(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The signs, +1 or -1 [..., d], of uint8 words [..., d/8]. Inverse of `pack_signs`."""
+    """Return the signs, +1 or -1 [..., d], of uint8 words [..., d/8]. Inverse of `pack_signs`."""
     if words.dtype != torch.uint8:
         raise InputError(f"packed keys are uint8 words, got {words.dtype}")
     place = torch.arange(BITS_PER_BYTE, dtype=torch.uint8, device=words.device).unsqueeze(-1)

@@ -34,7 +34,7 @@ def supported_head_dims() -> tuple[int, ...]:
 
 
 def supported_head_dim(d: int) -> bool:
-    """Whether ``d`` is k * 2**m with k in {1, 12, 20, 28} and 16 <= d <= 2048."""
+    """Say whether ``d`` is k * 2**m with k in {1, 12, 20, 28} and 16 <= d <= 2048."""
     return not isinstance(d, bool) and d in supported_head_dims()
 
 
@@ -55,7 +55,7 @@ def hadamard_core(n: int) -> int:
 
 
 def hadamard_signs(n: int) -> Tensor:
-    """The Hadamard matrix of order ``n`` = k * 2**m as its +-1 entries, int8 [n, n]; any size.
+    """Return the Hadamard matrix of order ``n`` = k * 2**m, entries +-1, int8 [n, n], any size.
 
     Raises:
         InputError: if ``n`` is of no supported form.
@@ -65,7 +65,7 @@ def hadamard_signs(n: int) -> Tensor:
 
 
 def hadamard(d: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The orthogonal Hadamard matrix of order ``d``, entries +-1/sqrt(d).
+    """Return the orthogonal Hadamard matrix of order ``d``, entries +-1/sqrt(d).
 
     A Kronecker product of a Paley matrix of order 1, 12, 20 or 28 with a Sylvester matrix. The
     signs are computed once per ``d``; every call returns a matrix of its own.

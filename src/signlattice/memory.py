@@ -148,7 +148,7 @@ class CacheFormat:
         return matrix + self.static_mean_bits * head_dim + self.temperature_bits
 
     def full_precision_tokens(self, n_tokens: int) -> int:
-        """How many of ``n_tokens`` cached tokens stay in 16 bits."""
+        """Count how many of ``n_tokens`` cached tokens stay in 16 bits."""
         return min(n_tokens, self.window + self.sinks)
 
     def _padded(self, bits: float) -> int:
@@ -250,7 +250,7 @@ def packed_cache_bytes(
 def effective_bits(
     shape: KVShape, fmt: CacheFormat, seq_len: int, *, batch: int = 1
 ) -> EffectiveBits:
-    """Stored bits per coordinate of keys, of values, and of both, at a stated length and batch.
+    """Count stored bits per coordinate of keys, values, and both, at a stated length and batch.
 
     Raises:
         InputError: if ``seq_len`` or ``batch`` is not a positive integer.
@@ -273,7 +273,7 @@ def memory_reduction(
     batch: int = 1,
     uncompressed: Sequence[KVShape] = (),
 ) -> float:
-    """How many times smaller the cache is than in 16 bits: fp16 bytes over ours.
+    """Tell how many times smaller the cache is than in 16 bits: fp16 bytes over ours.
 
     With d = head_dim = value_head_dim this is 32 / (key_bits + value_bits + metadata / d +
     static / (d * seq_len)), averaged with a full-precision window if there is one.

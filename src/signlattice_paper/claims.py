@@ -100,7 +100,7 @@ def load_claims(path: Path = CLAIMS) -> dict[str, Claim]:
 
 
 def read_entries(path: Path, name: str) -> list[Any]:
-    """The entries of a YAML file that lists ``name``, none of them checked yet.
+    """Return the entries of a YAML file that lists ``name``, none of them checked yet.
 
     Raises ``InputError`` if it cannot be read, ``IntegrityError`` if it is not YAML or no list.
     """
@@ -150,7 +150,7 @@ def ledger(claims: Sequence[Claim], ours: Mapping[str, str] | None = None) -> Ma
 
 
 def value_table(claims: Sequence[Claim], ours: Mapping[str, str]) -> Markdown:
-    """The paper's value beside ours, for the claims that have both."""
+    """Return the paper's value beside ours, for the claims that have both."""
     lines = ["| # | claim | paper | here |", "|---:|---|---|---|"]
     for claim in claims:
         if claim.id in ours:
@@ -185,7 +185,7 @@ def comparison(
     digits: int = 4,
     record: RunRecord | Sequence[RunRecord] | None = None,
 ) -> Markdown:
-    """The table *paper | measured here*: rows of quantity, paper's value, our value.
+    """Return the table *paper | measured here*: rows of quantity, paper's value, our value.
 
     A `Metric` is shown with its interval or standard deviation; None is shown as a dash.
     ``record`` is where our values come from, None if the page itself computes them.
@@ -225,7 +225,7 @@ def _entry(claim: Claim, ours: str | None) -> str:
 
 
 def _number(claim: Claim) -> str:
-    """A claim's number, linked to its entry in the ledger."""
+    """Return a claim's number, linked to its entry in the ledger."""
     return f"[{claim.number}](/book/verdicts.ipynb#ledger-{claim.number})"
 
 

@@ -108,7 +108,7 @@ class Density:
 
 
 def density(beta: float) -> Density:
-    """The member of the family with unit variance and E|X| = ``beta``.
+    """Return the member of the family with unit variance and E|X| = ``beta``.
 
     Args:
         beta: in (0.05, 1].
@@ -153,7 +153,7 @@ def _generalised_gaussian_beta(p: float) -> float:
 
 
 def _solve(beta_of: Callable[[float], float], beta: float, low: float, high: float) -> float:
-    """The parameter in [low, high] where the monotone ``beta_of`` takes the value ``beta``."""
+    """Solve the monotone ``beta_of`` for ``beta``: the parameter in [low, high]."""
     ends = beta_of(low), beta_of(high)
     if not min(ends) < beta < max(ends):
         return low if abs(beta - ends[0]) < abs(beta - ends[1]) else high

@@ -36,7 +36,7 @@ class Pair:
 
 
 def pairs(results: Path = records.RESULTS) -> tuple[Pair, ...]:
-    """The four, in the paper's order. Raises ``InputError`` if the record of a mini is missing."""
+    """List the four in the paper's order. Raises ``InputError`` if a mini's record is missing."""
     return tuple(
         Pair(name, records.read(LAB, mini, results), _full(name, results))
         for name, mini in PAIRS.items()
@@ -44,12 +44,12 @@ def pairs(results: Path = records.RESULTS) -> tuple[Pair, ...]:
 
 
 def minis(results: Path = records.RESULTS) -> dict[str, RunRecord]:
-    """The records of the four minis, by the mini's name."""
+    """Return the records of the four minis, by the mini's name."""
     return {pair.mini.model: pair.mini for pair in pairs(results)}
 
 
 def others(results: Path = records.RESULTS) -> tuple[RunRecord, ...]:
-    """Records of the lab on models that are neither minis nor the paper's."""
+    """Return records of the lab on models that are neither minis nor the paper's."""
     known = {*PAIRS, *PAIRS.values()}
     found = records.every(results)
     return tuple(one for one in found if one.lab == LAB and one.model not in known)
@@ -61,7 +61,7 @@ def beside(
     digits: int = 3,
     results: Path = records.RESULTS,
 ) -> Markdown:
-    """A table of quantities: a row per model and quantity, cited | mini | full size.
+    """Return a table of quantities: a row per model and quantity, cited | mini | full size.
 
     Args:
         quantities: for each label (table, column, what selects its row).

@@ -129,7 +129,7 @@ def run(
 
 
 def normalise(nb: NotebookNode) -> NotebookNode:
-    """A copy with all that differs between two equal runs taken out or made canonical.
+    """Return a copy with all that differs between two equal runs taken out or made canonical.
 
     Timings and editor metadata go; cells count from 1; kernel, widget ids, memory addresses, the
     chunks in which a stream arrived and the creation date of an SVG get one form. A cell tagged
@@ -156,7 +156,7 @@ def normalise(nb: NotebookNode) -> NotebookNode:
 
 
 def to_text(nb: NotebookNode) -> str:
-    """The notebook as its file holds it: sorted keys, one trailing newline."""
+    """Return the notebook as its file holds it: sorted keys, one trailing newline."""
     return nbformat.writes(nb).rstrip("\n") + "\n"
 
 
@@ -234,7 +234,7 @@ def parse_values(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
 
 
 def _changed_parameters(nb: NotebookNode, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The values that differ from the notebook's defaults, checked against them."""
+    """Return the values that differ from the notebook's defaults, checked against them."""
     if not values:
         return {}
     try:
@@ -395,7 +395,7 @@ def _places(nb: NotebookNode, state: Mapping[str, Any]) -> dict[str, int]:
 
 
 def resolve_from_root(name: str) -> str:
-    """A path of a lab's parameters, which begins at the project's root; what is no path, as it is.
+    """Resolve a path of a lab's parameters from the project's root; leave what is no path.
 
     Labs are executed in their own folder, and whoever names a file to them stands in the root.
     """

@@ -96,7 +96,7 @@ def expected(lab: Path, model: str) -> Expected:
 
 
 def _named_model(lab: Path) -> list[str]:
-    """The model in a lab's parameters."""
+    """Return the model in a lab's parameters."""
     model = notebooks.parameters(notebooks.read(lab)).get("model")
     return [] if model is None else [model]
 
@@ -124,7 +124,7 @@ def _lab_faults(lab: Path, model: str, project: Path) -> list[str]:
 
 
 def _other_faults(path: Path, project: Path) -> list[str]:
-    """Of a record that no lab notebook makes: its form, and its model's weights."""
+    """Check a record that no lab notebook makes: its form, and its model's weights."""
     try:
         record = records.read(path.parent.name, path.stem, project / "results")
         folder = project / "models" / record.model
@@ -146,7 +146,7 @@ def _claim_faults(project: Path) -> Iterator[str]:
 
 
 def _reading_faults(project: Path) -> Iterator[str]:
-    """Of chapters and labs: records that they read and that are not there."""
+    """Name the records that chapters and labs read and that are not there."""
     for name, nb in _pages(project):
         for lab, model in READ.findall("\n".join(cell.source for cell in nb.cells)):
             path = records.records_path(lab, model, project / "results")
@@ -155,7 +155,7 @@ def _reading_faults(project: Path) -> Iterator[str]:
 
 
 def _showing_faults(project: Path) -> Iterator[str]:
-    """Of chapters and labs: tables that were made from an earlier run."""
+    """Name the tables of chapters and labs that were made from an earlier run."""
     for name, nb in _pages(project):
         outputs = [output for cell in nb.cells for output in cell.get("outputs", [])]
         text = "\n".join(output.get("data", {}).get("text/markdown", "") for output in outputs)
@@ -217,7 +217,7 @@ class _Names:
         self._made = {name: made for node in statements for name, made in _definitions(node)}
 
     def value(self, expression: ast.expr) -> Any:
-        """What an expression is, once the names in it are. Raises ``InputError`` on an unknown."""
+        """Evaluate an expression of known names. Raises ``InputError`` on an unknown one."""
         self._define(expression)
         return eval(compile(ast.Expression(expression), "<lab>", "eval"), self._space)
 

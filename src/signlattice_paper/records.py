@@ -109,11 +109,11 @@ class RunRecord:
     schema: int = SCHEMA
 
     def metric(self, name: str) -> Metric:
-        """The metric at a dotted path such as ``"itq.none.beta"``. Raises ``InputError``."""
+        """Return the metric at a dotted path such as ``"itq.none.beta"``. Raises ``InputError``."""
         return self._leaf(name, Metric, "metric")
 
     def table(self, name: str) -> tuple[Row, ...]:
-        """The table at a dotted path, as rows. Raises ``InputError``."""
+        """Return the table at a dotted path, as rows. Raises ``InputError``."""
         return self._leaf(name, tuple, "table")
 
     def save(self, path: Path | None = None) -> Path:
@@ -156,7 +156,7 @@ class Run:
         seconds: float | None = None,
         weights_hash: str | None = None,
     ) -> RunRecord:
-        """The record, its wall time up to now unless ``seconds`` says it (a resumed run).
+        """Return the record, its wall time up to now unless ``seconds`` says it (a resumed run).
 
         ``weights_hash`` is that of weights which the run itself has made.
 
@@ -216,7 +216,7 @@ def records_path(lab: str, model: str, results: Path = RESULTS) -> Path:
 
 
 def read(lab: str, model: str, results: Path = RESULTS) -> RunRecord:
-    """The record of a lab on a model. Raises ``InputError`` that says how to make a missing one."""
+    """Read the record of a lab on a model. Raises ``InputError`` that says how to make one."""
     path = records_path(lab, model, results)
     if not path.exists():
         raise InputError(
@@ -238,7 +238,7 @@ def every(results: Path = RESULTS) -> tuple[RunRecord, ...]:
 
 
 def as_saved(config: Any) -> dict[str, Any]:
-    """A configuration as a record's file holds it, to be compared with one that was read.
+    """Return a configuration as a record's file holds it, to be compared with one that was read.
 
     Raises ``InputError`` on what a record cannot hold.
     """
@@ -315,7 +315,7 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def _checked(node: Any, name: str) -> Any:
-    """A node of the metrics with its tables frozen; raises ``InputError`` on anything else."""
+    """Freeze the tables in a node of the metrics. Raises ``InputError`` on anything else."""
     if isinstance(node, Metric):
         return node
     if isinstance(node, Mapping):
@@ -340,7 +340,7 @@ def _checked_row(row: Any, name: str, first: Any) -> Row:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A value as JSON holds it: floats rounded, tuples as lists, a metric without its blanks."""
+    """Return a value as JSON: floats rounded, tuples as lists, a metric without its blanks."""
     if isinstance(value, Metric):
         return {key: _plain(v, key) for key, v in asdict(value).items() if v is not None}
     if isinstance(value, Mapping):

@@ -43,7 +43,7 @@ def recorded(
     columns: Mapping[str, str],
     formats: Mapping[str, str] | None = None,
 ) -> Markdown:
-    """A table of a lab's record; while that lab has not run, a line that says so and how to run it.
+    """Show a table of a lab's record; while that lab has not run, say so and how to run it.
 
     For what a page keeps a place for. Raises as `table` does, and as a record's ``table`` does if
     it has none of that name.
@@ -74,7 +74,7 @@ def provenance(record: RunRecord | Sequence[RunRecord] | None) -> list[str]:
 
 
 def origins(records: Sequence[RunRecord]) -> Markdown:
-    """Where records came from: for each an item with its run, its machine and its command.
+    """Say where records came from: for each an item with its run, its machine and its command.
 
     Each marks its place, which `provenance` links to.
     """
@@ -126,7 +126,7 @@ def _origin(record: RunRecord) -> str:
 
 
 def _paths(record: RunRecord) -> tuple[str, str]:
-    """A record's file and the notebook of its lab, from the project's root."""
+    """Return a record's file and the notebook of its lab, from the project's root."""
     return f"results/{record.lab}/{record.model}.json", f"book/lab/{record.lab}.ipynb"
 
 
@@ -140,7 +140,7 @@ def _source(record: RunRecord) -> str:
 
 
 def select(rows: Sequence[Row], **wanted) -> list[Row]:
-    """The rows whose values equal the wanted ones; a tuple allows any of its members.
+    """Return the rows whose values equal the wanted ones; a tuple allows any of its members.
 
     Raises ``InputError`` if none is left, since an empty selection is a misspelt one.
     """

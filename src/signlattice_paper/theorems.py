@@ -91,7 +91,7 @@ def theorem_box(theorem: Theorem) -> Markdown:
 
 
 def theorem_matrix(theorems: Iterable[Theorem]) -> Markdown:
-    """The cross-link matrix: theorem and the paper's name, verdict, claims, chapters, tests."""
+    """Tabulate theorems with the paper's names, verdicts, claims, chapters and tests."""
     lines = ["| theorem | verdict | claims | chapters | tests |", "|---" * 5 + "|"]
     for theorem in theorems:
         name = f"<br><small>{theorem.name.replace('_', '_<wbr>')}</small>" if theorem.name else ""

@@ -112,7 +112,7 @@ class CacheStats:
 
     @property
     def reduction(self) -> float:
-        """How many times smaller the cache is than in 16 bits."""
+        """Tell how many times smaller the cache is than in 16 bits."""
         return self.fp16 / self.n_bytes if self.n_bytes else 1.0
 
 

@@ -66,7 +66,7 @@ class Workers:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that collects the results and reports them."""
+        """Say whether this is the process that collects the results and reports them."""
         return self.rank == 0
 
     def share(self, items: Sequence[_Item]) -> Sequence[_Item]:

@@ -71,7 +71,7 @@ def _betas(codec: StoredQuantizer, keys: Tensor) -> np.ndarray:
 def fit_temperature(
     codec: SignQuantizer, bank: StateBank, layer: AttentionLayer, newton_steps: int = 12
 ) -> Tensor:
-    """The temperature per KV head [H] that brings coded attention closest to exact attention.
+    """Fit the temperature per KV head [H] that brings coded attention closest to exact attention.
 
     Minimises KL(exact ‖ coded) over one gain τ per head on calibration queries. With coded scores
     τ a + b the objective is convex in τ: its slope is E_coded[a] − E_exact[a] and its curvature
@@ -108,7 +108,7 @@ def fit_temperature(
 
 
 def _fixed_scores(codec: SignQuantizer, query: Tensor, key: Tensor, packed) -> Tensor:
-    """The part of the coded scores that no scale multiplies: what the centering gives back."""
+    """Compute the part of the coded scores that no scale multiplies: what centering gives back."""
     zero = type(packed)(packed.words, torch.zeros_like(packed.scale), packed.dc)
     return codec.scores(query[None], zero)[0]
 

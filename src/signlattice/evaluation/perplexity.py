@@ -142,7 +142,7 @@ def bits_per_byte(losses: TokenLosses) -> float:
 
 
 def bigram_bits_per_byte(train: Sequence[Document], evaluation: Sequence[Document]) -> float:
-    """What a byte bigram with add-one smoothing, fitted on ``train``, needs on ``evaluation``."""
+    """Measure the bits that a byte bigram, add-one smoothing, fitted on ``train``, needs."""
     counts = np.ones((256, 256))
     for document in train:
         data = np.frombuffer(document.text.encode(), dtype=np.uint8)

@@ -27,7 +27,7 @@ class PackedKeys:
 
     @property
     def n_keys(self) -> int:
-        """How many key vectors are packed: B · H · C."""
+        """Count how many key vectors are packed: B · H · C."""
         return self.scale.numel()
 
     @property
@@ -133,7 +133,7 @@ class PackedValues:
             self.scale[b, :, place], self.zero[b, :, place] = scale[b], zero[b]
 
     def read(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values that the codes stand for, [B, H, C, D]."""
+        """Return the values that the codes stand for, [B, H, C, D]."""
         shift = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=self.words.device)[:, None]
         codes = ((self.words.unsqueeze(-2) >> shift) & (2**self.bits - 1)).flatten(-2).to(dtype)
         return self.zero.to(dtype)[..., None] + self.scale.to(dtype)[..., None] * codes

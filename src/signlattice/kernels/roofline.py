@@ -52,16 +52,16 @@ class Cost:
         return self.flops / self.n_bytes
 
     def least_seconds(self, device: Device, cached: int) -> float:
-        """The bound for ``cached`` = B·H·T tokens of all sequences and heads together."""
+        """Return the bound for ``cached`` = B·H·T tokens of all sequences and heads together."""
         return cached * max(self.n_bytes / device.bandwidth, self.flops / device.flops)
 
     def bound(self, device: Device) -> str:
-        """What the device would wait for: "memory" or "arithmetic"."""
+        """Return what the device would wait for: "memory" or "arithmetic"."""
         return "memory" if self.intensity <= device.ridge else "arithmetic"
 
 
 def decode_cost(fmt: CacheFormat, head_dim: int, group: int) -> Cost:
-    """Of attention by ``group`` query heads on one KV head: q·k, and a weight times v.
+    """Count operations of ``group`` query heads' attention to a KV head: q·k, and weights times v.
 
     Raises ``InputError`` on sizes below 1.
     """

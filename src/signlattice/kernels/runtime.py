@@ -45,17 +45,17 @@ class Launch:
 
 
 def interpreter_view(tensor: Tensor) -> Tensor:
-    """The tensor as a kernel is shown it: bfloat16 as float32 in the interpreter."""
+    """Return the tensor as a kernel is shown it: bfloat16 as float32 in the interpreter."""
     return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
 
 
 def padded(n: int) -> int:
-    """The least side of a ``tl.dot`` that holds ``n``: a power of two, 16 or more."""
+    """Return the least side of a ``tl.dot`` that holds ``n``: a power of two, 16 or more."""
     return max(SMALLEST_DOT, triton.next_power_of_2(n))
 
 
 def n_programs(tiles: int, device: torch.device, per_core: int = 4) -> int:
-    """How many persistent programs share so many tiles: a few per multiprocessor."""
+    """Count how many persistent programs share so many tiles: a few per multiprocessor."""
     if INTERPRETED or device.type != "cuda":  # the launch will say what is wrong with the latter
         return min(tiles, 2)
     cores = torch.cuda.get_device_properties(device).multi_processor_count

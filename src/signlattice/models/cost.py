@@ -92,7 +92,7 @@ class Keys:
 
     @property
     def rotations(self) -> int:
-        """How many are learned."""
+        """Count how many are learned."""
         return self.n_layers * self.n_heads
 
     def n_bytes(self, itemsize: int = HALF) -> int:

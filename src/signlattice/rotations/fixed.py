@@ -22,7 +22,7 @@ _STREAM = 0x5167_6E5F_4C61
 
 
 def identity(d: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The identity [d, d]: the rotation that leaves keys as they are.
+    """Return the identity [d, d]: the rotation that leaves keys as they are.
 
     Raises:
         InputError: if ``d`` is not supported.
@@ -31,7 +31,7 @@ def identity(d: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def haar(d: int, seed: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A rotation [d, d] drawn uniformly (Haar measure) from the orthogonal group O(d).
+    """Return a rotation [d, d] drawn uniformly (Haar measure) from the orthogonal group O(d).
 
     QR of a Gaussian matrix is uniform only once the signs of R's diagonal are given back to Q.
 
@@ -47,7 +47,7 @@ def haar(d: int, seed: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def srht(d: int, seed: int, *, rounds: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The randomised Hadamard transform [d, d]: ``rounds`` factors H diag(s), s random signs.
+    """Draw a randomised Hadamard transform [d, d]: ``rounds`` factors H diag(s), random signs s.
 
     One round is the usual SRHT (without subsampling) and the default. One round can leave a
     structured vector far from Gaussian: it sends a one-hot vector *onto* the sign lattice and two
@@ -70,7 +70,7 @@ def srht(d: int, seed: int, *, rounds: int = 1, dtype: torch.dtype = torch.float
 
 
 def pca_hadamard(centred_keys: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A Hadamard matrix times the transposed PCA basis of the keys: [d, d].
+    """Return a Hadamard matrix times the transposed PCA basis of the keys: [d, d].
 
     Every new axis gets an equal share of every principal component. For centred elliptical keys no
     rotation has a larger expected cosine, so this attains ``beta.elliptical_ceiling`` without
@@ -102,7 +102,7 @@ def pca_hadamard(centred_keys: Tensor, *, dtype: torch.dtype = torch.float32) ->
 
 
 def orthogonality_defect(rotation: Tensor) -> float:
-    """How far a matrix is from orthogonal: the largest entry of \\|R R^T - I\\|, computed in fp64.
+    """Measure how far a matrix is from orthogonal: the largest entry of \\|R R^T - I\\|, in fp64.
 
     Args:
         rotation: [d, d], any d.

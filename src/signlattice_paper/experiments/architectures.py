@@ -137,7 +137,7 @@ class ArchitectureConfig:
         self.learning(0)
 
     def learning(self, seed: int) -> LearnConfig:
-        """How a rotation is learned. Raises ``InputError`` on an unknown solver."""
+        """Say how a rotation is learned. Raises ``InputError`` on an unknown solver."""
         return LearnConfig(
             solver=self.solver, seed=seed, steps=self.steps, trace_every=self.trace_every
         )
@@ -150,7 +150,7 @@ PROFILES = {
 
 
 def configured(profile: str, text: str = "", context: int = 0, **changes) -> ArchitectureConfig:
-    """The configuration of a profile, with a text and a context of one's own where they are given.
+    """Return the configuration of a profile, with the text and context that are given.
 
     Raises ``InputError`` on an unknown profile, and as `ArchitectureConfig` does.
     """
@@ -171,7 +171,7 @@ def load(
     dtype: str = "auto",
     device_map: str = "auto",
 ) -> LoadedModel:
-    """A mini by its name, or any decoder by its name on the hub or its folder.
+    """Return a mini by its name, or any decoder by its name on the hub or its folder.
 
     Raises as `loading.load_model` and `full_size.load_full` do.
     """
@@ -380,7 +380,7 @@ def _sample(keys: Tensor, n_keys: int, seed: int) -> Tensor:
 
 
 def _wide(keys: Tensor) -> Tensor:
-    """The heads of [H, N, D] side by side: [1, N, H·D]."""
+    """Return the heads of [H, N, D] side by side: [1, N, H·D]."""
     return keys.transpose(0, 1).flatten(1)[None]
 
 
@@ -536,7 +536,7 @@ def _measured(
 
 
 def _ceiling(keys: Tensor) -> float:
-    """The elliptical ceiling of the scatter of keys [N, d]."""
+    """Return the elliptical ceiling of the scatter of keys [N, d]."""
     keys = keys.double()
     return elliptical_ceiling(torch.linalg.eigvalsh(keys.T @ keys).clamp_min(0).cpu())
 
@@ -568,7 +568,7 @@ def _trace_rows(solver: str, learned: LearnedRotation) -> list[Row]:
 
 
 def _plane_rows(keys: Tensor, matrices: dict[str, Tensor]) -> list[Row]:
-    """The Hessian by planes at every rotation [d, d] of held-out keys [N, d].
+    """Return the Hessian by planes at every rotation [d, d] of held-out keys [N, d].
 
     Planes are ranked on one half of the keys and judged on the other.
     """
@@ -690,7 +690,7 @@ def _codec(loaded: LoadedModel, fits: Sequence[_Fit], code: tuple[str, str, str,
 
 
 def _ratio(worse: TokenLosses, better: TokenLosses, exact: TokenLosses) -> Row:
-    """A gap ratio with its interval; None where the better gap may be zero, or is none."""
+    """Return a gap ratio with its interval; None where the better gap may be zero, or is none."""
     gap = perplexity_gap(better, exact)
     if gap.low <= 0:
         return {"ratio": None, "low": None, "high": None}

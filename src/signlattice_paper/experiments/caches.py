@@ -173,7 +173,7 @@ def _filled(rows: Sequence[Row]) -> list[Row]:
 
 
 def _with_rule(codec: KeyCodec, rule: str) -> KeyCodec:
-    """The same signs under another scale rule."""
+    """Return the same signs under another scale rule."""
     layers = {index: replace(code, scale_rule=rule) for index, code in sign_codes(codec).items()}
     return replace(codec, layers=layers)
 

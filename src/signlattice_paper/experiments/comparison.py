@@ -277,7 +277,7 @@ def _centred(products: Tensor, seen: Tensor) -> Tensor:
 def shipped_lattice(
     loaded: LoadedModel, text: Text, config: CalibrationConfig, kept: Path
 ) -> KeyCodec:
-    """The lattice in the model's own folder; for a model that has none, one learned and ``kept``.
+    """Load the lattice of the model's own folder, or learn one and keep it where ``kept`` says.
 
     Raises ``InputError`` as `learn_codec`.
     """

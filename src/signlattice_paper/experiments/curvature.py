@@ -42,13 +42,13 @@ _CHUNK = 1 << 14  # keys handled at once
 
 
 def geodesic(rotation: Tensor, direction: Tensor, angle: float) -> Tensor:
-    """The rotation [d, d] turned along a skew ``direction`` [d, d] of rms one by ``angle``."""
+    """Turn a rotation [d, d] along a skew ``direction`` [d, d] of rms one by ``angle``."""
     turn = torch.matrix_exp(angle * direction.double())
     return (turn @ rotation.double()).to(rotation.dtype)
 
 
 def random_direction(d: int, seed: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
-    """A random skew matrix [d, d] that turns vectors by one radian, rms over all vectors.
+    """Return a random skew matrix [d, d] that turns vectors by one radian, rms over all vectors.
 
     Its Frobenius norm is sqrt(d). Raises ``InputError`` if d is below 2.
     """
@@ -60,7 +60,7 @@ def random_direction(d: int, seed: int, *, dtype: torch.dtype = torch.float64) -
 
 
 def direction_in(planes: Tensor, d: int) -> Tensor:
-    """The skew matrix [d, d] of rms one along coordinates [d(d-1)/2] in `hessian`'s basis.
+    """Return the skew matrix [d, d] of rms one along coordinates [d(d-1)/2] in `hessian`'s basis.
 
     Raises ``InputError`` if their number is another.
     """
@@ -83,7 +83,7 @@ def slope(keys: Tensor, rotation: Tensor, temperature: float = 0.0) -> Tensor:
 
 
 def curvature(keys: Tensor, rotation: Tensor, direction: Tensor, temperature: float) -> float:
-    """The second derivative of beta along one ``direction`` [d, d] of rms one, without its Hessian.
+    """Compute beta's second derivative along a ``direction`` [d, d] of rms one, without a Hessian.
 
     Keys [N, d] of any norms, in units of 1/d as the module says.
     """
@@ -97,7 +97,7 @@ def curvature(keys: Tensor, rotation: Tensor, direction: Tensor, temperature: fl
 
 
 def hessian(keys: Tensor, rotation: Tensor, temperature: float) -> Tensor:
-    """The Riemannian Hessian of beta at ``rotation``, [m, m] for the m = d(d-1)/2 planes.
+    """Return the Riemannian Hessian of beta at ``rotation``, [m, m] for the m = d(d-1)/2 planes.
 
     Args:
         keys: [N, d] of any norms; every key counts alike.
@@ -125,7 +125,7 @@ def hessian(keys: Tensor, rotation: Tensor, temperature: float) -> Tensor:
 
 
 def plane_curvatures(keys: Tensor, rotation: Tensor, temperature: float) -> Tensor:
-    """The diagonal of `hessian`, [d(d-1)/2]: curvature along each plane of two axes.
+    """Return the diagonal of `hessian`, [d(d-1)/2]: curvature along each plane of two axes.
 
     It takes one product [d, N] by [N, d] where the Hessian takes d of them and d^4 memory, and
     values of both signs prove a Hessian that has both. Raises ``InputError`` as `hessian` does.
@@ -144,7 +144,7 @@ def plane_curvatures(keys: Tensor, rotation: Tensor, temperature: float) -> Tens
 
 
 def _row_forms(keys: Tensor, rotation: Tensor, temperature: float) -> Tensor:
-    """The forms C_r - S of every row r: [d, d, d], fp64."""
+    """Return the forms C_r - S of every row r: [d, d, d], fp64."""
     _check(keys, rotation, temperature)
     d = len(rotation)
     corners = torch.zeros(d, d, d, dtype=torch.float64)

@@ -388,12 +388,12 @@ def _whole_config(window: int, sinks: int) -> CacheConfig:
 
 
 def _rule(kind: Callable[..., Quantizer], **arguments) -> Rule:
-    """A code that no vector changes."""
+    """Return a code that no vector changes."""
     return lambda vectors: kind(**arguments)
 
 
 def _sized(kind: Callable[..., Quantizer], **arguments) -> Rule:
-    """A code that wants to know how many coordinates there are."""
+    """Return a code that wants to know how many coordinates there are."""
     return lambda vectors: kind(head_dim=vectors.shape[-1], **arguments)
 
 

@@ -88,7 +88,7 @@ class Case:
 
     @property
     def counted(self) -> bool:
-        """Whether a score is a count of equal bits: signs on both sides, in one frame.
+        """Say whether a score is a count of equal bits: signs on both sides, in one frame.
 
         A mean that is kept adds a number of each key to it.
         """

@@ -478,7 +478,7 @@ def _value_layers(model: nn.Module) -> dict[int, nn.Module]:
 
 
 def _signed(y: Tensor) -> Tensor:
-    """The sign code of rotated vectors [..., D] at the scale that keeps the slope of scores."""
+    """Sign rotated vectors [..., D] at the scale that keeps the slope of scores."""
     return sign(y) * token_scale(y, "unbiased").unsqueeze(-1)
 
 

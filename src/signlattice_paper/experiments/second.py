@@ -355,7 +355,7 @@ class SecondLab(Lab[SecondConfig, Case]):
         }
 
     def _steps(self, training: Training) -> int:
-        """Steps or rounds; of the annealed solver those before its polish, in the first layer."""
+        """Count steps or rounds; of the annealed solver those before its polish, first layer."""
         if training.solver != "annealed":
             return int(training.effort)
         learn = _annealing(next(iter(self.comparison.layers.values())).head_dim, training)
@@ -363,7 +363,7 @@ class SecondLab(Lab[SecondConfig, Case]):
         return learn.steps + learn.warm_steps
 
     def _path(self) -> dict[int, _Learned]:
-        """The paper's solver at the steps that are looked at: one run, [points, H, D, D]."""
+        """Return the paper's solver at the steps that are looked at: one run, [points, H, D, D]."""
         path = self.scratch.tensors("gradient", self._run_path)
         seconds, n_keys = path.pop(_COST), _count(self._centred(self.comparison))
         return {

@@ -30,7 +30,7 @@ class _Paused(Exception):
 def snapshots(
     keys: Tensor, config: LearnConfig, *, held_out: Tensor | None = None
 ) -> tuple[Snapshot, ...]:
-    """The whole run of ``learn_rotation`` on keys [N, d], a snapshot for each point of its trace.
+    """Run ``learn_rotation`` on keys [N, d], with a snapshot for each point of its trace.
 
     The solver is stopped at every point and resumed from its checkpoint, which changes nothing in
     what it does: the last rotation is the learned one up to the rounding of a polar factor. Points

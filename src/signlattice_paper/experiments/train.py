@@ -165,7 +165,7 @@ def _tokenizer(spec: ModelSpec, folder: Path) -> Tokenizer:
 
 
 def _token_stream(tokenizer: Tokenizer) -> Tensor:
-    """The train side as one stream of tokens, an end token before each document. [n_tokens]"""
+    """Join the train side to one stream of tokens, an end token before each document. [n_tokens]"""
     texts = [document.text for document in corpus.documents("train")]
     encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
     return torch.cat(

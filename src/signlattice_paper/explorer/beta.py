@@ -33,7 +33,7 @@ class Stop:
 
 
 def beta_explorer(marginals: Mapping[str, Tensor], cited: Sequence[float]) -> Widget:
-    """A slider through the density family, with measured keys and the paper's values on its axis.
+    """Build a slider through the densities, with measured keys and the paper's values marked.
 
     Args:
         marginals: centred keys [N, d] by the short name of what was done to them. The slider stops
@@ -50,7 +50,7 @@ def beta_explorer(marginals: Mapping[str, Tensor], cited: Sequence[float]) -> Wi
 
 
 def beta_frames(measured: Sequence[Marginal], cited: Sequence[float]) -> list[Frame]:
-    """The frames of the explorer, by growing β."""
+    """Build the frames of the explorer, by growing β."""
     keys = {each.name: each.beta for each in measured}
     frames = []
     for stop in stops(measured, cited):
@@ -70,7 +70,7 @@ def beta_frames(measured: Sequence[Marginal], cited: Sequence[float]) -> list[Fr
 
 
 def stops(measured: Sequence[Marginal], cited: Sequence[float]) -> list[Stop]:
-    """Where the slider stops, by growing β: even in the angle whose cosine is β, and at all marks.
+    """List the slider's stops by growing β: even in the angle whose cosine is β, and all marks.
 
     A cited value has a stop of its own unless a law or measured keys stand where it does.
 
@@ -91,7 +91,7 @@ def stops(measured: Sequence[Marginal], cited: Sequence[float]) -> list[Stop]:
 
 
 def numbers(stop: Stop, law: Density) -> list[tuple[str, str]]:
-    """What a frame states beside its β: of the measured keys, if it has them, or of the law."""
+    """State what stands beside a frame's β: of the measured keys if it has them, or of the law."""
     keys = stop.measured
     alpha = math.sqrt(keys.moment_ratio) if keys else law.beta
     lost = keys.energy_lost if keys else residual_energy(law.beta)
@@ -104,7 +104,7 @@ def numbers(stop: Stop, law: Density) -> list[tuple[str, str]]:
 
 
 def in_words(stop: Stop, law: Density) -> str:
-    """The frame for those who do not see it."""
+    """Return the frame for those who do not see it."""
     sign, lost, ratio, rank = (value for _, value in numbers(stop, law))
     if stop.measured:
         seen = f"measured keys, {stop.measured.name}, as a histogram; the law is {law.regime}"

@@ -206,12 +206,12 @@ def settings(
 
 
 def shape_settings(shape: KVShape, weight_bytes: float) -> dict[str, Setting]:
-    """The numbers of a model."""
+    """Return the numbers of a model."""
     return asdict(shape) | {"weights": round(weight_bytes / _GIB, 3)}
 
 
 def format_settings(fmt: CacheFormat) -> dict[str, Setting]:
-    """The numbers of a format."""
+    """Return the numbers of a format."""
     return {name: value for name, value in asdict(fmt).items() if name != "name"}
 
 

@@ -15,7 +15,7 @@ RANKS: tuple[int, ...] = (*range(1, 13), 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 
 
 def ceiling_explorer(d: int = 64, start: int = 2) -> Widget:
-    """A slider over the rank of isotropic keys of head dimension ``d``."""
+    """Build a slider over the rank of isotropic keys of head dimension ``d``."""
     ranks = [rank for rank in RANKS if rank <= d]
     return frame_slider(
         ceiling_frames(ranks, d), description="rank of the keys", start=ranks.index(start)
@@ -23,7 +23,7 @@ def ceiling_explorer(d: int = 64, start: int = 2) -> Widget:
 
 
 def ceiling_frames(ranks: Sequence[int], d: int) -> list[Frame]:
-    """The frames of ``ceiling_explorer``, one per rank."""
+    """Build the frames of ``ceiling_explorer``, one per rank."""
     frames = []
     for rank in ranks:
         value = min(rank_ceiling(rank), 1.0)

@@ -99,7 +99,7 @@ def frame_slider(
 
 
 def frame_svg(frame: Frame, scope: str = "") -> str:
-    """The frame's picture as an ``<svg>`` element to stand inside a page.
+    """Build the frame's picture as an ``<svg>`` element to stand inside a page.
 
     Equal frames give equal text. ``scope`` sets its ids apart from those of an equal frame on the
     same page.
@@ -221,7 +221,7 @@ def _relative(steps: Sequence[tuple[str, float, float]]) -> str:
 
 
 def _on_the_way(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
-    """Whether b lies between a and c on a line along an axis, or is c."""
+    """Say whether b lies between a and c on a line along an axis, or is c."""
     level = a[0] == b[0] == c[0] or a[1] == b[1] == c[1]
     between = all(min(p, r) <= q <= max(p, r) for p, q, r in zip(a, b, c))
     return b == c or (level and between)

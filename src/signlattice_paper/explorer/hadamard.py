@@ -23,7 +23,7 @@ def hadamard_explorer(keys: Tensor, once: Tensor, twice: Tensor) -> Widget:
 
 
 def hadamard_frames(keys: Tensor, once: Tensor, twice: Tensor) -> list[Frame]:
-    """The frames of ``hadamard_explorer``, one per key."""
+    """Build the frames of ``hadamard_explorer``, one per key."""
     counts = (keys != 0).sum(-1).tolist()
     if len(set(counts)) < len(counts):
         raise InputError(f"keys of {counts} spikes: give each key another number of them")
@@ -46,7 +46,7 @@ def hadamard_frames(keys: Tensor, once: Tensor, twice: Tensor) -> list[Frame]:
 
 
 def random_sign_beta(count: int) -> float:
-    """Expected cosine of ``count`` equal spikes after one randomised Hadamard round.
+    """Return expected cosine of ``count`` equal spikes after one randomised Hadamard round.
 
     Every coordinate is then a sum S of so many independent random signs, and the cosine has the
     mean ``E|S| / sqrt(count) = sqrt(count) C(count - 1, floor((count - 1) / 2)) / 2^(count - 1)``:

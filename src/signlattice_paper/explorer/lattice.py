@@ -31,7 +31,7 @@ def space_explorer(keys: Tensor) -> Widget:
 
 
 def plane_frames(keys: Tensor, angles: Sequence[int] = ANGLES) -> list[Frame]:
-    """The frames of ``plane_explorer``. Keys are coloured by their corner at the best angle."""
+    """Build ``plane_explorer``'s frames. Keys are coloured by their corner at the best angle."""
     best = max(_FINE, key=lambda angle: beta(keys @ plane_rotation(angle).T))
     homes = sign(keys @ plane_rotation(best).T)
     course = _course(keys, plane_rotation)
@@ -49,7 +49,7 @@ def plane_frames(keys: Tensor, angles: Sequence[int] = ANGLES) -> list[Frame]:
 
 
 def space_frames(keys: Tensor, angles: Sequence[int] = ANGLES) -> list[Frame]:
-    """The frames of ``space_explorer``."""
+    """Build the frames of ``space_explorer``."""
     course = _course(keys, space_rotation)
     frames = []
     for angle in angles:

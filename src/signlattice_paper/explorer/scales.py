@@ -16,7 +16,7 @@ Scored = tuple[float, Tensor, Mapping[str, Tensor]]
 
 
 def scales_explorer(scored: Sequence[Scored], start: int = 0) -> Widget:
-    """A slider over β: true scores and those from the code, under every scale rule.
+    """Build a slider over β: true scores and those from the code, under every scale rule.
 
     Raises ``InputError`` if scores are not of one number.
     """
@@ -24,7 +24,7 @@ def scales_explorer(scored: Sequence[Scored], start: int = 0) -> Widget:
 
 
 def scales_frames(scored: Sequence[Scored]) -> list[Frame]:
-    """The frames of ``scales_explorer``, one per β."""
+    """Build the frames of ``scales_explorer``, one per β."""
     seen = [
         (value, {rule: fitted(exact, coded) for rule, coded in codes.items()})
         for value, exact, codes in scored
@@ -45,7 +45,7 @@ def scales_frames(scored: Sequence[Scored]) -> list[Frame]:
 
 
 def fitted(exact: Tensor, coded: Tensor) -> RuleScores:
-    """The line through the origin that fits coded to exact scores, both [N], in units of the rms.
+    """Fit a line through the origin to coded over exact scores, both [N], in units of the rms.
 
     Raises ``InputError`` if they are not of one number.
     """

@@ -30,7 +30,7 @@ def training_explorer(
 def training_frames(
     runs: Mapping[str, Sequence[Stand]], steps: Sequence[int], optimum: float | None = None
 ) -> list[Frame]:
-    """The frames of ``training_explorer``, one per number of steps."""
+    """Build the frames of ``training_explorer``, one per number of steps."""
     if len(runs) != 2:
         raise InputError(f"{len(runs)} runs: two solvers are compared")
     for name, run in runs.items():

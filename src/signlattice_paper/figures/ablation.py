@@ -99,5 +99,5 @@ def fig_beta(
 
 
 def _chosen(rows: Sequence[Row], **wanted: object) -> list[Row]:
-    """The rows with the wanted settings, in the order of `NAMES`."""
+    """Return the rows with the wanted settings, in the order of `NAMES`."""
     return sorted(select(rows, **wanted), key=lambda row: list(NAMES).index(row["rotation"]))

@@ -214,7 +214,7 @@ def fig_planes(records: Mapping[str, RunRecord], temperature: float = 0.1) -> Fi
 
 
 def panels(records: Mapping[str, RunRecord]):
-    """A figure with a panel for each record, two in a row."""
+    """Draw a figure with a panel for each record, two in a row."""
     rows = (len(records) + 1) // 2
     figure = Figure(figsize=(7.2, 2.7 * rows + 0.5))
     axes_of = figure.subplots(rows, min(2, len(records)), sharey=True, squeeze=False).ravel()

@@ -92,7 +92,7 @@ def fig_mean_direction(directions: dict[str, Tensor]) -> Figure:
 
 @styled
 def fig_shares(rows: Sequence[Row], chance: float) -> Figure:
-    """What share of each head's energy either centering takes off, in per cent.
+    """Draw what share of each head's energy either centering takes off, in per cent.
 
     ``rows``: ``layer``, ``dc`` and ``token_mean``, one per head. ``chance``: the share of any one
     direction if all had the same.

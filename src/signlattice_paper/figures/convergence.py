@@ -71,7 +71,7 @@ def fig_traces_by_size(traces: Sequence[Row], runs: Sequence[Row]) -> Figure:
 
 @styled
 def fig_tempo(runs: Sequence[Row], n_keys: int, keys_per_dim: Sequence[int], limit: int) -> Figure:
-    """Steps of the paper's trainer to its first mark, in sample, against d.
+    """Draw steps of the paper's trainer to its first mark, in sample, against d.
 
     Left with ``n_keys`` keys at every d, right with so many ``keys_per_dim``; hollow at the top is
     a run that did not get there in ``limit`` steps. ``runs`` is the record's table.
@@ -169,7 +169,7 @@ def fig_plateau(rows: Sequence[Row], agreement: Sequence[Row]) -> Figure:
 
 @styled
 def fig_geodesic(rows: Sequence[Row]) -> Figure:
-    """What β loses on the way from the lattice, against the angle, at several noises.
+    """Draw what β loses on the way from the lattice, against the angle, at several noises.
 
     A ring marks the first angle at which a sign has flipped. ``rows``: of ``along_a_geodesic``.
     """
@@ -205,7 +205,7 @@ def fig_geodesic(rows: Sequence[Row]) -> Figure:
 
 @styled
 def fig_home(gaps: Mapping[str, Mapping[str, Sequence[float]]], smallest: float) -> Figure:
-    """What β lacks after each step from near the lattice: a panel per kind of keys.
+    """Draw what β lacks after each step from near the lattice: a panel per kind of keys.
 
     Gaps below ``smallest`` are not shown: they are rounding.
     """
@@ -256,7 +256,7 @@ def fig_hessian_planted(spectra: Sequence[Row]) -> Figure:
 
 @styled
 def fig_hessian_heads(spectra: Sequence[Row], heads: Sequence[str], temperature: float) -> Figure:
-    """The same on a model's heads, a panel each, with the corners counted."""
+    """Draw the same on a model's heads, a panel each, with the corners counted."""
     figure = Figure(figsize=(8.6, 3.9))
     panels = figure.subplots(1, len(heads), sharey=True, squeeze=False)[0]
     for axes, head in zip(panels, heads):

@@ -71,7 +71,7 @@ def marginal(name: str, keys: Tensor) -> Marginal:
 
 
 def angle(beta: float) -> float:
-    """The angle, in degrees, whose cosine is ``beta``: 60 at one half, 0 at one."""
+    """Return the angle, in degrees, whose cosine is ``beta``: 60 at one half, 0 at one."""
     return math.degrees(math.acos(beta))
 
 
@@ -86,7 +86,7 @@ def fig_beta(
     cited: Sequence[float],
     keys: Mapping[str, float],
 ) -> Figure:
-    """A law and its β on an axis with the named laws, the paper's values and the measured keys.
+    """Draw a law and its β on an axis with the named laws, the paper's values and the keys.
 
     The filled area is one; the shaded area is the share of the energy that signs lose, since it is
     that of (|x| - α)² times the density. With ``measured`` both are those of its histogram, and
@@ -146,7 +146,7 @@ def _draw_law(axes: Axes, law: Density) -> None:
 
 
 def _curve(law: Density) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The density, with points where it bends: at the peak of the tailed laws, at edges else."""
+    """Sample the density, with points where it bends: at peaks of tailed laws, at edges else."""
     u = np.linspace(0, 1, _POINTS)
     half = EDGE * u**2 if math.isinf(law.b) else law.scale * np.sin(u * math.pi / 2)
     x = np.concatenate([-half[:0:-1], half])
@@ -169,7 +169,7 @@ def _draw_histogram(axes: Axes, measured: Marginal) -> None:
 
 
 def _mark_code(axes: Axes, alpha: float) -> None:
-    """The two values that a sign stands for."""
+    """Return the two values that a sign stands for."""
     for x in (-alpha, alpha):
         axes.axvline(x, color="black", lw=0.9, ls="--")
     axes.plot(
@@ -191,7 +191,7 @@ def _draw_axis(
     cited: Sequence[float],
     keys: Mapping[str, float],
 ) -> None:
-    """The axis of β: over it the laws, the paper's values and the keys, and the marker."""
+    """Draw the axis of β: over it the laws, the paper's values and the keys, and the marker."""
     axes.set(xlim=(_WEST, _EAST), ylim=(0, 5), yticks=[])
     axes.grid(False)
     axes.spines["left"].set_visible(False)
@@ -216,7 +216,7 @@ def _draw_axis(
 def _draw_lane(
     axes: Axes, y: float, name: str, marks: Mapping[str, float], symbol: str, colour: str
 ) -> None:
-    """Marks on one line, each with its label to the right, or to the left if that is taken."""
+    """Draw marks on one line, each with its label to the right, or to the left if that is taken."""
     axes.text(_WEST, y, name, fontsize=_SMALL, style="italic", va="center")
     taken = -math.inf  # from here to the east
     for x, label in sorted((angle(value), label) for label, value in marks.items()):

@@ -103,7 +103,7 @@ def fig_structured_keys(rows: Sequence[Row]) -> Figure:
 
 @styled
 def fig_rank_ceiling(rows: Sequence[Row], cited: Sequence[float]) -> Figure:
-    """The ceiling of isotropic keys by rank, and what rotations reach below it.
+    """Draw the ceiling of isotropic keys by rank, and what rotations reach below it.
 
     ``rows`` have ``rank``, ``pca`` (PCA-Hadamard), ``srht`` and ``srht_std`` (mean and spread over
     draws). ``cited``: values of β whose effective rank is marked.

@@ -29,7 +29,7 @@ _LINES = (
 
 @styled
 def fig_bit_layout(key: Tensor) -> Figure:
-    """A rotated key [d] as bytes: a column for each byte, a row for each bit plane."""
+    """Draw a rotated key [d] as bytes: a column for each byte, a row for each bit plane."""
     words = n_packed_bytes(len(key))
     signs = (key >= 0).reshape(BITS_PER_BYTE, words)
     figure = Figure(figsize=(6.6, 3.9))
@@ -54,7 +54,7 @@ def fig_bit_layout(key: Tensor) -> Figure:
 
 @styled
 def fig_roofline(devices: Sequence[Device], costs: Mapping[str, Cost]) -> Figure:
-    """What a device can do at each number of operations per byte, and where formats lie."""
+    """Draw what a device can do at each number of operations per byte, and where formats lie."""
     figure = Figure(figsize=(6.6, 4.0))
     axes = figure.subplots()
     x = np.geomspace(4, 1024, 200)

@@ -17,7 +17,7 @@ _MARKERS = "osD^"
 
 @styled
 def fig_two_rotations(keys: Tensor, before: Tensor, after: Tensor) -> Figure:
-    """The same keys [N, 2] under two rotations [2, 2], each with its sign lattice and its β."""
+    """Draw keys [N, 2] under two rotations [2, 2], each with its sign lattice and its β."""
     figure = Figure(figsize=(6.8, 4.0))
     panels = zip(figure.subplots(1, 2, sharex=True, sharey=True), (before, after), strict=True)
     for axes, rotation in panels:
@@ -47,6 +47,6 @@ def planted_plane(n: int, noise: float, turn: float, seed: int = 0) -> Tensor:
 
 
 def plane_rotation(degrees: float) -> Tensor:
-    """The rotation [2, 2] of the plane by an angle in degrees, counter-clockwise."""
+    """Return the rotation [2, 2] of the plane by an angle in degrees, counter-clockwise."""
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return torch.tensor([[c, -s], [s, c]])

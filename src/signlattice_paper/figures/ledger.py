@@ -12,7 +12,7 @@ _COLOURS = dict(zip(GROUPS, ("green", "vermilion", "purple", "grey"), strict=Tru
 
 @styled
 def fig_verdicts(claims: Iterable[Claim]) -> Figure:
-    """A bar for each verdict that was reached, by group; hatched where it is provisional.
+    """Draw a bar for each verdict that was reached, by group; hatched where it is provisional.
 
     The group is written beside its bars, so that nothing rests on the colour alone.
     """

@@ -21,7 +21,7 @@ _LINES = (
 
 @styled
 def fig_reduction(shape: KVShape, formats: Sequence[CacheFormat], longest: int) -> Figure:
-    """How many times smaller the cache gets, against its length, for several formats."""
+    """Draw how many times smaller the cache gets, against its length, for several formats."""
     figure = Figure(figsize=(6.6, 4.0))
     axes = figure.subplots()
     lengths = np.unique(np.geomspace(64, longest, 80).astype(int))

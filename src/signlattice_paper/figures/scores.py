@@ -111,7 +111,7 @@ def fig_output_error(rows: Sequence[Row]) -> Figure:
 
 @styled
 def fig_bits_add(shape: KVShape, formats: Sequence[CacheFormat], expected: float) -> Figure:
-    """The cache of one token as bars of bytes, keys beside values, each with its reduction.
+    """Draw the cache of one token as bars of bytes, keys beside values, each with its reduction.
 
     ``expected``: the reduction that the paper states for one bit on both sides, drawn as a line.
     """

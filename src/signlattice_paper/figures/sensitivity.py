@@ -98,7 +98,7 @@ def fig_domain(record: RunRecord) -> Figure:
 
 @styled
 def fig_factors(record: RunRecord, measure: str = "gap") -> Figure:
-    """How far what is lost goes over the settings of each choice: perplexity in percentage points,
+    """Draw how far the loss goes over the settings of each choice: perplexity in percentage points,
     or with ``measure`` "kl" the divergence in nats.
 
     Lines: what is gained by the code itself in the base case.

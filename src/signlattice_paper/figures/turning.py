@@ -117,7 +117,7 @@ def _draw_course(axes: Axes, curve: Curve, degrees: float, value: float, mean: f
 
 
 def _draw_cube(axes: Axes, alpha: float) -> None:
-    """The cube's edges, those behind it dashed, and its corners named by their signs."""
+    """Draw the cube's edges, those behind it dashed, and its corners named by their signs."""
     corners = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)))
     seen, depth = _projected(alpha * corners)
     hidden = int(depth.argmin())
@@ -161,7 +161,7 @@ def planted_space(n: int, noise: float, turn: float, seed: int = 0) -> Tensor:
 
 
 def space_rotation(degrees: float) -> Tensor:
-    """The rotation [3, 3] by an angle about an axis that lies along no edge of the cube.
+    """Return the rotation [3, 3] by an angle about an axis that lies along no edge of the cube.
 
     Source: Rodrigues' formula.
     """

@@ -81,7 +81,7 @@ def _fill_tables(queries, rotation, limbs, tables, unit, origin):
 
 @functools.cache
 def _scorer(words: int, limbs: int, with_dc: bool) -> Callable[..., None]:
-    """What scores tokens of ``words`` bytes for `attend`."""
+    """Return what scores tokens of ``words`` bytes for `attend`."""
     lookup_sums = vectors.lookup_sums(limbs)
     copy = vectors.copy_rows(min(words, vectors.CHUNK))
     chunks = -(-words // vectors.CHUNK)
@@ -132,7 +132,7 @@ def decode_attention(
     softcap: float | None = None,
     whole: FullPrecisionTokens | None = None,
 ) -> Tensor:
-    """As `reference.decode_attention`, compiled at the first call for a head size and dtypes.
+    """Compute `reference.decode_attention`, compiled at the first call for a head size and dtypes.
 
     As many threads as torch has share the tokens; calls at the same time are safe. Raises
     ``InputError`` on tensors that are not on the CPU.

@@ -95,7 +95,7 @@ def _shares(scores, n, best):
 
 @functools.cache
 def _value_adder(width: int) -> Callable[..., None]:
-    """What adds shares[:, at : at + DEPTH] · rows [DEPTH, width] to acc [G, width]."""
+    """Return what adds shares[:, at : at + DEPTH] · rows [DEPTH, width] to acc [G, width]."""
     by_four = vectors.add_products(4, DEPTH, width)
     by_one = vectors.add_products(1, DEPTH, width)
 
@@ -117,7 +117,7 @@ def _value_adder(width: int) -> Callable[..., None]:
 
 @functools.cache
 def _reader(kind: str, dv: int) -> Callable[..., None]:
-    """What reads n tokens' values of one KV head as float32 rows."""
+    """Return what reads n tokens' values of one KV head as float32 rows."""
     if not kind.isdigit():
         widen = vectors.widen(kind, dv)
 
@@ -144,7 +144,7 @@ def _reader(kind: str, dv: int) -> Callable[..., None]:
 
 @functools.cache
 def _loop(score: Callable[..., None], kind: str, dv: int, capped: bool) -> Callable[..., None]:
-    """The loop for one kind of key, given what scores it, and one kind of value."""
+    """Return the loop for one kind of key, given what scores it, and one kind of value."""
     read = _reader(kind, dv)
     width = -(-dv // vectors.LANES) * vectors.LANES
     add_values = _value_adder(width)
@@ -226,7 +226,7 @@ def attend(
 
 
 def merged(parts: Tensor, lse: Tensor) -> Tensor:
-    """Outputs [B, H, S, G, Dv] over S sets of tokens as one, [B, H, G, Dv].
+    """Return outputs [B, H, S, G, Dv] over S sets of tokens as one, [B, H, G, Dv].
 
     ``lse`` [B, H, S, G]: log2 of each set's sum of exponentials, -inf where a set is empty; zeros
     come out where all are.
@@ -254,7 +254,7 @@ def as_bits(x: Tensor) -> Tensor:
 
 
 def rows_of(x: Tensor) -> np.ndarray:
-    """A tensor [B, H, ...] as a contiguous array [B·H, ...]."""
+    """Return a tensor [B, H, ...] as a contiguous array [B·H, ...]."""
     return x.detach().contiguous().flatten(0, 1).numpy()
 
 

@@ -270,7 +270,7 @@ def decode_attention(
     softcap: float | None = None,
     whole: FullPrecisionTokens | None = None,
 ) -> Tensor:
-    """As `reference.decode_attention`: one launch per kind of token, and one to merge."""
+    """Compute `reference.decode_attention`: one launch per kind of token, and one to merge."""
     batch, n_queries, d = query.shape
     n_heads, capacity = keys.scale.shape[1:]
     rows, group = batch * n_heads, n_queries // n_heads
@@ -361,7 +361,7 @@ def plan(
     packed: bool = True,
     fine: bool = False,
 ) -> Launch:
-    """The launch for ``group`` query heads on one KV head; ``packed`` or whole keys."""
+    """Return the launch for ``group`` query heads on one KV head; ``packed`` or whole keys."""
     words, side, planes = plane_shape(d)
     exact, wide = dtype == torch.float32, max(d, dv)
     # as much as registers and shared memory hold, 163 KB of it on the smallest of these GPUs
@@ -404,14 +404,14 @@ def plane_shape(d: int) -> tuple[int, int, int]:
 
 @functools.cache
 def _plane_scales(device: torch.device) -> Tensor:
-    """What each plane of a query is scaled by, fp32 [8, 1]: sent to a GPU once, not every step."""
+    """Return the scale of each plane of a query, fp32 [8, 1]: sent to a GPU once."""
     return torch.tensor(_PLANE_POWER, dtype=torch.float32, device=device).exp2()[:, None]
 
 
 def arranged_query(
     query: Tensor, rotation: Tensor, factor: float, *, fine: bool
 ) -> tuple[Tensor, Tensor]:
-    """The query rotated, scaled and laid out by bit planes, and what its sums are corrected by.
+    """Rotate, scale and lay out the query by bit planes, with what its sums are corrected by.
 
     Args:
         query: fp32 [B, H, G, D]; rotation: fp32 [H, D, D]; factor: from dot products to scores.

@@ -51,7 +51,7 @@ _LOOKUP = (
 
 @intrinsic
 def float_of_bits(_typing, bits):
-    """The float32 whose bits are these."""
+    """Return the float32 whose bits are these."""
 
     def generate(_context, builder, _signature, arguments):
         return builder.bitcast(arguments[0], _FLOAT)
@@ -61,7 +61,7 @@ def float_of_bits(_typing, bits):
 
 @intrinsic
 def float_of_half(_typing, bits):
-    """The float32 equal to the float16 whose bits are these."""
+    """Return the float32 equal to the float16 whose bits are these."""
 
     def generate(context, builder, _signature, arguments):
         return _halves(context, builder, arguments[0], _INT32, _FLOAT)
@@ -92,7 +92,7 @@ def spread(_typing, source, target):
 
 @functools.cache
 def lookup_sums(limbs: int):
-    """The sums of entries of ``limbs`` limbs that the nibbles of 64 tokens pick from their tables.
+    """Sum entries of ``limbs`` limbs that the nibbles of 64 tokens pick from their tables.
 
     The function made takes nibbles [4·n, 64], tables [n, limbs, 4, 16] with the least limb first,
     n, an int32 to be added, and where 64 float32 are written. Sums wrap at 32 bits: with what is

@@ -11,7 +11,7 @@ from signlattice.kernels.gradient import reference
 
 
 def sign_gemm(keys: Tensor, rotation: Tensor, temperature: float = 0.0) -> Tensor:
-    """As `reference.sign_gemm`, a head to a core. A single head goes the reference's way."""
+    """Compute `reference.sign_gemm`, a head to a core. A single head goes the reference's way."""
     if keys.shape[:-2].numel() < 2:
         return reference.sign_gemm(keys, rotation, temperature)
     work = functools.partial(reference.sign_gemm, temperature=temperature)

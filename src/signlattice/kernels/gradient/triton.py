@@ -58,7 +58,7 @@ def _sign_gemm(
 
 
 def sign_gemm(keys: Tensor, rotation: Tensor, temperature: float = 0.0) -> Tensor:
-    """As `reference.sign_gemm`. Keys stay on the chip between the two products that need them.
+    """Compute `reference.sign_gemm`. Keys stay on the chip between the two products that need them.
 
     Products of fp32 keys are made of three tf32 products each, as accurate as fp32's to a few
     units in the last place; those of bf16 and fp16 keys are of their own dtype, the slope rounded
@@ -85,7 +85,7 @@ def sign_gemm(keys: Tensor, rotation: Tensor, temperature: float = 0.0) -> Tenso
 
 
 def plan(d: int, dtype: torch.dtype, *, smooth: bool) -> Launch:
-    """The launch for keys of ``d`` coordinates: in 16 bits all axes in one program up to d = 128.
+    """Configure the launch for ``d`` coordinates: 16-bit keys, all axes in one program to d = 128.
 
     fp32 keys take fewer axes and smaller tiles, since three products need the parts of every number
     in registers.

@@ -103,7 +103,7 @@ def _kronecker(
 
 
 def hadamard_transform(x: Tensor, signs: Tensor | None = None) -> Tensor:
-    """As `reference.hadamard_transform`, in one launch; long float32 rows in two halves."""
+    """Compute `reference.hadamard_transform`, in one launch; long float32 rows in two halves."""
     n = x.shape[-1]
     rows = interpreter_view(x).contiguous()
     s = None if signs is None else signs.float().contiguous()
@@ -130,7 +130,7 @@ def _transformed(rows: Tensor, signs: Tensor | None) -> Tensor:
 
 
 def plan(n: int, dtype: torch.dtype, *, signed: bool) -> Launch:
-    """The launch for rows of ``n``: the dense kernel up to `MAX_DENSE`, two factors above."""
+    """Configure the launch for rows of ``n``: dense up to `MAX_DENSE`, two factors above."""
     orders = _orders(n, dtype)
     fixed = {"SIGNED": signed, "PRECISION": "ieee" if INTERPRETED else "tf32"}
     if len(orders) == 1:
@@ -153,7 +153,7 @@ def _orders(n: int, dtype: torch.dtype) -> tuple[int, ...]:
 
 @functools.cache
 def _tables(orders: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """The ±1 factors of the matrix, each padded by zeros to a legal side of a dot."""
+    """Return the ±1 factors of the matrix, each padded by zeros to a legal side of a dot."""
     padding = (padded(order) - order for order in orders)
     return tuple(
         torch.nn.functional.pad(hadamard_signs(order).float(), (0, pad, 0, pad)).to(device)

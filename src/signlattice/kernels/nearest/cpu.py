@@ -79,7 +79,7 @@ def _run(correlations, gram, passes, first, end, words, along, length):
 
 
 def nearest_signs(correlations: Tensor, gram: Tensor, passes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.nearest_signs`, with the same signs, compiled at the first call.
+    """Compute `reference.nearest_signs`, with the same signs, compiled at the first call.
 
     As many threads as torch has share the vectors. Raises ``InputError`` on tensors that are not on
     the CPU.

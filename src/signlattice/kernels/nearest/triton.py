@@ -71,7 +71,7 @@ def _nearest(
 
 
 def nearest_signs(correlations: Tensor, gram: Tensor, passes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.nearest_signs`, with the same signs, in one launch."""
+    """Compute `reference.nearest_signs`, with the same signs, in one launch."""
     batch, n_heads, n_tokens, d = correlations.shape
     cells = (batch, n_heads, n_tokens)
     words = torch.empty(*cells, d // 8, dtype=torch.uint8, device=correlations.device)
@@ -90,7 +90,7 @@ def nearest_signs(correlations: Tensor, gram: Tensor, passes: int) -> tuple[Tens
 
 
 def plan(d: int, few: bool) -> Launch:
-    """The launch for vectors of ``d`` coordinates; ``few`` for a decode step's handful of them."""
+    """Configure the launch for ``d`` coordinates; ``few`` for a decode step's few vectors."""
     width = triton.next_power_of_2(d // 8)
     constants = {
         "D": d,

@@ -113,7 +113,7 @@ def pack_into(
     temperature: Tensor | None = None,
     rule: ScaleRule = "unbiased",
 ) -> None:
-    """As `reference.pack_into`, in one launch; a place outside the cache is not written.
+    """Compute `reference.pack_into`, in one launch; a place outside the cache is not written.
 
     Keys of 16 bits are centred in fp32 and rotated in fp16; fp32 keys are rotated in tf32. Both
     keep 11 bits of a number: signs are exact where |y| is beyond 2^-10 of the key's length.
@@ -157,7 +157,7 @@ def pack_into(
 def plan(
     d: int, dtype: torch.dtype, rule: str, *, few: bool, centred: bool, dc: bool, tempered: bool
 ) -> Launch:
-    """The launch for keys of ``d`` coordinates; ``few`` for a decode step's handful of rows."""
+    """Configure the launch for ``d`` coordinates; ``few`` for a decode step's handful of rows."""
     exact = dtype == torch.float32
     words = d // 8
     # eight planes where the rotation fits on the chip beside two tiles of keys

@@ -9,7 +9,7 @@ from signlattice.kernels.polar_factor import reference
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """As `reference.polar`, a matrix to a core. A single one goes the reference's way."""
+    """Compute `reference.polar`, a matrix to a core. A single one goes the reference's way."""
     if matrix.shape[:-2].numel() < 2:
         return reference.polar(matrix)
     return map_matrices(reference.polar, matrix)

@@ -29,7 +29,7 @@ DEFECT = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """As `reference.polar`, by rounds of seven quintic and two cubic (Newton–Schulz) iterations.
+    """Compute `reference.polar` by rounds of seven quintic and two cubic Newton–Schulz steps.
 
     A round brings every singular value above about 1/1000 of the largest to 1, a second and a
     third round those of the matrices that need it, down to 1e-9. What then is not orthogonal to

@@ -15,7 +15,7 @@ def dequantise(
     mean: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The keys that the bits stand for: k̂ = Rᵀ(scale · sign) + dc·e + mean, e = (1, …, 1)/√D.
+    """Decode the keys of the bits: k̂ = Rᵀ(scale · sign) + dc·e + mean, e = (1, …, 1)/√D.
 
     Computed in fp32, or fp64 where ``dtype`` is, and rounded once, at the end.
 

@@ -77,7 +77,7 @@ def dequantise(
     mean: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """As `reference.dequantise`, in one launch; the rotation is rounded to half for half keys."""
+    """Compute `reference.dequantise` in one launch; for half keys the rotation is rounded too."""
     n_batch, n_heads, n_tokens, n_packed_bytes = packed.words.shape
     d = 8 * n_packed_bytes
     seen = torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
@@ -106,7 +106,7 @@ def dequantise(
 
 
 def plan(d: int, dtype: torch.dtype, *, dc: bool, centred: bool) -> Launch:
-    """The launch for keys of ``d`` coordinates, dequantised into ``dtype``."""
+    """Return the launch for keys of ``d`` coordinates, dequantised into ``dtype``."""
     parts = 2 if dtype == torch.float32 else 1
     words = d // 8
     # a program's share of the rotation is 64 KB at most, so that two programs fit a multiprocessor
@@ -125,7 +125,7 @@ def plan(d: int, dtype: torch.dtype, *, dc: bool, centred: bool) -> Launch:
 
 
 def halves(rotation: Tensor, parts: int) -> Tensor:
-    """A rotation [H, D, D] as fp16 [H, parts, D, D]: rounded, then what that left, times 2^11."""
+    """Split a rotation [H, D, D] into fp16 [H, parts, D, D]: rounded, then the rest times 2^11."""
     high = rotation.half()
     low = ((rotation.float() - high.float()) * 2**11).half()
     return torch.stack((high, low)[:parts], 1)
