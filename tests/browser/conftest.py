@@ -11,6 +11,15 @@ from playwright.sync_api import Browser
 from visit import Opened, opening
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give a page to one worker, which opens it once for all its tests."""
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if parameters and "opened" in parameters.params:
+            item.add_marker(pytest.mark.xdist_group(parameters.params["opened"]))
+
+
 @pytest.fixture(scope="session")
 def address() -> Iterator[str]:
     """The local server of the built book, which must hold its scripts itself."""
