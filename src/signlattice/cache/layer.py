@@ -8,6 +8,7 @@ how a text was cut into calls: a prompt in one call, in chunks or token by token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -52,7 +53,7 @@ class LayerFormat:
         keys, values: formats, of `stores`.
         window, sinks: latest and first tokens that are kept whole too.
         spare: tokens beyond the window that are still there whole, so that as many can be taken
-            back (`crop`) without a trace.
+            back (`crop`) without a trace; while the past is recorded, all since the last `crop`.
         dtype: of what is kept whole; None is that of the keys as they come.
         impl: of the kernels.
     """
@@ -119,6 +120,7 @@ class PackedLayer(CacheLayerMixin):
         self.reader = reader
         self.new_storages: NewStorages = self._storages_by_format
         self.is_sliding = layer.window is not None
+        self.record_past = False
         self._clear()
 
     def _clear(self) -> None:
@@ -204,15 +206,17 @@ class PackedLayer(CacheLayerMixin):
             whole["keys"],
             whole["values"],
         )
-        kept = min(whole["keys"].shape[2], self.format.window + self.format.spare)
-        for name, tensor in whole.items():
-            short = tensor[:, :, tensor.shape[2] - kept :]
-            self.recent[name] = short if kept == tensor.shape[2] else short.clone()
-        self._slide()
+        self.recent = whole
+        if not self.record_past:
+            self._forget()
         return tokens, tokens
 
-    def _slide(self) -> None:
-        """Drop the tokens that no later query of a sliding window can attend to."""
+    def _forget(self) -> None:
+        """Drop what no later query attends to, up to `spare` tokens that may be taken back."""
+        for name, tensor in self.recent.items():
+            older = tensor.shape[2] - self.format.window - self.format.spare
+            if older > 0:
+                self.recent[name] = tensor[:, :, older:].clone()
         if self.layer.window is None:
             return
         first = self.n_tokens - self.layer.window - self.format.spare
@@ -276,29 +280,57 @@ class PackedLayer(CacheLayerMixin):
             kept = min(kept, self.layer.window - 1)
         return kept + query_length, self.n_tokens - kept
 
+    def activate_past_recording(self) -> None:
+        """Keep all tokens whole until the next `crop`, which may then remove any of them."""
+        self.record_past = True
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise ``InputError`` if a `crop` would change what later queries read."""
+        if tokens_to_remove > 0:
+            raise InputError(f"crop({tokens_to_remove}): give minus the number of tokens to remove")
+        if -tokens_to_remove >= self.n_tokens:
+            return  # all of them
+        most = self._most_removable()
+        if -tokens_to_remove > most:
+            raise InputError(
+                f"crop({tokens_to_remove}): layer {self.layer.index} can take back {most} of its "
+                f"{self.n_tokens} tokens without a trace; call activate_past_recording() before "
+                f"they are read, or set CacheConfig(spare={-tokens_to_remove})"
+            )
+
+    def _most_removable(self) -> float:
+        """Return how many of the last tokens can be removed as if they had never been there."""
+        n_recent, window = self.recent["keys"].shape[2], self.format.window
+        most = math.inf
+        if window > 1 and n_recent < self.n_tokens and not self._stores_are_exact():
+            most = n_recent - window + 1
+        if self.layer.window is not None and self.first:
+            most = min(most, self.n_tokens - self.first - self.layer.window + 1)
+        return most
+
+    def _stores_are_exact(self) -> bool:
+        """Whether what was whole and is read from the stores is the same."""
+        return all(
+            isinstance(store, FullPrecisionStorage) and store.dtype == self.dtype
+            for store in self._stores.values()
+        )
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: a number below zero, as transformers has it.
 
-        Up to ``spare`` tokens go without a trace; beyond, the residual window is shorter until it
-        has filled again. Raises ``InputError`` on a number above zero, and where a sliding window
-        has already dropped tokens that it would need again.
+        Afterwards the layer is as if they had never been there. Raises ``InputError``, and changes
+        nothing, on a number above zero, and on more tokens than can be taken back so: ``spare``, all
+        that were read while the past was recorded, or any number where nothing is rounded.
         """
-        if tokens_to_remove > 0:
-            raise InputError(f"crop({tokens_to_remove}): give minus the number of tokens to remove")
-        if not tokens_to_remove or not self.is_initialized:
+        self.check_crop(tokens_to_remove)
+        removed = -tokens_to_remove
+        if removed >= self.n_tokens:
+            self.reset()
             return
-        left = max(0, self.n_tokens + tokens_to_remove)
-        window = self.layer.window
-        if window is not None and self.first and left - (window - 1) < self.first:
-            raise InputError(
-                f"crop({tokens_to_remove}) of layer {self.layer.index}: its sliding window holds "
-                f"tokens from {self.first} on, and would need those from "
-                f"{max(0, left - window + 1)} on; crop at most {self.format.spare}"
-            )
-        removed = self.n_tokens - left
         for name, tensor in self.recent.items():
             self.recent[name] = tensor[:, :, : max(0, tensor.shape[2] - removed)].contiguous()
-        self.n_tokens = left
+        self.n_tokens -= removed
+        self._forget()
 
     def reset(self) -> None:
         """Drop everything."""

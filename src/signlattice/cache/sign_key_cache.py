@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
+    DynamicSlidingWindowLayer,
     get_layer_types_and_kwargs,
 )
 
@@ -40,7 +41,8 @@ class CacheConfig:
         sinks: first tokens of a sequence that stay in full precision for ever.
         sliding: layers with a sliding window of their own: "whole", or "packed" (without sinks).
         exempt: layers that keep everything whole, by index; -1 is the last.
-        spare: tokens that can be removed (``crop``, speculative decoding) without a trace.
+        spare: tokens that can be removed (``crop``) without a trace; while the past is recorded, as
+            speculative decoding does, it is all that were read since the last ``crop``.
         dtype: of what is whole, exempt and sliding layers among it; None is the model's own.
         impl: of the kernels: "auto", "torch", "triton" or "cpu".
 
@@ -186,6 +188,22 @@ class SignKeyCache(Cache):
         self.packed_layers: list[PackedLayer] = [layers[index] for index in sorted(packed)]
         attach_attention(model)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, as many as a number below zero says.
+
+        Afterwards the cache is as if they had never been there. Raises ``InputError``, and removes
+        nothing, where a layer cannot take back so many: see `PackedLayer.crop`. Assisted decoding
+        may take back any number, since it calls ``activate_past_recording()`` first.
+        """
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                layer.check_crop(tokens_to_remove)
+            elif isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized:
+                _check_sliding(layer, tokens_to_remove)
+        for layer in self.layers:
+            if tokens_to_remove or getattr(layer, "record_past", True):
+                layer.crop(tokens_to_remove)
+
     def stats(self) -> CacheStats:
         """Return what is in the cache now."""
         parts = _zeros("keys", "values", "window", "sinks", "whole layers")
@@ -252,6 +270,20 @@ class SignKeyCache(Cache):
             value_scale_bits=0 if value in ("whole", "fp8") else 32,
             window=layer.format.window + layer.format.spare,
             sinks=layer.format.sinks,
+        )
+
+
+def _check_sliding(layer: DynamicSlidingWindowLayer, tokens_to_remove: int) -> None:
+    """Raise ``InputError`` where transformers' own layer lacks tokens that it would need again."""
+    assert layer.keys is not None  # it is initialized
+    n, n_held, window = layer.get_seq_length(), layer.keys.shape[-2], layer.sliding_window
+    has_slid = n >= window and not layer.record_past
+    lacking = min(n + tokens_to_remove, window - 1) > n_held + tokens_to_remove
+    if tokens_to_remove and (has_slid or lacking):
+        raise InputError(
+            f"crop({tokens_to_remove}): a window of {window} tokens has slid over "
+            "what it would need again; call activate_past_recording() before the tokens are read, "
+            "or use CacheConfig(sliding='packed')"
         )
 
 
