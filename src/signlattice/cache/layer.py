@@ -9,7 +9,7 @@ how a text was cut into calls: a prompt in one call, in chunks or token by token
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -120,6 +120,8 @@ class PackedLayer(CacheLayerMixin):
         self.reader = reader
         self.new_storages: NewStorages = self._storages_by_format
         self.is_sliding = layer.window is not None
+        if layer.window is not None:
+            self._sliding_window_tensor = torch.tensor(layer.window)
         self.record_past = False
         self._clear()
 
@@ -140,6 +142,57 @@ class PackedLayer(CacheLayerMixin):
     def value_storage(self) -> Store:
         """Store of the values, from the first token on."""
         return self._stores["values"]
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys [B, H, n, D] of the tokens that a later query may read, reconstructed.
+
+        The latest are those in full precision; sinks are reconstructed like the rest.
+        """
+        keys = self._reconstructed("keys")
+        if keys is None or self.mean is None:
+            return keys
+        return (keys.float() + self.mean[:, None]).to(self.dtype)
+
+    @keys.setter
+    def keys(self, new: Tensor | None) -> None:
+        self._refuse("keys", new)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values [B, H, n, Dv], as the keys are."""
+        return self._reconstructed("values")
+
+    @values.setter
+    def values(self, new: Tensor | None) -> None:
+        self._refuse("values", new)
+
+    def _reconstructed(self, name: str) -> Tensor | None:
+        if not self.is_initialized:
+            return None
+        n, recent = self.n_tokens, self.recent[name]
+        n_kept = n - self.first
+        if self.layer.window is not None and not self.record_past:
+            n_kept = min(n_kept, self.layer.window - 1)
+        whole = recent[:, :, max(0, recent.shape[2] - n_kept) :]
+        if n_kept == whole.shape[2]:
+            return whole.clone()
+        slots = n - n_kept - self.first, n - whole.shape[2] - self.first
+        return torch.cat((self._stores[name].read(*slots, self.dtype), whole), 2)
+
+    def _refuse(self, name: str, new: Tensor | None) -> None:
+        if new is not None:  # as transformers' layers begin
+            raise InputError(
+                f"{name} of layer {self.layer.index} are packed and cannot be set: use crop, "
+                "reorder_cache or batch_select_indices, or exempt the layer"
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences. A layer that holds none has no such attribute, like those of transformers."""
+        if not self.is_initialized:
+            raise AttributeError("batch_size of a layer without tokens")
+        return self.recent["keys"].shape[0]
 
     def __repr__(self) -> str:
         return f"PackedLayer({self.format.keys}, {self.format.values}, {self.n_tokens} tokens)"
@@ -181,11 +234,7 @@ class PackedLayer(CacheLayerMixin):
         """Store T new tokens; return `PackedKV`, twice, that attends to them and all before."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        batch = self.recent["keys"].shape[0]
-        if key_states.shape[0] != batch:
-            raise InputError(
-                f"{key_states.shape[0]} sequences for a cache that holds {batch}: use another cache"
-            )
+        self._check_new(key_states)
         at = self.n_tokens - self.first
         self.key_storage.append(at, key_states)
         self.value_storage.append(at, value_states)
@@ -210,6 +259,23 @@ class PackedLayer(CacheLayerMixin):
         if not self.record_past:
             self._forget()
         return tokens, tokens
+
+    def _check_new(self, key_states: Tensor) -> None:
+        batch, device = key_states.shape[0], key_states.device
+        if batch != self.batch_size:
+            repeats, rest = divmod(batch, self.batch_size)
+            raise InputError(
+                f"{batch} sequences for a cache that holds {self.batch_size}: "
+                + (f"call batch_repeat_interleave({repeats}), or " if not rest else "")
+                + "use another cache"
+            )
+        if device != self.device:
+            raise InputError(
+                f"layer {self.layer.index} is on {self.device} and its new keys are on {device}: "
+                "move the cache by cache.to(device)"
+            )
+        if self.recent["keys"].device != device:
+            self.prefetch()
 
     def _forget(self) -> None:
         """Drop what no later query attends to, up to `spare` tokens that may be taken back."""
@@ -319,8 +385,8 @@ class PackedLayer(CacheLayerMixin):
         """Remove the last tokens: a number below zero, as transformers has it.
 
         Afterwards the layer is as if they had never been there. Raises ``InputError``, and changes
-        nothing, on a number above zero, and on more tokens than can be taken back so: ``spare``, all
-        that were read while the past was recorded, or any number where nothing is rounded.
+        nothing, on a number above zero and on more than can be taken back so: ``spare``, all that
+        were read while the past was recorded, or any number where nothing is rounded.
         """
         self.check_crop(tokens_to_remove)
         removed = -tokens_to_remove
@@ -344,12 +410,28 @@ class PackedLayer(CacheLayerMixin):
         """Repeat every sequence so many times."""
         self._each(lambda part: part.repeat_interleave(repeats, 0))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some sequences."""
-        self._each(lambda part: part[indices.to(part.device)])
+    def batch_select_indices(self, indices: Tensor | Sequence[int] | Sequence[bool]) -> None:
+        """Keep some sequences: by their numbers, or by true and false for each."""
+        chosen = torch.as_tensor(indices)
+        if not chosen.numel():
+            chosen = chosen.long()
+        self._each(lambda part: part[chosen.to(part.device)])
+
+    def to(self, device: torch.device) -> None:
+        """Move the tensors, and the code that reads them, to a device."""
+        if self.code is not None:
+            self.code = self.code.to(device)
+        if not self.is_initialized:
+            return
+        self.device = device
+        self.mean = None if self.code is None else self.code.static_mean
+        for store in self._stores.values():
+            if store.code is not None:
+                store.code = store.code.to(device)
+        self.prefetch()
 
     def offload(self) -> None:
-        """Move the tensors to the memory of the CPU."""
+        """Move the tensors to the memory of the CPU; the next tokens bring them back."""
         self._each(lambda part: part.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:

@@ -45,6 +45,9 @@ class MaskCache:
         self._call: tuple | None = None
         self._seen: Seen | None = None
 
+    def __reduce__(self) -> tuple:
+        return MaskCache, ()  # a copy has not read any
+
     def read(self, mask: Tensor | None, batch: int, n_tokens: int, device: torch.device) -> Seen:
         """Return `Seen.of` these, computed once for each mask."""
         call = (mask is None, batch, n_tokens, device)

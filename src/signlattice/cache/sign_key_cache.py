@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
-    Cache,
     DynamicSlidingWindowLayer,
     get_layer_types_and_kwargs,
 )
 
+from signlattice.cache.attachment import AttachedCache
 from signlattice.cache.layer import LayerFormat, PackedLayer
 from signlattice.cache.masks import MaskCache
 from signlattice.cache.storage import KEY_FORMATS, PAGE, VALUE_FORMATS, KeyFormat, ValueFormat
 from signlattice.errors import InputError
 from signlattice.kernels import HEAD_DIMS, Impl
 from signlattice.memory import CacheFormat, EffectiveBits, packed_cache_bytes
-from signlattice.models.hooks import AttentionLayer, attach_attention, attention_layers
+from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.quantizers.base import StoredQuantizer
 from signlattice.quantizers.codec import KeyCodec
@@ -118,7 +120,7 @@ class CacheStats:
         return self.fp16 / self.n_bytes if self.n_bytes else 1.0
 
 
-class SignKeyCache(Cache):
+class SignKeyCache(AttachedCache):
     """A cache of one conversation, or of a batch of them, for ``model.generate()``.
 
     ::
@@ -126,9 +128,11 @@ class SignKeyCache(Cache):
         cache = SignKeyCache(model, codec)
         model.generate(**inputs, past_key_values=cache)
 
-    The model attends through `models.hooks.attach_attention` from then on, which changes nothing
-    for other caches. Give a `LoadedModel` to have its parameters compared with those that the codec
-    was learned on; of a model of transformers itself only the shapes can be.
+    The model attends through the cache whenever a forward pass is given it. Nothing else changes,
+    and after `close`, or ``with SignKeyCache(model, codec) as cache``, the model is as it was. Give
+    a `LoadedModel` to have its parameters compared with those that the codec was learned on; of a
+    model of transformers itself only the shapes can be. Iterating gives what a `DynamicCache` does:
+    keys, values and the length of a sliding window of each layer, here as they are reconstructed.
 
     Raises:
         InputError: if the codec does not fit the model's layers, a layer to be packed has a head
@@ -186,7 +190,21 @@ class SignKeyCache(Cache):
             layers.append(PackedLayer(layer, fmt, packed.get(index), reader))
         super().__init__(layers=layers)
         self.packed_layers: list[PackedLayer] = [layers[index] for index in sorted(packed)]
-        attach_attention(model)
+        self.attach(model)
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, ...]]:
+        for layer in self.layers:
+            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+
+    def to(self, device: torch.device | str | int) -> Self:
+        """Move all that the cache holds to a device; return the cache."""
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                layer.to(torch.device(device))
+            elif layer.is_initialized and layer.keys is not None:
+                layer.device = torch.device(device)
+                layer.prefetch()
+        return self
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, as many as a number below zero says.
@@ -213,7 +231,7 @@ class SignKeyCache(Cache):
         beside = _zeros("keys", "values")
         for layer in self.layers:
             if isinstance(layer, PackedLayer):
-                if not layer.is_initialized:
+                if not layer.n_tokens:
                     continue
             else:
                 kept = [getattr(layer, name, None) for name in ("keys", "values")]
