@@ -131,6 +131,7 @@ class PackedLayer(CacheLayerMixin):
         self._stores: dict[str, Store] = {}  # of keys and values, from the first token on
         self.recent: dict[str, Tensor] = {}  # keys and values [B, H, R, D] of the last tokens
         self.sinks: dict[str, Tensor] = {}  # keys and values [B, H, S, D]
+        self._sink_starts: list[int] | None = None  # token at which those of each sequence begin
         self.is_initialized = False
 
     @property
@@ -172,7 +173,7 @@ class PackedLayer(CacheLayerMixin):
             return None
         n, recent = self.n_tokens, self.recent[name]
         n_kept = n - self.first
-        if self.layer.window is not None and not self.record_past:
+        if self.layer.window is not None:
             n_kept = min(n_kept, self.layer.window - 1)
         whole = recent[:, :, max(0, recent.shape[2] - n_kept) :]
         if n_kept == whole.shape[2]:
@@ -294,8 +295,13 @@ class PackedLayer(CacheLayerMixin):
     def keep_sinks(self, tokens: PackedKV, seen: Seen) -> None:
         """Keep the first tokens of every sequence, as far as they are among ``tokens``."""
         n_sinks, n_whole = self.format.sinks, tokens.keys.shape[2]
+        if not n_sinks:
+            return
+        if self._sink_starts is not None and self._sink_starts != seen.starts:
+            self._reread_sinks(tokens, seen)
+        self._sink_starts = seen.starts
         first_whole = tokens.n_tokens - n_whole
-        if not n_sinks or first_whole >= seen.latest_start + n_sinks:
+        if first_whole >= seen.latest_start + n_sinks:
             return
         place = seen.start[:, None] + torch.arange(n_sinks, device=self.device) - first_whole
         there = ((place >= 0) & (place < n_whole))[:, None, :, None]
@@ -304,6 +310,17 @@ class PackedLayer(CacheLayerMixin):
             old = self.sinks[name]
             new = whole.gather(2, place.expand(*old.shape))
             self.sinks[name] = torch.where(there, new, old)
+
+    def _reread_sinks(self, tokens: PackedKV, seen: Seen) -> None:
+        """Take sinks from the stores where another mask lets a sequence begin at another token."""
+        moved = torch.tensor(self._sink_starts, device=self.device) != seen.start
+        place = seen.start[:, None].long() + torch.arange(self.format.sinks, device=self.device)
+        place = place.clamp(self.first, tokens.n_tokens - 1)
+        first, last = int(place.min()), int(place.max()) + 1
+        for name, old in self.sinks.items():
+            near = self._stores[name].read(first - self.first, last - self.first, self.dtype)
+            new = near.gather(2, (place - first)[:, None, :, None].expand(*old.shape))
+            self.sinks[name] = torch.where(moved[:, None, None, None], new, old)
 
     def weight(self) -> LayerFootprint:
         """Return the footprint of the layer, which must hold a token."""
@@ -446,6 +463,8 @@ class PackedLayer(CacheLayerMixin):
         for kept in (self.recent, self.sinks):
             for name, tensor in kept.items():
                 kept[name] = change(tensor)
+        if self._sink_starts is not None:
+            self._sink_starts = change(torch.tensor(self._sink_starts)).tolist()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ class Seen:
     start: Tensor
     latest_start: int
     plain: bool
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """``start`` as numbers: read from the device once for all layers."""
+        return self.start.tolist()
 
     @classmethod
     def of(cls, mask: Tensor | None, batch: int, n_tokens: int, device: torch.device) -> Seen:
