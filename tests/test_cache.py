@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -297,18 +298,40 @@ def test_a_conversation_goes_on_where_it_was(name):
     assert torch.equal(generate(model, question, cache, 6), expected)
 
 
-@pytest.mark.parametrize("sliding", ["whole", "packed"])
-@pytest.mark.parametrize("name", GENERATING)
-def test_speculation_gives_the_tokens_of_greedy_generation(name, sliding, monkeypatch):
-    if name == "mistral" and sliding == "whole":
-        pytest.skip("all of its layers slide")
+def drafting(name: str) -> PreTrainedModel:
+    """A model that guesses some of another's tokens: the same one, its weights a little off."""
+    helper, generator = tiny(name), torch.Generator().manual_seed(1)
+    for parameter in helper.parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    helper.generation_config.assistant_confidence_threshold = 0.0  # it never stops short
+    return helper
+
+
+DRAFTS = {
+    "lookup of 40": lambda name: {"prompt_lookup_num_tokens": 40},
+    "assistant of 20": lambda name: {"assistant_model": drafting(name)},  # transformers' default
+}
+
+
+SPECULATIONS = [
+    pytest.param(
+        name, sliding, drafts, marks=() if name in ("llama", "gemma4") else pytest.mark.exhaustive
+    )
+    for name, sliding, drafts in itertools.product(GENERATING, ["whole", "packed"], DRAFTS)
+    if (name, sliding) != ("mistral", "whole")  # all of its layers slide
+]
+
+
+@pytest.mark.parametrize(("name", "sliding", "drafts"), SPECULATIONS)
+def test_speculation_gives_the_tokens_of_greedy_generation(name, sliding, drafts, monkeypatch):
     model, ids = tiny(name), tokens(1, 9).repeat(1, 4)  # a prompt whose n-grams come again
-    cache, removed = new_cache(model, sliding=sliding), []
+    config = {"sliding": sliding, "spare": CacheConfig().spare}
+    cache, removed = new_cache(model, **config), []
     crop = cache.crop
     monkeypatch.setattr(cache, "crop", lambda n: (removed.append(-n), crop(n)))
-    got = generate(model, ids, cache, 30, prompt_lookup_num_tokens=6)
-    assert sum(removed) > 0 and max(removed) <= cache.config.spare
-    assert torch.equal(got, generate(model, ids, new_cache(model, sliding=sliding), 30))
+    got = generate(model, ids, cache, 30, **DRAFTS[drafts](name))
+    assert max(removed) > cache.config.spare
+    assert torch.equal(got, generate(model, ids, new_cache(model, **config), 30))
 
 
 def test_a_prompt_that_was_read_once_serves_many():
@@ -364,23 +387,69 @@ def test_what_was_taken_back_leaves_no_trace(name):
     assert difference(got, read(model, ids[:, 50:], expected, (1, 1, 1))) < EXACT
 
 
-def test_beyond_the_spare_tokens_stats_tell_of_the_shorter_window():
-    model, ids = tiny("llama"), tokens(1, 60)
-    cache = new_cache(model, window=16, sinks=2, spare=4)
+@pytest.mark.parametrize("sliding", ["whole", "packed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_crop_after_recording_takes_back_any_number(name, sliding):
+    if name == "mistral" and sliding == "whole":
+        pytest.skip("all of its layers slide")
+    model, ids, wrong = tiny(name), tokens(2, 60), tokens(2, 90, seed=9)
+    cache, expected = new_cache(model, sliding=sliding), new_cache(model, sliding=sliding)
+    read(model, ids[:, :50], cache)
+    read(model, ids[:, :50], expected)
+    cache.activate_past_recording()
+    for removed in (90, 3, 41):
+        read(model, wrong[:, :removed], cache, (removed // 2,))
+        cache.crop(-removed)
+    if sliding == "packed":  # no byte of what was recorded is left
+        assert cache.stats().parts["window"] == expected.stats().parts["window"]
+    got = read(model, ids[:, 50:], cache, (1, 1, 1))
+    assert difference(got, read(model, ids[:, 50:], expected, (1, 1, 1))) < EXACT
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_crop_beyond_what_is_spare_removes_nothing_and_says_what_to_set(name):
+    model, ids, more = tiny(name), tokens(2, 60), tokens(2, 5, seed=2)
+    cache = new_cache(model)
     read(model, ids, cache)
-    cache.crop(-14)  # 46 tokens are left, and of 20 whole ones 6
-    assert cache.stats().n_packed == 3 * 2 * (46 - 6 - 2)
-    cache.crop(0)
+    with pytest.raises(InputError, match=r"crop\(-40\): layer 0 .* set CacheConfig\(spare=40\)"):
+        cache.crop(-40)
+    assert cache.get_seq_length() == 60
+    expected = new_cache(model)
+    read(model, ids, expected)
+    assert torch.equal(read(model, more, cache), read(model, more, expected))
     with pytest.raises(InputError, match=r"crop\(1\): give minus the number"):
         cache.crop(1)
 
 
-def test_a_sliding_layer_refuses_to_take_back_what_it_forgot():
-    model = tiny("mistral")
-    cache = new_cache(model)
-    read(model, tokens(1, 200), cache)
-    with pytest.raises(InputError, match="its sliding window holds tokens from .* at most 8"):
-        cache.crop(-100)
+@pytest.mark.parametrize(
+    "config", [{"key_format": "whole", "value_format": "whole"}, {"window": 0}]
+)
+def test_crop_takes_back_any_number_where_no_whole_token_is_missed(config):
+    """A question asked, taken back and asked again, with a text in between that nobody recorded."""
+    model, ids, question = tiny("llama"), tokens(2, 60), tokens(2, 30, seed=9)
+    cache = new_cache(model, **config)
+    read(model, ids, cache)
+    first = read(model, question, cache)
+    cache.crop(-30)
+    assert difference(read(model, question, cache), first) < EXACT
+    cache.crop(-88)
+    alone = new_cache(model, **config)
+    read(model, ids[:, :2], alone)
+    assert difference(read(model, question, cache), read(model, question, alone)) < EXACT
+
+
+def test_crop_refuses_what_a_sliding_layer_of_transformers_has_dropped():
+    model, more = tiny("gemma2"), tokens(1, 5, seed=2)
+    cache, expected = (new_cache(model, sliding="whole") for _ in range(2))
+    for each in (cache, expected):
+        read(model, tokens(1, 30), each)
+    with pytest.raises(InputError, match="a window of 12 tokens has slid over what it would need"):
+        cache.crop(-3)
+    cache.crop(0)
+    cache.activate_past_recording()
+    with pytest.raises(InputError, match="call activate_past_recording"):
+        cache.crop(-3)  # what was read before it was not recorded
+    assert torch.equal(read(model, more, cache), read(model, more, expected))
 
 
 # Sliding windows.

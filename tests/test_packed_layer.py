@@ -106,11 +106,10 @@ def visible(case: Case) -> Tensor:
     return ((j <= i) & (j >= starts) & near).to(case.device)
 
 
-def by_definition(case: Case, x: Tokens, oldest_whole: int = 0, since: int = 0) -> Tensor:
+def by_definition(case: Case, x: Tokens) -> Tensor:
     """A query sees whole what is near or a sink, and else what the codec reads back.
 
-    In fp64, with the mean still on the keys: that it cancels is the layer's claim. Queries from
-    ``since`` on have no token before ``oldest_whole`` whole.
+    In fp64, with the mean still on the keys: that it cancels is the layer's claim.
     """
     code = case.layer_code
     if code is not None:
@@ -120,8 +119,7 @@ def by_definition(case: Case, x: Tokens, oldest_whole: int = 0, since: int = 0) 
     packed_values = reconstruct(value_storage(case.values, case.dtype), x.values)
     i, j = torch.arange(case.n)[:, None], torch.arange(case.n)
     starts = torch.tensor(case.starts)[:, None, None]
-    near = (j > i - case.window) & ((j >= oldest_whole) | (i < since))
-    whole = near | ((j >= starts) & (j < starts + case.sinks))
+    whole = (j > i - case.window) | ((j >= starts) & (j < starts + case.sinks))
     whole = whole[:, None, None].to(case.device)  # [B, 1, 1, T, T]
     query = x.query.double().unflatten(1, (HEADS, GROUP))
 
@@ -400,28 +398,25 @@ def test_speculation_all_along_leaves_no_trace(case):
     assert difference(got, by_definition(case, x)) < TOLERANCE[case.dtype]
 
 
-def test_beyond_the_spare_tokens_the_window_is_shorter_until_it_fills_again():
+def test_crop_takes_back_what_leaves_the_next_query_its_window():
+    """It counts itself, so one token more than is spare."""
     case = Case(window=16, spare=4, sinks=2)
-    x = given(case)
-    layer = case.layer()
+    x, layer = given(case), case.layer()
     run(case, x.part(0, 60), (), layer)
-    assert layer.weight().n_packed == 2 * HEADS * (60 - 18)
-    layer.crop(-14)  # of 20 whole tokens, 40 to 59, those before 46 are left
-    assert layer.weight().n_packed == 2 * HEADS * (46 - 6 - 2)
-    got = run(case, x, (1,) * 34, layer)
-    expected = by_definition(case, x, oldest_whole=40, since=46)[:, :, 46:]
-    assert difference(got, expected) < TOLERANCE[case.dtype]
-    full = by_definition(case, x)[:, :, 46:]
-    assert difference(got[:, :, 9:], full[:, :, 9:]) < TOLERANCE[case.dtype]  # filled again
-    assert difference(got[:, :, :9], full[:, :, :9]) > 0.01
+    with pytest.raises(InputError, match="can take back 5 of its 60 tokens without a trace"):
+        layer.crop(-6)
+    layer.crop(-5)
+    got = run(case, x, (1,) * 25, layer)
+    assert difference(got, by_definition(case, x)[:, :, 55:]) < TOLERANCE[case.dtype]
     assert layer.weight().n_packed == 2 * HEADS * (80 - 18)
 
 
-def test_all_can_be_taken_back():
-    case = Case(starts=(0, 5))
+@pytest.mark.parametrize("removed", [80, 1000])
+@pytest.mark.parametrize("case", [Case(starts=(0, 5)), Case(sliding=10, sinks=0, n=80)])
+def test_all_can_be_taken_back(case, removed):
     layer, x = case.layer(), given(case)
     run(case, given(case, seed=1), (), layer)
-    layer.crop(-1000)
+    layer.crop(-removed)
     assert layer.get_seq_length() == 0
     assert difference(run(case, x, (), layer), run(case, x, ())) < TOLERANCE[case.dtype]
 

@@ -8,7 +8,8 @@ how a text was cut into calls: a prompt in one call, in chunks or token by token
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -52,7 +53,7 @@ class LayerFormat:
         keys, values: formats, of `stores`.
         window, sinks: latest and first tokens that are kept whole too.
         spare: tokens beyond the window that are still there whole, so that as many can be taken
-            back (`crop`) without a trace.
+            back (`crop`) without a trace; while the past is recorded, all since the last `crop`.
         dtype: of what is kept whole; None is that of the keys as they come.
         impl: of the kernels.
     """
@@ -119,6 +120,9 @@ class PackedLayer(CacheLayerMixin):
         self.reader = reader
         self.new_storages: NewStorages = self._storages_by_format
         self.is_sliding = layer.window is not None
+        if layer.window is not None:
+            self._sliding_window_tensor = torch.tensor(layer.window)
+        self.record_past = False
         self._clear()
 
     def _clear(self) -> None:
@@ -127,6 +131,7 @@ class PackedLayer(CacheLayerMixin):
         self._stores: dict[str, Store] = {}  # of keys and values, from the first token on
         self.recent: dict[str, Tensor] = {}  # keys and values [B, H, R, D] of the last tokens
         self.sinks: dict[str, Tensor] = {}  # keys and values [B, H, S, D]
+        self._sink_starts: list[int] | None = None  # token at which those of each sequence begin
         self.is_initialized = False
 
     @property
@@ -138,6 +143,57 @@ class PackedLayer(CacheLayerMixin):
     def value_storage(self) -> Store:
         """Store of the values, from the first token on."""
         return self._stores["values"]
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys [B, H, n, D] of the tokens that a later query may read, reconstructed.
+
+        The latest are those in full precision; sinks are reconstructed like the rest.
+        """
+        keys = self._reconstructed("keys")
+        if keys is None or self.mean is None:
+            return keys
+        return (keys.float() + self.mean[:, None]).to(self.dtype)
+
+    @keys.setter
+    def keys(self, new: Tensor | None) -> None:
+        self._refuse("keys", new)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values [B, H, n, Dv], as the keys are."""
+        return self._reconstructed("values")
+
+    @values.setter
+    def values(self, new: Tensor | None) -> None:
+        self._refuse("values", new)
+
+    def _reconstructed(self, name: str) -> Tensor | None:
+        if not self.is_initialized:
+            return None
+        n, recent = self.n_tokens, self.recent[name]
+        n_kept = n - self.first
+        if self.layer.window is not None:
+            n_kept = min(n_kept, self.layer.window - 1)
+        whole = recent[:, :, max(0, recent.shape[2] - n_kept) :]
+        if n_kept == whole.shape[2]:
+            return whole.clone()
+        slots = n - n_kept - self.first, n - whole.shape[2] - self.first
+        return torch.cat((self._stores[name].read(*slots, self.dtype), whole), 2)
+
+    def _refuse(self, name: str, new: Tensor | None) -> None:
+        if new is not None:  # as transformers' layers begin
+            raise InputError(
+                f"{name} of layer {self.layer.index} are packed and cannot be set: use crop, "
+                "reorder_cache or batch_select_indices, or exempt the layer"
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences. A layer that holds none has no such attribute, like those of transformers."""
+        if not self.is_initialized:
+            raise AttributeError("batch_size of a layer without tokens")
+        return self.recent["keys"].shape[0]
 
     def __repr__(self) -> str:
         return f"PackedLayer({self.format.keys}, {self.format.values}, {self.n_tokens} tokens)"
@@ -179,11 +235,7 @@ class PackedLayer(CacheLayerMixin):
         """Store T new tokens; return `PackedKV`, twice, that attends to them and all before."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        batch = self.recent["keys"].shape[0]
-        if key_states.shape[0] != batch:
-            raise InputError(
-                f"{key_states.shape[0]} sequences for a cache that holds {batch}: use another cache"
-            )
+        self._check_new(key_states)
         at = self.n_tokens - self.first
         self.key_storage.append(at, key_states)
         self.value_storage.append(at, value_states)
@@ -204,15 +256,34 @@ class PackedLayer(CacheLayerMixin):
             whole["keys"],
             whole["values"],
         )
-        kept = min(whole["keys"].shape[2], self.format.window + self.format.spare)
-        for name, tensor in whole.items():
-            short = tensor[:, :, tensor.shape[2] - kept :]
-            self.recent[name] = short if kept == tensor.shape[2] else short.clone()
-        self._slide()
+        self.recent = whole
+        if not self.record_past:
+            self._forget()
         return tokens, tokens
 
-    def _slide(self) -> None:
-        """Drop the tokens that no later query of a sliding window can attend to."""
+    def _check_new(self, key_states: Tensor) -> None:
+        batch, device = key_states.shape[0], key_states.device
+        if batch != self.batch_size:
+            repeats, rest = divmod(batch, self.batch_size)
+            raise InputError(
+                f"{batch} sequences for a cache that holds {self.batch_size}: "
+                + (f"call batch_repeat_interleave({repeats}), or " if not rest else "")
+                + "use another cache"
+            )
+        if device != self.device:
+            raise InputError(
+                f"layer {self.layer.index} is on {self.device} and its new keys are on {device}: "
+                "move the cache by cache.to(device)"
+            )
+        if self.recent["keys"].device != device:
+            self.prefetch()
+
+    def _forget(self) -> None:
+        """Drop what no later query attends to, up to `spare` tokens that may be taken back."""
+        for name, tensor in self.recent.items():
+            older = tensor.shape[2] - self.format.window - self.format.spare
+            if older > 0:
+                self.recent[name] = tensor[:, :, older:].clone()
         if self.layer.window is None:
             return
         first = self.n_tokens - self.layer.window - self.format.spare
@@ -224,8 +295,13 @@ class PackedLayer(CacheLayerMixin):
     def keep_sinks(self, tokens: PackedKV, seen: Seen) -> None:
         """Keep the first tokens of every sequence, as far as they are among ``tokens``."""
         n_sinks, n_whole = self.format.sinks, tokens.keys.shape[2]
+        if not n_sinks:
+            return
+        if self._sink_starts is not None and self._sink_starts != seen.starts:
+            self._reread_sinks(tokens, seen)
+        self._sink_starts = seen.starts
         first_whole = tokens.n_tokens - n_whole
-        if not n_sinks or first_whole >= seen.latest_start + n_sinks:
+        if first_whole >= seen.latest_start + n_sinks:
             return
         place = seen.start[:, None] + torch.arange(n_sinks, device=self.device) - first_whole
         there = ((place >= 0) & (place < n_whole))[:, None, :, None]
@@ -234,6 +310,17 @@ class PackedLayer(CacheLayerMixin):
             old = self.sinks[name]
             new = whole.gather(2, place.expand(*old.shape))
             self.sinks[name] = torch.where(there, new, old)
+
+    def _reread_sinks(self, tokens: PackedKV, seen: Seen) -> None:
+        """Take sinks from the stores where another mask lets a sequence begin at another token."""
+        moved = torch.tensor(self._sink_starts, device=self.device) != seen.start
+        place = seen.start[:, None].long() + torch.arange(self.format.sinks, device=self.device)
+        place = place.clamp(self.first, tokens.n_tokens - 1)
+        first, last = int(place.min()), int(place.max()) + 1
+        for name, old in self.sinks.items():
+            near = self._stores[name].read(first - self.first, last - self.first, self.dtype)
+            new = near.gather(2, (place - first)[:, None, :, None].expand(*old.shape))
+            self.sinks[name] = torch.where(moved[:, None, None, None], new, old)
 
     def weight(self) -> LayerFootprint:
         """Return the footprint of the layer, which must hold a token."""
@@ -276,29 +363,57 @@ class PackedLayer(CacheLayerMixin):
             kept = min(kept, self.layer.window - 1)
         return kept + query_length, self.n_tokens - kept
 
+    def activate_past_recording(self) -> None:
+        """Keep all tokens whole until the next `crop`, which may then remove any of them."""
+        self.record_past = True
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise ``InputError`` if a `crop` would change what later queries read."""
+        if tokens_to_remove > 0:
+            raise InputError(f"crop({tokens_to_remove}): give minus the number of tokens to remove")
+        if -tokens_to_remove >= self.n_tokens:
+            return  # all of them
+        most = self._most_removable()
+        if -tokens_to_remove > most:
+            raise InputError(
+                f"crop({tokens_to_remove}): layer {self.layer.index} can take back {most} of its "
+                f"{self.n_tokens} tokens without a trace; call activate_past_recording() before "
+                f"they are read, or set CacheConfig(spare={-tokens_to_remove})"
+            )
+
+    def _most_removable(self) -> float:
+        """Return how many of the last tokens can be removed as if they had never been there."""
+        n_recent, window = self.recent["keys"].shape[2], self.format.window
+        most = math.inf
+        if window > 1 and n_recent < self.n_tokens and not self._stores_are_exact():
+            most = n_recent - window + 1
+        if self.layer.window is not None and self.first:
+            most = min(most, self.n_tokens - self.first - self.layer.window + 1)
+        return most
+
+    def _stores_are_exact(self) -> bool:
+        """Whether what was whole and is read from the stores is the same."""
+        return all(
+            isinstance(store, FullPrecisionStorage) and store.dtype == self.dtype
+            for store in self._stores.values()
+        )
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: a number below zero, as transformers has it.
 
-        Up to ``spare`` tokens go without a trace; beyond, the residual window is shorter until it
-        has filled again. Raises ``InputError`` on a number above zero, and where a sliding window
-        has already dropped tokens that it would need again.
+        Afterwards the layer is as if they had never been there. Raises ``InputError``, and changes
+        nothing, on a number above zero and on more than can be taken back so: ``spare``, all that
+        were read while the past was recorded, or any number where nothing is rounded.
         """
-        if tokens_to_remove > 0:
-            raise InputError(f"crop({tokens_to_remove}): give minus the number of tokens to remove")
-        if not tokens_to_remove or not self.is_initialized:
+        self.check_crop(tokens_to_remove)
+        removed = -tokens_to_remove
+        if removed >= self.n_tokens:
+            self.reset()
             return
-        left = max(0, self.n_tokens + tokens_to_remove)
-        window = self.layer.window
-        if window is not None and self.first and left - (window - 1) < self.first:
-            raise InputError(
-                f"crop({tokens_to_remove}) of layer {self.layer.index}: its sliding window holds "
-                f"tokens from {self.first} on, and would need those from "
-                f"{max(0, left - window + 1)} on; crop at most {self.format.spare}"
-            )
-        removed = self.n_tokens - left
         for name, tensor in self.recent.items():
             self.recent[name] = tensor[:, :, : max(0, tensor.shape[2] - removed)].contiguous()
-        self.n_tokens = left
+        self.n_tokens -= removed
+        self._forget()
 
     def reset(self) -> None:
         """Drop everything."""
@@ -312,12 +427,28 @@ class PackedLayer(CacheLayerMixin):
         """Repeat every sequence so many times."""
         self._each(lambda part: part.repeat_interleave(repeats, 0))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some sequences."""
-        self._each(lambda part: part[indices.to(part.device)])
+    def batch_select_indices(self, indices: Tensor | Sequence[int] | Sequence[bool]) -> None:
+        """Keep some sequences: by their numbers, or by true and false for each."""
+        chosen = torch.as_tensor(indices)
+        if not chosen.numel():
+            chosen = chosen.long()
+        self._each(lambda part: part[chosen.to(part.device)])
+
+    def to(self, device: torch.device) -> None:
+        """Move the tensors, and the code that reads them, to a device."""
+        if self.code is not None:
+            self.code = self.code.to(device)
+        if not self.is_initialized:
+            return
+        self.device = device
+        self.mean = None if self.code is None else self.code.static_mean
+        for store in self._stores.values():
+            if store.code is not None:
+                store.code = store.code.to(device)
+        self.prefetch()
 
     def offload(self) -> None:
-        """Move the tensors to the memory of the CPU."""
+        """Move the tensors to the memory of the CPU; the next tokens bring them back."""
         self._each(lambda part: part.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
@@ -332,6 +463,8 @@ class PackedLayer(CacheLayerMixin):
         for kept in (self.recent, self.sinks):
             for name, tensor in kept.items():
                 kept[name] = change(tensor)
+        if self._sink_starts is not None:
+            self._sink_starts = change(torch.tensor(self._sink_starts)).tolist()
 
 
 @dataclass(frozen=True)

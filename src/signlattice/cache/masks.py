@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ class Seen:
     start: Tensor
     latest_start: int
     plain: bool
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """``start`` as numbers: read from the device once for all layers."""
+        return self.start.tolist()
 
     @classmethod
     def of(cls, mask: Tensor | None, batch: int, n_tokens: int, device: torch.device) -> Seen:
@@ -44,6 +50,9 @@ class MaskCache:
         self._mask: Callable[[], Tensor | None] = lambda: None
         self._call: tuple | None = None
         self._seen: Seen | None = None
+
+    def __reduce__(self) -> tuple:
+        return MaskCache, ()  # a copy has not read any
 
     def read(self, mask: Tensor | None, batch: int, n_tokens: int, device: torch.device) -> Seen:
         """Return `Seen.of` these, computed once for each mask."""

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
-    Cache,
+    DynamicSlidingWindowLayer,
     get_layer_types_and_kwargs,
 )
 
+from signlattice.cache.attachment import AttachedCache
 from signlattice.cache.layer import LayerFormat, PackedLayer
 from signlattice.cache.masks import MaskCache
 from signlattice.cache.storage import KEY_FORMATS, PAGE, VALUE_FORMATS, KeyFormat, ValueFormat
 from signlattice.errors import InputError
 from signlattice.kernels import HEAD_DIMS, Impl
 from signlattice.memory import CacheFormat, EffectiveBits, packed_cache_bytes
-from signlattice.models.hooks import AttentionLayer, attach_attention, attention_layers
+from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.quantizers.base import StoredQuantizer
 from signlattice.quantizers.codec import KeyCodec
@@ -40,7 +43,8 @@ class CacheConfig:
         sinks: first tokens of a sequence that stay in full precision for ever.
         sliding: layers with a sliding window of their own: "whole", or "packed" (without sinks).
         exempt: layers that keep everything whole, by index; -1 is the last.
-        spare: tokens that can be removed (``crop``, speculative decoding) without a trace.
+        spare: tokens that can be removed (``crop``) without a trace; while the past is recorded, as
+            speculative decoding does, it is all that were read since the last ``crop``.
         dtype: of what is whole, exempt and sliding layers among it; None is the model's own.
         impl: of the kernels: "auto", "torch", "triton" or "cpu".
 
@@ -116,7 +120,7 @@ class CacheStats:
         return self.fp16 / self.n_bytes if self.n_bytes else 1.0
 
 
-class SignKeyCache(Cache):
+class SignKeyCache(AttachedCache):
     """A cache of one conversation, or of a batch of them, for ``model.generate()``.
 
     ::
@@ -124,9 +128,11 @@ class SignKeyCache(Cache):
         cache = SignKeyCache(model, codec)
         model.generate(**inputs, past_key_values=cache)
 
-    The model attends through `models.hooks.attach_attention` from then on, which changes nothing
-    for other caches. Give a `LoadedModel` to have its parameters compared with those that the codec
-    was learned on; of a model of transformers itself only the shapes can be.
+    The model attends through the cache whenever a forward pass is given it. Nothing else changes,
+    and after `close`, or ``with SignKeyCache(model, codec) as cache``, the model is as it was. Give
+    a `LoadedModel` to have its parameters compared with those that the codec was learned on; of a
+    model of transformers itself only the shapes can be. Iterating gives what a `DynamicCache` does:
+    keys, values and the length of a sliding window of each layer, here as they are reconstructed.
 
     Raises:
         InputError: if the codec does not fit the model's layers, a layer to be packed has a head
@@ -184,7 +190,37 @@ class SignKeyCache(Cache):
             layers.append(PackedLayer(layer, fmt, packed.get(index), reader))
         super().__init__(layers=layers)
         self.packed_layers: list[PackedLayer] = [layers[index] for index in sorted(packed)]
-        attach_attention(model)
+        self.attach(model)
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, ...]]:
+        for layer in self.layers:
+            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+
+    def to(self, device: torch.device | str | int) -> Self:
+        """Move all that the cache holds to a device; return the cache."""
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                layer.to(torch.device(device))
+            elif layer.is_initialized and layer.keys is not None:
+                layer.device = torch.device(device)
+                layer.prefetch()
+        return self
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, as many as a number below zero says.
+
+        Afterwards the cache is as if they had never been there. Raises ``InputError``, and removes
+        nothing, where a layer cannot take back so many: see `PackedLayer.crop`. Assisted decoding
+        may take back any number, since it calls ``activate_past_recording()`` first.
+        """
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                layer.check_crop(tokens_to_remove)
+            elif isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized:
+                _check_sliding(layer, tokens_to_remove)
+        for layer in self.layers:
+            if tokens_to_remove or getattr(layer, "record_past", True):
+                layer.crop(tokens_to_remove)
 
     def stats(self) -> CacheStats:
         """Return what is in the cache now."""
@@ -195,7 +231,7 @@ class SignKeyCache(Cache):
         beside = _zeros("keys", "values")
         for layer in self.layers:
             if isinstance(layer, PackedLayer):
-                if not layer.is_initialized:
+                if not layer.n_tokens:
                     continue
             else:
                 kept = [getattr(layer, name, None) for name in ("keys", "values")]
@@ -252,6 +288,20 @@ class SignKeyCache(Cache):
             value_scale_bits=0 if value in ("whole", "fp8") else 32,
             window=layer.format.window + layer.format.spare,
             sinks=layer.format.sinks,
+        )
+
+
+def _check_sliding(layer: DynamicSlidingWindowLayer, tokens_to_remove: int) -> None:
+    """Raise ``InputError`` where transformers' own layer lacks tokens that it would need again."""
+    assert layer.keys is not None  # it is initialized
+    n, n_held, window = layer.get_seq_length(), layer.keys.shape[-2], layer.sliding_window
+    has_slid = n >= window and not layer.record_past
+    lacking = min(n + tokens_to_remove, window - 1) > n_held + tokens_to_remove
+    if tokens_to_remove and (has_slid or lacking):
+        raise InputError(
+            f"crop({tokens_to_remove}): a window of {window} tokens has slid over "
+            "what it would need again; call activate_past_recording() before the tokens are read, "
+            "or use CacheConfig(sliding='packed')"
         )
 
 

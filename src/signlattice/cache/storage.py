@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -35,8 +35,11 @@ PAGE = 64
 class Store(ABC):
     """Vectors [B, H, C, D] in some format.
 
-    ``parts`` are all tensors that it holds, each [B, H, C, …] or [B, H, C].
+    ``parts`` are all tensors that it holds, each [B, H, C, …] or [B, H, C]; ``code`` is what they
+    are in, if anything.
     """
+
+    code: Any = None
 
     def __init__(self) -> None:
         self.parts: dict[str, Tensor] = {}
@@ -65,6 +68,11 @@ class Store(ABC):
 
     def append(self, at: int, vectors: Tensor) -> None:
         """Grow by whole pages where the capacity is too small, then `write`."""
+        if not torch.is_inference_mode_enabled():  # what was made under it could not be written to
+            self.parts = {
+                name: part.clone() if part.is_inference() else part
+                for name, part in self.parts.items()
+            }
         needed = -(-(at + vectors.shape[2]) // PAGE) * PAGE
         if needed > self.room:
             parts = self.empty(vectors, needed)

@@ -18,7 +18,12 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -232,15 +237,22 @@ def attention_hook(model: PreTrainedModel, hook: AttentionHook) -> Iterator[None
 
     Raises ``InputError`` if the model has no decoder attention.
     """
-    config = model.config.get_text_config(decoder=True)
-    implementation_before = config._attn_implementation
-    attach_attention(model)
+    configs, ours = attention_configs(model), attention_implementation(model)
+    own = [config._attn_implementation for config in configs]
     token = _active_hook.set(_after(_active_hook.get(), hook))
     try:
+        for config in configs:
+            config._attn_implementation_internal = ours
         yield
     finally:
-        model.set_attn_implementation(cast(str, implementation_before))
+        for config, implementation in zip(configs, own):
+            config._attn_implementation_internal = implementation
         _active_hook.reset(token)
+
+
+def has_attention_hook() -> bool:
+    """Return whether an `attention_hook` is open."""
+    return _active_hook.get() is not None
 
 
 def on_keys(change: Callable[[int, Tensor], Tensor]) -> AttentionHook:
@@ -258,16 +270,28 @@ def _after(outer: AttentionHook | None, inner: AttentionHook) -> AttentionHook:
     return lambda layer, *inputs: inner(layer, *outer(layer, *inputs))
 
 
-def attach_attention(model: PreTrainedModel) -> None:
-    """Let ``model`` attend through the hooked function from now on: with tensors nothing changes.
+def attention_implementation(model: PreTrainedModel) -> str:
+    """Return the name under which transformers knows the hooked attention that suits the model.
 
-    Raises ``InputError`` if the model has no decoder attention.
+    Raises ``InputError`` if the model has no decoder attention, or one that cannot be exchanged.
     """
     if not getattr(model, "_supports_attention_backend", False):
         raise InputError(f"{type(model).__name__} does not use transformers' attention interface")
     layers = attention_layers(model).values()
     special = any(layer.softcap is not None or layer.sinks for layer in layers)
-    model.set_attn_implementation(_EAGER if special else _SDPA)
+    return _EAGER if special else _SDPA
+
+
+def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """List the configurations in which the decoder's layers look up their attention, once each."""
+    configs = [model.config.get_text_config(decoder=True)]
+    configs += [
+        module.config
+        for module in model.modules()
+        if hasattr(module, "layer_idx")
+        and isinstance(getattr(module, "config", None), PreTrainedConfig)
+    ]
+    return list({id(config): config for config in configs}.values())
 
 
 def score_scaling(model: PreTrainedModel) -> dict[int, float]:

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 class Quantizer(ABC):
-    """A code of the keys, or of the values, of one layer."""
+    """A code of the keys, or of the values, of one layer. It never changes: copies share it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
     @property
     @abstractmethod
