@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from signlattice.cache.layer import BLOCK, LayerFormat, PackedLayer
 from signlattice.cache.masks import MaskCache
 from signlattice.cache.storage import KEY_FORMATS, PAGE, VALUE_FORMATS, key_storage, value_storage
 from signlattice.errors import InputError
-from signlattice.models.hooks import AttentionLayer
+from signlattice.models.hooks import AttentionCall, AttentionLayer
 from signlattice.quantizers.sign import SignQuantizer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_grad")
@@ -149,7 +148,8 @@ def run(case: Case, x: Tokens, sizes: tuple[int, ...], layer: PackedLayer | None
     """What a layer makes of tokens that come in calls of such sizes; the rest is the last call."""
     layer = case.layer() if layer is None else layer
     at, outputs = layer.n_tokens, []
-    module = SimpleNamespace(sinks=case.logits)
+    sinks = None if case.logits is None else case.logits.view(1, -1, 1, 1)
+    call = AttentionCall(0.3, case.softcap, sinks)
     masked = any(case.starts) or (case.sliding is not None and case.masks)
     for size in (*sizes, x.query.shape[2] - at - sum(sizes)):
         if not size:
@@ -159,7 +159,7 @@ def run(case: Case, x: Tokens, sizes: tuple[int, ...], layer: PackedLayer | None
         mask = visible(case)[:, None, at : at + size, offset : offset + length]
         keys, values = layer.update(new.keys, new.values)
         assert keys is values
-        outputs.append(keys.attend(module, new.query, mask if masked else None))
+        outputs.append(keys.attend(new.query, replace(call, mask=mask if masked else None)))
         at += size
     return torch.cat(outputs, 2)
 
@@ -394,7 +394,7 @@ def test_speculation_all_along_leaves_no_trace(case):
             )
         )
         tokens, _ = layer.update(guess.keys, guess.values)
-        outputs.append(tokens.attend(None, guess.query, None)[:, :, :2])
+        outputs.append(tokens.attend(guess.query, AttentionCall(0.3))[:, :, :2])
         layer.crop(-4)
     got = torch.cat(outputs[1:], 2)
     assert difference(got, by_definition(case, x)) < TOLERANCE[case.dtype]
