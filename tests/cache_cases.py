@@ -16,6 +16,8 @@ from transformers import (
     Gemma4TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -113,6 +115,20 @@ _MODELS = {
             vocab_size_per_layer_input=VOCABULARY,
         ),
     ),
+    "llama4": (
+        Llama4ForCausalLM,
+        Llama4TextConfig,
+        dict(
+            num_hidden_layers=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            intermediate_size_mlp=64,
+            num_local_experts=2,
+            attention_chunk_size=12,
+            layer_types=["chunked_attention", "full_attention"],
+            no_rope_layers=[1, 0],
+        ),
+    ),
     "gemma3": (
         Gemma3ForCausalLM,
         Gemma3TextConfig,
@@ -138,7 +154,7 @@ _MODELS = {
     ),
 }
 CLASSES = tuple(_MODELS)
-MODELS = CLASSES[:7]
+MODELS = CLASSES[:8]
 """Models each of which has something that no other has; the rest are for the contract alone."""
 MEAN_CANCELS = ("llama", "qwen3", "olmoe", "mistral", "gemma4")
 """Models in whose softmax a static mean of the keys cancels: no cap, no sink logit."""

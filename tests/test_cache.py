@@ -609,7 +609,7 @@ def test_the_mask_of_a_prompt_is_not_kept():
     assert gone() is None
     assert reader.read(None, 1, 4, torch.device("cpu")) is not first
     other = torch.tensor([[[[False, False, True, True]]]])
-    assert reader.read(other, 1, 4, other.device).latest_start == 2
+    assert reader.read(other, 1, 4, other.device).starts == [2]
 
 
 PROCESS = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from random import Random
 
 import pytest
 import torch
@@ -17,12 +17,13 @@ from signlattice.cache.layer import BLOCK, LayerFormat, PackedLayer
 from signlattice.cache.masks import MaskCache
 from signlattice.cache.storage import KEY_FORMATS, PAGE, VALUE_FORMATS, key_storage, value_storage
 from signlattice.errors import InputError
-from signlattice.models.hooks import AttentionLayer
+from signlattice.models.hooks import AttentionCall, AttentionLayer
 from signlattice.quantizers.sign import SignQuantizer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_grad")
 
 HEADS, GROUP, D = 2, 2, 16
+LATER = 7
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Of ‖got − expected‖ / ‖expected‖ over all outputs of an attention call: a few roundings of the
@@ -50,6 +51,12 @@ class Case:
     n: int = 80
     device: str = "cpu"
     masks: bool = True  # a causal one is left out, as transformers does where it is all there is
+    chunked: bool = False  # sliding is the length of chunks that a query does not see beyond
+    form: str = "bool"  # of the mask: else hidden by "inf" or the dtype's "least"
+    holes: float = 0.0  # share of earlier tokens that a query does not see
+    later: bool = False  # whether queries of the first call see all its tokens
+    biased: bool = False  # whether the mask, or position_bias beside a bool one, adds to scores
+    per_head: bool = False  # whether heads have masks of their own
 
     @property
     def layer_code(self) -> SignQuantizer | None:
@@ -65,7 +72,16 @@ class Case:
 
     def layer(self) -> PackedLayer:
         attention = AttentionLayer(
-            0, 0, HEADS, HEADS * GROUP, D, 0.3, self.sliding, self.softcap, self.sink_logits
+            index=0,
+            source=0,
+            n_heads=HEADS,
+            n_query_heads=HEADS * GROUP,
+            head_dim=D,
+            scaling=1.0,  # not that of the calls, which counts
+            window=self.sliding,
+            softcap=self.softcap,
+            sinks=self.sink_logits,
+            chunked=self.chunked,
         )
         fmt = LayerFormat(
             self.keys, self.values, self.window, self.sinks, self.spare, None, self.impl
@@ -99,11 +115,37 @@ def given(case: Case, seed: int = 0) -> Tokens:
 
 
 def visible(case: Case) -> Tensor:
-    """bool [B, T, T]: which tokens a query may look at."""
+    """bool [B, 1 or Hq, T, T]: which tokens a query may look at."""
     i, j = torch.arange(case.n)[:, None], torch.arange(case.n)
-    starts = torch.tensor(case.starts)[:, None, None]
-    near = j > i - case.sliding if case.sliding is not None else True
-    return ((j <= i) & (j >= starts) & near).to(case.device)
+    starts = torch.tensor(case.starts)[:, None, None, None]
+    near = torch.tensor(True)
+    if case.chunked:
+        near = (j - starts) // case.sliding == (i - starts) // case.sliding
+    elif case.sliding is not None:
+        near = j > i - case.sliding
+    generator = torch.Generator().manual_seed(0)
+    shape = len(case.starts), HEADS * GROUP if case.per_head else 1, case.n, case.n
+    there = torch.rand(shape, generator=generator) >= case.holes
+    causal = j <= i
+    if case.later:
+        causal = causal | ((i < LATER) & (j < LATER))
+    return (causal & (j >= starts) & near & (there | (i == j))).to(case.device)
+
+
+def bias(case: Case) -> Tensor:
+    """[B, 1 or Hq, T, T]: what is added to the scores."""
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(visible(case).shape, generator=generator).to(case.device, case.dtype)
+    return values if case.biased else torch.zeros_like(values)
+
+
+def mask_and_bias(case: Case, part: tuple[slice, ...]) -> tuple[Tensor, Tensor | None]:
+    """Attention mask and position bias of some queries and tokens, in the form of the case."""
+    shown, added = visible(case)[part], bias(case)[part]
+    if case.form == "bool":
+        return shown, added if case.biased else None
+    hidden = -torch.inf if case.form == "inf" else torch.finfo(case.dtype).min
+    return added.masked_fill(~shown, hidden), None
 
 
 def by_definition(case: Case, x: Tokens) -> Tensor:
@@ -127,8 +169,11 @@ def by_definition(case: Case, x: Tokens) -> Tensor:
         found = 0.3 * query @ keys.double()[:, :, None].mT
         return found if case.softcap is None else case.softcap * (found / case.softcap).tanh()
 
-    seen = torch.where(whole, scores(x.keys), scores(packed_keys))
-    seen = seen.masked_fill(~visible(case)[:, None, None], -torch.inf)
+    def by_group(heads: Tensor) -> Tensor:  # [B, 1 or Hq, T, T] as [B, 1 or H, 1 or G, T, T]
+        return heads[:, None] if heads.shape[1] == 1 else heads.unflatten(1, (HEADS, GROUP))
+
+    seen = torch.where(whole, scores(x.keys), scores(packed_keys)) + by_group(bias(case))
+    seen = seen.masked_fill(~by_group(visible(case)), -torch.inf)
     if case.sink_logits:
         own = case.logits.double().view(1, HEADS, GROUP, 1, 1)
         seen = torch.cat((seen, own.expand(*seen.shape[:-1], 1)), -1)
@@ -147,17 +192,20 @@ def run(case: Case, x: Tokens, sizes: tuple[int, ...], layer: PackedLayer | None
     """What a layer makes of tokens that come in calls of such sizes; the rest is the last call."""
     layer = case.layer() if layer is None else layer
     at, outputs = layer.n_tokens, []
-    module = SimpleNamespace(sinks=case.logits)
+    sinks = None if case.logits is None else case.logits.view(1, -1, 1, 1)
+    call = AttentionCall(0.3, case.softcap, sinks)
     masked = any(case.starts) or (case.sliding is not None and case.masks)
+    masked |= case.form != "bool" or case.holes > 0 or case.later or case.biased
     for size in (*sizes, x.query.shape[2] - at - sum(sizes)):
         if not size:
             continue
         new = x.part(at, at + size)
         length, offset = layer.get_mask_sizes(size)
-        mask = visible(case)[:, None, at : at + size, offset : offset + length]
+        here = slice(None), slice(None), slice(at, at + size), slice(offset, offset + length)
+        mask, added = mask_and_bias(case, here) if masked else (None, None)
         keys, values = layer.update(new.keys, new.values)
         assert keys is values
-        outputs.append(keys.attend(module, new.query, mask if masked else None))
+        outputs.append(keys.attend(new.query, replace(call, mask=mask, bias=added)))
         at += size
     return torch.cat(outputs, 2)
 
@@ -172,6 +220,48 @@ def check(case: Case, way: str, seed: int = 0) -> None:
     real = torch.arange(case.n) >= torch.tensor(case.starts)[:, None]
     keep = real[:, None, :, None].to(case.device)
     assert difference(got * keep, expected * keep) < TOLERANCE[case.dtype]
+
+
+def random_case(seed: int) -> tuple[Case, tuple[int, ...]]:
+    """A configuration of a layer and its masks, and the sizes of the calls that tokens come in."""
+    draw = Random(seed)
+    softcap, sink_logits = draw.choice([None, None, 3.0]), draw.random() < 0.25
+    cancels = softcap is None and not sink_logits
+    sliding = draw.choice([None, None, 9, 24])
+    window = draw.choice([0, 1, 5, 16, 64])
+    later = draw.random() < 0.2
+    case = Case(
+        code=draw.choice(["rotation", "lattice"]),
+        centering=draw.choice(["token_mean", "none"] if cancels else ["none"]),
+        keys=draw.choice(["sign", "sign", *KEY_FORMATS]),
+        values=draw.choice(VALUE_FORMATS),
+        window=window if sliding is None else min(window, sliding),
+        sinks=draw.choice([0, 1, 4]) if sliding is None else 0,
+        sliding=sliding,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        starts=draw.choice([(0, 0), (0, 5), (3, 30)]),
+        chunked=sliding is not None and draw.random() < 0.5,
+        form=draw.choice(["bool", "inf", "least"]),
+        holes=draw.choice([0.0, 0.0, 0.3]),
+        later=later,
+        biased=draw.random() < 0.3,
+        per_head=draw.random() < 0.4,
+    )
+    sizes = [LATER] if later else []
+    while (left := case.n - sum(sizes)) > 0:
+        sizes.append(min(left, draw.choice([1, 1, 2, 7, 30])))
+    return case, tuple(sizes[:-1])
+
+
+@pytest.mark.parametrize("seed", thinned(range(400), every=25))
+def test_packed_layer_agrees_with_a_model_of_it_in_double_precision(seed):
+    case, sizes = random_case(seed)
+    x = given(case, seed)
+    got, expected = run(case, x, sizes), by_definition(case, x)
+    real = torch.arange(case.n) >= torch.tensor(case.starts)[:, None]
+    keep = real[:, None, :, None]
+    assert difference(got * keep, expected * keep) < 1e-5
 
 
 PRODUCT = itertools.product(
@@ -392,7 +482,7 @@ def test_speculation_all_along_leaves_no_trace(case):
             )
         )
         tokens, _ = layer.update(guess.keys, guess.values)
-        outputs.append(tokens.attend(None, guess.query, None)[:, :, :2])
+        outputs.append(tokens.attend(guess.query, AttentionCall(0.3))[:, :, :2])
         layer.crop(-4)
     got = torch.cat(outputs[1:], 2)
     assert difference(got, by_definition(case, x)) < TOLERANCE[case.dtype]

@@ -17,7 +17,7 @@ from signlattice.evaluation.heads import HeadQuality, fit_temperature, head_qual
 from signlattice.io import Progress, identity, no_progress
 from signlattice.kernels import HEAD_DIMS
 from signlattice.models.capture import StateBank, capture_passages, draw_tokens
-from signlattice.models.hooks import AttentionLayer, attention_layers
+from signlattice.models.hooks import AttentionLayer, attention_layers, cacheable
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import Passage, passages, take_tokens
 from signlattice.quantizers import registry
@@ -81,14 +81,12 @@ class CalibrationConfig:
 def coded_layers(loaded: LoadedModel, config: CalibrationConfig) -> dict[int, AttentionLayer]:
     """Return the layers that a codec is learned for: with keys of their own, of a size that fits.
 
-    Raises ``InputError`` if there is none.
+    Raises ``InputError`` if there is none, or none that a `SignKeyCache` can hold.
     """
     found = {
         index: layer
-        for index, layer in attention_layers(loaded.model).items()
-        if layer.owns_keys
-        and layer.head_dim in HEAD_DIMS
-        and (config.sliding or layer.window is None)
+        for index, layer in cacheable(attention_layers(loaded.model)).items()
+        if layer.head_dim in HEAD_DIMS and (config.sliding or layer.window is None)
     }
     if not found:
         raise InputError(

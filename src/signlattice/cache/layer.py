@@ -11,15 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import CacheLayerMixin
 
 from signlattice import kernels
-from signlattice.cache.masks import MaskCache, Seen
+from signlattice.cache.masks import BLOCK, MaskCache, Seen, visible
 from signlattice.cache.storage import (
     PAGE,
     FullPrecisionStorage,
@@ -35,14 +35,11 @@ from signlattice.errors import InputError
 from signlattice.kernels import Impl
 from signlattice.kernels.layout import FullPrecisionTokens
 from signlattice.memory import KVShape
-from signlattice.models.hooks import AttentionLayer
+from signlattice.models.hooks import AttentionCall, AttentionLayer
 from signlattice.quantizers.base import StoredQuantizer
 
 NewStorages = Callable[[torch.dtype], tuple[Store, Store]]
 """Makes empty stores of keys and of values; the dtype is that of full precision."""
-
-BLOCK = 256
-"""Queries of a prompt that attend at once: only keys near them are needed in full precision."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +125,10 @@ class PackedLayer(CacheLayerMixin):
     def _clear(self) -> None:
         self.n_tokens = 0
         self.first = 0  # token of slot 0
+        self.starts: list[int] = []  # by sequence, the first token that a query of its saw
         self._stores: dict[str, Store] = {}  # of keys and values, from the first token on
         self.recent: dict[str, Tensor] = {}  # keys and values [B, H, R, D] of the last tokens
         self.sinks: dict[str, Tensor] = {}  # keys and values [B, H, S, D]
-        self._sink_starts: list[int] | None = None  # token at which those of each sequence begin
         self.is_initialized = False
 
     @property
@@ -292,35 +289,30 @@ class PackedLayer(CacheLayerMixin):
             self._stores = {name: store.without(*cut) for name, store in self._stores.items()}
             self.first = first
 
-    def keep_sinks(self, tokens: PackedKV, seen: Seen) -> None:
-        """Keep the first tokens of every sequence, as far as they are among ``tokens``."""
-        n_sinks, n_whole = self.format.sinks, tokens.keys.shape[2]
-        if not n_sinks:
-            return
-        if self._sink_starts is not None and self._sink_starts != seen.starts:
-            self._reread_sinks(tokens, seen)
-        self._sink_starts = seen.starts
+    def begin(self, tokens: PackedKV, seen: Seen, n_new: int) -> None:
+        """Fix where each sequence begins, by the first call that sees any of it; keep its sinks."""
+        n_before, n_whole = tokens.n_tokens - n_new, tokens.keys.shape[2]
         first_whole = tokens.n_tokens - n_whole
-        if first_whole >= seen.latest_start + n_sinks:
+        known = self.starts or [n_before] * len(seen.starts)
+        self.starts = [
+            old if old < n_before else max(new, first_whole)
+            for old, new in zip(known, seen.starts, strict=True)
+        ]
+        n_sinks = self.format.sinks
+        if not n_sinks or first_whole >= max(self.starts) + n_sinks:
             return
-        place = seen.start[:, None] + torch.arange(n_sinks, device=self.device) - first_whole
+        place = self.sink_places(seen.start) - first_whole
         there = ((place >= 0) & (place < n_whole))[:, None, :, None]
-        place = place.clamp(0, n_whole - 1).long()[:, None, :, None]
+        place = place.clamp(0, n_whole - 1)[:, None, :, None]
         for name, whole in (("keys", tokens.keys), ("values", tokens.values)):
             old = self.sinks[name]
             new = whole.gather(2, place.expand(*old.shape))
             self.sinks[name] = torch.where(there, new, old)
 
-    def _reread_sinks(self, tokens: PackedKV, seen: Seen) -> None:
-        """Take sinks from the stores where another mask lets a sequence begin at another token."""
-        moved = torch.tensor(self._sink_starts, device=self.device) != seen.start
-        place = seen.start[:, None].long() + torch.arange(self.format.sinks, device=self.device)
-        place = place.clamp(self.first, tokens.n_tokens - 1)
-        first, last = int(place.min()), int(place.max()) + 1
-        for name, old in self.sinks.items():
-            near = self._stores[name].read(first - self.first, last - self.first, self.dtype)
-            new = near.gather(2, (place - first)[:, None, :, None].expand(*old.shape))
-            self.sinks[name] = torch.where(moved[:, None, None, None], new, old)
+    def sink_places(self, like: Tensor) -> Tensor:
+        """Return which tokens the sinks are, int64 [B, S], on the device of a tensor."""
+        starts = torch.tensor(self.starts, device=like.device)
+        return starts[:, None] + torch.arange(self.format.sinks, device=like.device)
 
     def weight(self) -> LayerFootprint:
         """Return the footprint of the layer, which must hold a token."""
@@ -421,18 +413,18 @@ class PackedLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace sequence b by sequence ``beam_idx[b]``."""
-        self._each(lambda part: part.index_select(0, beam_idx.to(part.device)))
+        self._each_sequence(lambda part: part.index_select(0, beam_idx.to(part.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence so many times."""
-        self._each(lambda part: part.repeat_interleave(repeats, 0))
+        self._each_sequence(lambda part: part.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor | Sequence[int] | Sequence[bool]) -> None:
         """Keep some sequences: by their numbers, or by true and false for each."""
         chosen = torch.as_tensor(indices)
         if not chosen.numel():
             chosen = chosen.long()
-        self._each(lambda part: part[chosen.to(part.device)])
+        self._each_sequence(lambda part: part[chosen.to(part.device)])
 
     def to(self, device: torch.device) -> None:
         """Move the tensors, and the code that reads them, to a device."""
@@ -455,6 +447,10 @@ class PackedLayer(CacheLayerMixin):
         """Move the tensors back to the device."""
         self._each(lambda part: part.to(self.device, non_blocking=True))
 
+    def _each_sequence(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._each(change)
+        self.starts = change(torch.tensor(self.starts, dtype=torch.long)).tolist()
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
             return
@@ -463,8 +459,6 @@ class PackedLayer(CacheLayerMixin):
         for kept in (self.recent, self.sinks):
             for name, tensor in kept.items():
                 kept[name] = change(tensor)
-        if self._sink_starts is not None:
-            self._sink_starts = change(torch.tensor(self._sink_starts)).tolist()
 
 
 @dataclass(frozen=True)
@@ -493,21 +487,58 @@ class PackedKV:
             )
         return self
 
-    def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend, see `models.hooks.AttendableKV`; a single new token does so by the kernels."""
-        layer = self.layer
-        seen = layer.reader.read(mask, len(query), self.n_tokens, query.device)
-        layer.keep_sinks(self, seen)
-        sink_logits = cast(Tensor, module.sinks) if layer.layer.sinks else None
-        if query.shape[2] == 1 and seen.plain and sink_logits is None and self._in_kernels():
-            return self._decode(query, seen)
+    def attend(self, query: Tensor, call: AttentionCall) -> Tensor:
+        """Attend, see `models.hooks.AttendableKV`; a single new token does so by the kernels.
+
+        Raises ``InputError`` on a mask of a shape or dtype that it cannot have, and where a static
+        mean that was taken off the keys does not cancel.
+        """
+        layer, n_new = self.layer, query.shape[2]
+        if layer.mean is not None and (call.softcap is not None or call.sinks is not None):
+            raise InputError(
+                f"layer {layer.layer.index} takes off a static mean, which does not cancel under "
+                "the soft-cap or sinks of this call: learn the codec with centering 'none'"
+            )
+        for name, mask in (("attention_mask", call.mask), ("position_bias", call.bias)):
+            self._check_mask(name, mask, query)
+        seen = layer.reader.read(call.mask, len(query), self.n_tokens, query.device)
+        layer.begin(self, seen, n_new)
+        if n_new == 1 and self._in_kernels(seen, call):
+            return self._decode(query, seen, call)
         blocks = []
-        for first in range(0, query.shape[2], BLOCK):
-            rows = slice(first, min(first + BLOCK, query.shape[2]))
-            blocks.append(self._attend_block(query, rows, mask, seen, sink_logits))
+        for first in range(0, n_new, BLOCK):
+            rows = slice(first, min(first + BLOCK, n_new))
+            blocks.append(self._attend_block(query, rows, call, seen))
         return torch.cat(blocks, 2)
 
-    def _in_kernels(self) -> bool:
+    def _check_mask(self, name: str, mask: Tensor | None, query: Tensor) -> None:
+        if mask is None:
+            return
+        batch, n_heads, n_new, _ = query.shape
+        kept, _ = self.layer.get_mask_sizes(0)
+        most = self.n_tokens - self.first
+        fewest = most if self.layer.layer.window is None else min(kept, most)
+        broadcast = [
+            size in (1, full) for size, full in zip(mask.shape, (batch, n_heads), strict=False)
+        ]
+        if mask.ndim != 4 or not all(broadcast) or mask.shape[2] != n_new:
+            raise InputError(
+                f"{name} of shape {list(mask.shape)}: expected [{batch}, 1 or {n_heads}, {n_new}, "
+                f"{most}]"
+            )
+        if not fewest <= mask.shape[3] <= most:
+            raise InputError(
+                f"{name} of {mask.shape[3]} tokens in layer {self.layer.layer.index}, which holds "
+                f"{most}"
+            )
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise InputError(f"{name} is {mask.dtype}: use bool, true where visible, or float")
+
+    def _in_kernels(self, seen: Seen, call: AttentionCall) -> bool:
+        if not seen.plain or call.sinks is not None or call.bias is not None:
+            return False
+        if self.layer.format.sinks and seen.starts != self.layer.starts:
+            return False
         values = self.value_storage
         whole = isinstance(values, FullPrecisionStorage) and values.dtype != torch.float8_e4m3fn
         rounded = isinstance(values, IntegerStorage)
@@ -519,7 +550,7 @@ class PackedKV:
             and self.values.shape[-1] in kernels.HEAD_DIMS
         )
 
-    def _decode(self, query: Tensor, seen: Seen) -> Tensor:
+    def _decode(self, query: Tensor, seen: Seen, call: AttentionCall) -> Tensor:
         layer, info = self.layer, self.layer.layer
         n, n_sinks = self.n_tokens, layer.format.sinks
         n_recent = min(self.keys.shape[2], layer.format.window)
@@ -543,55 +574,47 @@ class PackedKV:
             keys.packed,
             keys.code.basis,
             values.packed if isinstance(values, IntegerStorage) else values.vectors,
-            scaling=info.scaling,
+            scaling=call.scaling,
             start=first_packed.clamp_min(0).int(),
             length=torch.full_like(start, end - self.first),
-            softcap=info.softcap,
+            softcap=call.softcap,
             whole=whole if whole.keys.shape[2] else None,
             impl=layer.format.impl,
         ).unsqueeze(2)
 
-    def _attend_block(
-        self,
-        query: Tensor,
-        rows: slice,
-        mask: Tensor | None,
-        seen: Seen,
-        sink_logits: Tensor | None,
-    ) -> Tensor:
+    def _attend_block(self, query: Tensor, rows: slice, call: AttentionCall, seen: Seen) -> Tensor:
         """Attend from some queries to reconstructed tokens, those in full precision and sinks."""
-        layer, info = self.layer, self.layer.layer
+        layer = self.layer
         n, n_new = self.n_tokens, query.shape[2]
-        window, n_sinks = layer.format.window, layer.format.sinks
-        i = torch.arange(n - n_new + rows.start, n - n_new + rows.stop, device=query.device)
+        window = layer.format.window
         lowest, highest = n - n_new + rows.start, n - n_new + rows.stop - 1
+        i = torch.arange(lowest, highest + 1, device=query.device)
+        first_seen, end_seen = self._span(lowest, highest, rows, seen)
         oldest_whole = n - self.keys.shape[2]
-        first_packed = self.first
-        if info.window is not None:
-            first_packed = max(first_packed, lowest - info.window + 1)
-        end_packed = max(highest - window + 1, min(oldest_whole, highest + 1), first_packed)
-        first_whole = max(oldest_whole, lowest - window + 1)
-        packed = torch.arange(first_packed, end_packed, device=query.device)
-        whole = torch.arange(first_whole, highest + 1, device=query.device)
-        sinks = seen.start[:, None] + torch.arange(n_sinks, device=query.device)  # [B, S]
+        end_packed = max(highest - window + 1, min(oldest_whole, end_seen))
+        end_packed = max(min(end_packed, end_seen), first_seen)
+        first_whole = min(max(oldest_whole, lowest - window + 1, first_seen), end_seen)
+        packed = torch.arange(first_seen, end_packed, device=query.device)
+        whole = torch.arange(first_whole, end_seen, device=query.device)
+        sinks = layer.sink_places(query)  # [B, S]
 
         def seen_whole(j: Tensor) -> Tensor:
             return (j > i[:, None] - window) & (j >= oldest_whole)
 
-        visible = self._visible(mask, i, query.shape[0], rows)
-        is_sink = (packed >= seen.start[:, None]) & (packed < seen.start[:, None] + n_sinks)
+        shown, bias = self._shown(call, i, rows, len(query))
+        is_sink = (packed[:, None] == sinks[:, None]).any(-1)  # [B, n]
         sink_near = seen_whole(sinks[:, None])  # [B, T, S]
         there = torch.cat(
             (
-                visible(packed) & ~seen_whole(packed) & ~is_sink[:, None],
-                visible(whole) & seen_whole(whole),
-                visible(sinks) & ~sink_near,
+                shown(packed) & ~seen_whole(packed) & ~is_sink[:, None, None],
+                shown(whole) & seen_whole(whole),
+                shown(sinks) & ~sink_near[:, None],
             ),
             -1,
         )
         dtype = query.dtype
-        slots = first_packed - self.first, end_packed - self.first
-        here = slice(first_whole - oldest_whole, highest + 1 - oldest_whole)
+        slots = first_seen - self.first, end_packed - self.first
+        here = slice(first_whole - oldest_whole, end_seen - oldest_whole)
         keys = (self.key_storage.read(*slots, dtype), self.keys[:, :, here], layer.sinks["keys"])
         values = (
             self.value_storage.read(*slots, dtype),
@@ -603,33 +626,48 @@ class PackedKV:
             torch.cat([k.to(dtype) for k in keys], 2),
             torch.cat([v.to(dtype) for v in values], 2),
             there,
-            info,
-            sink_logits,
+            None if bias is None else torch.cat([bias(j) for j in (packed, whole, sinks)], -1),
+            call,
         )
 
-    def _visible(
-        self, mask: Tensor | None, i: Tensor, batch: int, rows: slice
-    ) -> Callable[[Tensor], Tensor]:
-        """Return which tokens j, [n] or [B, n], queries i may attend to: bool [B, T, n]."""
+    def _span(self, lowest: int, highest: int, rows: slice, seen: Seen) -> tuple[int, int]:
+        """Return the first token and the end of those that some queries see."""
+        if seen.spans is not None:
+            return seen.spans[rows.start // BLOCK]
+        window = self.layer.layer.window
+        first = self.first if window is None else max(self.first, lowest - window + 1)
+        return first, highest + 1
+
+    def _shown(
+        self, call: AttentionCall, i: Tensor, rows: slice, batch: int
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:
+        """Return which tokens j, [n] or [B, n], queries i see, and what is added to their scores.
+
+        Both [B, 1 or Hq, T, n]; the second is None where nothing is added.
+        """
         window = self.layer.layer.window
 
         def causal(j: Tensor) -> Tensor:
-            j = j.expand(batch, -1)[:, None]
+            j = j.expand(batch, -1)[:, None, None]
             near = True if window is None else j > i[:, None] - window
             return (j <= i[:, None]) & near
 
-        if mask is None:
-            return causal
+        def column_of(matrix: Tensor, j: Tensor) -> Tensor:
+            first = self.n_tokens - matrix.shape[-1]
+            place = (j - first).clamp(0, matrix.shape[-1] - 1).expand(batch, -1)[:, None, None]
+            part = matrix[:, :, rows].expand(batch, -1, -1, -1)
+            return part.gather(3, place.expand(-1, *part.shape[1:3], -1))
 
-        def by_mask(j: Tensor) -> Tensor:
-            first = self.n_tokens - mask.shape[-1]
-            part = mask[:, 0, rows].expand(batch, -1, -1)
-            place = (j - first).clamp(0, mask.shape[-1] - 1).expand(batch, -1)
-            allowed = part.gather(2, place[:, None].expand(-1, len(i), -1).long())
-            inside = (j >= first) & (j < self.n_tokens)
-            return allowed & inside.expand(batch, -1)[:, None]
+        def by_mask(mask: Tensor, j: Tensor) -> Tensor:
+            inside = (j >= self.n_tokens - mask.shape[-1]) & (j < self.n_tokens)
+            return visible(column_of(mask, j)) & inside.expand(batch, -1)[:, None, None]
 
-        return by_mask
+        mask = call.mask
+        added = [m for m in (mask, call.bias) if m is not None and m.dtype != torch.bool]
+        shown = causal if mask is None else partial(by_mask, mask)
+        if not added:
+            return shown, None
+        return shown, lambda j: sum((column_of(m, j) for m in added), torch.zeros(()))
 
 
 def _attention(
@@ -637,30 +675,42 @@ def _attention(
     keys: Tensor,
     values: Tensor,
     there: Tensor,
-    info: AttentionLayer,
-    sink_logits: Tensor | None,
+    bias: Tensor | None,
+    call: AttentionCall,
 ) -> Tensor:
-    """Attend from [B, Hq, T, D] to [B, H, n, D], where ``there`` [B, T, n]: [B, Hq, T, Dv].
+    """Attend from [B, Hq, T, D] to [B, H, n, D], where ``there`` [B, 1 or Hq, T, n].
 
-    A query that attends to nothing, padding, gets zeros.
+    ``bias``, of the same shape, is added to the scores. Returns [B, Hq, T, Dv]; a query that
+    attends to nothing, padding, gets zeros.
     """
-    group = info.n_query_heads // info.n_heads
-    grouped = query.unflatten(1, (info.n_heads, group)).flatten(2, 3)  # [B, H, G·T, D]
-    there = there[:, None].repeat(1, 1, group, 1)
-    if info.softcap is None and sink_logits is None:
+    n_heads = keys.shape[1]
+    group = query.shape[1] // n_heads
+
+    def grouped(rows: Tensor) -> Tensor:  # [B, Hq, T, …] as [B, H, G·T, …]
+        return rows.unflatten(1, (n_heads, group)).flatten(2, 3)
+
+    def repeated(rows: Tensor) -> Tensor:
+        return rows.repeat(1, 1, group, 1) if rows.shape[1] == 1 else grouped(rows)
+
+    there = repeated(there)
+    if call.softcap is None and call.sinks is None:
         blind = ~there.any(-1, keepdim=True)
+        mask = there | blind
+        if bias is not None:
+            mask = repeated(bias).to(query.dtype).masked_fill(~mask, -torch.inf)
         output = scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=there | blind, scale=info.scaling
+            grouped(query), keys, values, attn_mask=mask, scale=call.scaling
         ).masked_fill(blind, 0.0)
     else:
-        scores = (grouped @ keys.mT).float() * info.scaling
-        if info.softcap is not None:
-            scores = info.softcap * (scores / info.softcap).tanh()
+        scores = (grouped(query) @ keys.mT).float() * call.scaling
+        if call.softcap is not None:
+            scores = call.softcap * (scores / call.softcap).tanh()
+        if bias is not None:
+            scores = scores + repeated(bias)
         scores = scores.masked_fill(~there, -torch.inf)
-        if sink_logits is not None:
-            own = sink_logits.float().view(1, info.n_heads, group, 1, 1)
-            own = own.expand(len(query), -1, -1, query.shape[2], -1).flatten(2, 3)
-            scores = torch.cat((scores, own), -1)
+        if call.sinks is not None:
+            own = call.sinks.float().expand(*query.shape[:3], 1)
+            scores = torch.cat((scores, grouped(own)), -1)
         weights = scores.softmax(-1).nan_to_num(0.0)[..., : keys.shape[2]]
         output = weights.to(values.dtype) @ values
     return output.unflatten(2, (group, -1)).flatten(1, 2)

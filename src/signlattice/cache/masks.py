@@ -1,4 +1,4 @@
-"""Read from an attention mask where each sequence of a batch begins, and whether it has gaps."""
+"""Read from an attention mask which tokens the queries of a call see, and where sequences begin."""
 
 from __future__ import annotations
 
@@ -10,17 +10,28 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+BLOCK = 256
+"""Queries of a prompt that attend at once: only keys near them are needed in full precision."""
+
+
+def visible(mask: Tensor) -> Tensor:
+    """Return which tokens a mask shows, bool; a float mask hides by -inf or its dtype's least."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+
 
 @dataclass(frozen=True)
 class Seen:
-    """Start of every sequence, read from the mask of a call.
+    """What the queries of a call see, read from its mask.
 
-    ``start`` int32 [B]: the first token that is no padding, the number of tokens where all are.
-    ``latest_start`` is the greatest of them. ``plain``: all tokens after the start are there.
+    ``starts``: by sequence, the first token that a query sees, the number of tokens where none
+    does; ``start``, int32 [B], holds them on the device. ``spans``: first token and end of those
+    that a block of `BLOCK` queries sees; None by position. ``plain``: all heads of the last query
+    see all tokens from the start on, and none is biased.
     """
 
+    starts: list[int]
     start: Tensor
-    latest_start: int
+    spans: list[tuple[int, int]] | None
     plain: bool
 
     @cached_property
@@ -30,14 +41,23 @@ class Seen:
 
     @classmethod
     def of(cls, mask: Tensor | None, batch: int, n_tokens: int, device: torch.device) -> Seen:
-        """Read a mask, bool [B, 1, T, n] of the last n of so many tokens, or None."""
+        """Read a mask [B, Hq, T, n], or to broadcast to it, of the last n of so many tokens."""
         if mask is None:
-            return cls(torch.zeros(batch, dtype=torch.int32, device=device), 0, True)
-        last = mask[:, 0, -1].expand(batch, -1)
-        before = n_tokens - last.shape[-1]
-        start = torch.where(last.any(-1), last.int().argmax(-1) + before, n_tokens)
-        plain = bool((last.sum(-1) == n_tokens - start).all())
-        return cls(start.int(), int(start.max()), plain)
+            start = torch.zeros(batch, dtype=torch.int32, device=device)
+            return cls([0] * batch, start, None, True)
+        shown = visible(mask)
+        n, before = mask.shape[-1], n_tokens - mask.shape[-1]
+        anywhere = shown.any(1).any(1).expand(batch, -1)  # [B, n]
+        start = torch.where(anywhere.any(-1), anywhere.int().argmax(-1) + before, n_tokens).int()
+        rows = torch.stack([block.flatten(0, 2).any(0) for block in shown.split(BLOCK, 2)]).int()
+        first, last = rows.argmax(-1), n - 1 - rows.flip(-1).argmax(-1)
+        ends = torch.where(rows.any(-1), torch.stack((first, last + 1)), 0) + before
+        there = torch.arange(before, n_tokens, device=shown.device) >= start[:, None]
+        plain = (shown[:, :, -1] == there[:, None]).all()
+        if mask.dtype != torch.bool:
+            plain &= ~(mask[:, :, -1].ne(0) & shown[:, :, -1]).any()
+        spans = [(int(first), int(end)) for first, end in ends.T.tolist()]
+        return cls(start.tolist(), start, spans, bool(plain))
 
 
 class MaskCache:

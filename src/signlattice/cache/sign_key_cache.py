@@ -22,7 +22,7 @@ from signlattice.cache.storage import KEY_FORMATS, PAGE, VALUE_FORMATS, KeyForma
 from signlattice.errors import InputError
 from signlattice.kernels import HEAD_DIMS, Impl
 from signlattice.memory import CacheFormat, EffectiveBits, packed_cache_bytes
-from signlattice.models.hooks import AttentionLayer, attention_layers
+from signlattice.models.hooks import AttentionLayer, attention_layers, cacheable
 from signlattice.models.loading import LoadedModel
 from signlattice.quantizers.base import StoredQuantizer
 from signlattice.quantizers.codec import KeyCodec
@@ -179,6 +179,7 @@ class SignKeyCache(AttachedCache):
         layers = []
         for index, (kind, arguments) in enumerate(zip(*get_layer_types_and_kwargs(text))):
             layer = attending.get(index)
+            layer = None if layer is not None and layer.obstacle is not None else layer
             if layer is not None and index in packed:
                 fmt = _layer_format(layer, config)
             elif layer is not None and config.dtype is not None and layer.owns_keys:
@@ -343,7 +344,7 @@ def _packed_layers(
     layers: dict[int, AttentionLayer], codec: KeyCodec | None, config: CacheConfig
 ) -> dict[int, StoredQuantizer | None]:
     """Return the layers that are to be packed, each with its code if there is one."""
-    owners = {index: layer for index, layer in layers.items() if layer.owns_keys}
+    owners = cacheable(layers)
     n_layers = max(layers) + 1
     if wrong := [i for i in config.exempt if not -n_layers <= i < n_layers]:
         raise InputError(f"exempt={list(config.exempt)}: {wrong} of {n_layers} layers")

@@ -214,7 +214,8 @@ def capture(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     bank = StateBank(stage, folder, shard_tokens, dtype)
-    recorder = _Recorder(bank, layers)
+    owners = {index for index, layer in attention_layers(model).items() if layer.owns_keys}
+    recorder = _Recorder(bank, owners, layers)
     kinds: list[StateKind] = [kind for kind in STATE_KINDS if kind in states]
     at_projection: list[StateKind] = [
         kind for kind in kinds if stage == "pre_rope" and kind != "values"
@@ -245,6 +246,7 @@ class _Recorder:
     """Appends the states of a running model to a bank: of chosen layers, without padding."""
 
     bank: StateBank
+    owners: Collection[int]
     layers: Collection[int] | None = None
     is_token: Tensor = field(init=False)  # bool [B, T] of the running pass: false is padding
 
@@ -260,12 +262,10 @@ class _Recorder:
     def watch_attention(
         self, model: PreTrainedModel, kinds: Collection[StateKind]
     ) -> Iterator[None]:
-        owners = {index for index, layer in attention_layers(model).items() if layer.owns_keys}
-
         def record(layer: int, query: Tensor, key: Tensor, value: Tensor) -> AttentionInputs:
             inputs: dict[StateKind, Tensor] = {"keys": key, "queries": query, "values": value}
             for kind in kinds:
-                if kind == "queries" or layer in owners:
+                if kind == "queries" or layer in self.owners:
                     self._record(kind, layer, inputs[kind])
             return query, key, value
 

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Protocol, cast
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -37,17 +40,78 @@ AttentionHook = Callable[[int, Tensor, Tensor, Tensor], AttentionInputs]
 
 _SDPA, _EAGER = "signlattice", "signlattice_eager"
 _active_hook: ContextVar[AttentionHook | None] = ContextVar("signlattice_hook", default=None)
+_active_probe: ContextVar[Callable[..., None] | None] = ContextVar(
+    "signlattice_probe", default=None
+)
+
+
+_HONOURED = ("scaling", "softcap", "s_aux", "sinks", "position_bias", "dropout", "is_causal")
+_ALREADY_IN = (  # what transformers' own functions do not read: masks, queries or modules have it
+    "sliding_window",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "logits_to_keep",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """What a model's attention call passes beside queries, keys and values.
+
+    Attributes:
+        scaling: what multiplies the scores.
+        softcap: c of the scores ``c tanh(s/c)``; None leaves them.
+        sinks: logits that take part in the softmax, as [B, Hq, T, 1] or to broadcast to it.
+        mask: [B, Hq, T, n], or to broadcast to it, of the last n tokens: bool, true where a query
+            may attend, or float, added to the capped scores; None is causal.
+        bias: the same shape, added to the capped scores of what the mask shows.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, query: Tensor, mask: Tensor | None, arguments: Mapping[str, Any]
+    ) -> AttentionCall:
+        """Read the arguments that ``module`` passes to its attention function.
+
+        Raises ``InputError`` on one that a cache of this library does not know.
+        """
+        name = type(module).__name__
+        given = {key: value for key, value in arguments.items() if value is not None}
+        if unknown := sorted(set(given) - {*_HONOURED, *_ALREADY_IN}):
+            raise InputError(f"{name} passes {', '.join(unknown)}: SignKeyCache does not know it")
+        if given.get("dropout", 0.0) > 0:
+            raise InputError(f"{name} drops {given['dropout']} of its weights: use model.eval()")
+        causal = given.get("is_causal", getattr(module, "is_causal", True))
+        if mask is None and not causal and query.shape[2] > 1:
+            raise InputError(f"{name} attends to later tokens: a cache has none of them")
+        sinks = given.get("s_aux", given.get("sinks", getattr(module, "sinks", None)))
+        if sinks is not None and sinks.ndim == 1:
+            sinks = sinks.view(1, -1, 1, 1)
+        return cls(
+            scaling=given.get("scaling", query.shape[-1] ** -0.5),
+            softcap=given.get("softcap"),
+            sinks=sinks,
+            mask=mask,
+            bias=given.get("position_bias"),
+        )
 
 
 class AttendableKV(Protocol):
     """Keys and values of a cache of this library, which attends to them itself."""
 
-    def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend from queries [B, Hq, T, D] to the cached tokens: [B, Hq, T, Dv].
-
-        ``mask``: bool [B, 1, T, n], true where a query may attend, of the last n tokens; None is
-        causal.
-        """
+    def attend(self, query: Tensor, call: AttentionCall) -> Tensor:
+        """Attend from queries [B, Hq, T, D] to the cached tokens: [B, Hq, T, Dv]."""
         ...
 
 
@@ -65,6 +129,10 @@ class AttentionLayer:
         window: a query attends to itself and window - 1 tokens before; None: to all before.
         softcap: c of the scores ``c tanh(s/c)``; None leaves them.
         sinks: whether a learned logit takes part in the softmax.
+        chunked: the text is cut into chunks of ``window`` tokens, and a query attends to those of
+            its own.
+        bias: whether a bias by position is added to the scores.
+        obstacle: why a `SignKeyCache` cannot hold the layer's keys; None where it can.
     """
 
     index: int
@@ -76,6 +144,9 @@ class AttentionLayer:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    chunked: bool = False
+    bias: bool = False
+    obstacle: str | None = None
 
     @property
     def owns_keys(self) -> bool:
@@ -96,8 +167,10 @@ class AttentionLayer:
         """Compute log attention weights from inner products [..., T, T] of queries and keys.
 
         The T queries and T keys are those of the same tokens. A sink logit is left out: the weights
-        are those among the tokens.
+        are those among the tokens. Raises ``InputError`` on a layer with a bias by position.
         """
+        if self.bias:
+            raise InputError(f"layer {self.index} adds a bias by position: it cannot be measured")
         scores = products * self.scaling
         if self.softcap is not None:
             scores = self.softcap * (scores / self.softcap).tanh()
@@ -107,14 +180,34 @@ class AttentionLayer:
     def visible(self, n_tokens: int, device: torch.device | None = None) -> Tensor:
         """Return which keys each query of T tokens sees, bool [T, T]: itself and those before."""
         mask = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril()
-        return mask if self.window is None else mask.triu(1 - self.window)
+        if self.window is None:
+            return mask
+        if self.chunked:
+            chunk = torch.arange(n_tokens, device=device) // self.window
+            return mask & (chunk[:, None] == chunk)
+        return mask.triu(1 - self.window)
+
+
+_HELD = ("full_attention", "sliding_attention", "chunked_attention")
+"""Kinds of layers whose cache holds keys and values alone."""
 
 
 def attention_layers(model: PreTrainedModel) -> dict[int, AttentionLayer]:
-    """List the attention layers of a decoder by index.
+    """List the attention layers of a decoder by index, as its attention calls have them.
 
-    Raises ``InputError`` if the model is not a decoder.
+    For these the model reads two tokens, once; of a model without parameters (on the meta device)
+    the layers are as its modules have them. Raises ``InputError`` if the model is not a decoder.
     """
+    declared = _declared_layers(model)
+    if all(parameter.is_meta for parameter in model.parameters()):
+        return declared
+    if model not in _probes:
+        _probes[model] = _probe(model)
+    calls = _probes[model]
+    return {index: _as_called(layer, calls) for index, layer in declared.items()}
+
+
+def _declared_layers(model: PreTrainedModel) -> dict[int, AttentionLayer]:
     modules = [
         module
         for module in model.modules()
@@ -123,24 +216,43 @@ def attention_layers(model: PreTrainedModel) -> dict[int, AttentionLayer]:
         and getattr(module, "is_causal", True)
     ]
     if not modules:
+        attends = any("Attention" in type(module).__name__ for module in model.modules())
+        if attends and not getattr(model, "_supports_attention_backend", False):
+            raise InputError(f"{type(model).__name__}: {_own_attention(model)}")
         raise InputError(f"{type(model).__name__} has no decoder attention: give a causal model")
     config = model.config.get_text_config(decoder=True)
+    kinds, arguments = get_layer_types_and_kwargs(config)
     layers: dict[int, AttentionLayer] = {}
     for module in sorted(modules, key=_layer_index):
         index = _layer_index(module)
+        source = _key_source(module, modules)
         n_query_heads = config.num_attention_heads
         layers[index] = AttentionLayer(
             index=index,
-            source=_key_source(module, modules),
+            source=source,
             n_heads=n_query_heads // getattr(module, "num_key_value_groups", 1),
             n_query_heads=n_query_heads,
             head_dim=_head_dim(module, config.hidden_size // n_query_heads),
             scaling=cast(float, module.scaling),
-            window=_window(module, config),
+            window=arguments[source].get("sliding_window"),
             softcap=getattr(module, "attn_logit_softcapping", None),
             sinks=getattr(module, "sinks", None) is not None,
+            chunked=kinds[source] == "chunked_attention",
+            obstacle=None if kinds[source] in _HELD else f"its cache is {kinds[source]}",
         )
     return layers
+
+
+def cacheable(layers: Mapping[int, AttentionLayer]) -> dict[int, AttentionLayer]:
+    """Return the layers with keys of their own that a `SignKeyCache` can hold.
+
+    Raises ``InputError`` if there are none, with the first reason why.
+    """
+    found = {i: layer for i, layer in layers.items() if layer.owns_keys and layer.obstacle is None}
+    if not found:
+        index, layer = next(iter(layers.items()))
+        raise InputError(f"SignKeyCache cannot hold the keys of layer {index}: {layer.obstacle}")
+    return found
 
 
 def _layer_index(module: nn.Module) -> int:
@@ -169,11 +281,95 @@ def _key_source(module: nn.Module, modules: list[nn.Module]) -> int:
     )
 
 
-def _window(module: nn.Module, config) -> int | None:
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and layer_types[_layer_index(module)] != "sliding_attention":
-        return None
-    return getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+@dataclass(frozen=True)
+class _Probe:
+    """What the attention calls of a model pass, by layer; ``error`` if it did not come so far."""
+
+    calls: dict[int, list[dict[str, Any]]]
+    error: str | None = None
+
+
+_probes: WeakKeyDictionary[PreTrainedModel, _Probe] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class _StandIn:
+    """Stands in the place of keys and values as those of a `SignKeyCache` do."""
+
+    values: Tensor
+
+    def attend(self, query: Tensor, call: AttentionCall) -> Tensor:
+        return self.values.repeat_interleave(query.shape[1] // self.values.shape[1], 1)
+
+
+class _ProbeCache(DynamicCache):
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        self.kinds = get_layer_types_and_kwargs(config)[0]
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self.kinds[layer_idx] not in _HELD:
+            return states
+        return _StandIn(states[1]), _StandIn(states[1])
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel) -> _Probe:
+    """Let a model read two tokens, with a cache and without, and note what attention is passed."""
+    if not getattr(model, "_supports_attention_backend", False):
+        return _Probe({}, _own_attention(model))
+    calls: dict[int, list[dict[str, Any]]] = {}
+
+    def note(module: nn.Module, query: Tensor, key: Tensor, call: AttentionCall) -> None:
+        seen = {
+            "n_heads": key.shape[1],
+            "n_query_heads": query.shape[1],
+            "head_dim": key.shape[-1],
+            "scaling": call.scaling,
+            "softcap": call.softcap,
+            "sinks": call.sinks is not None,
+            "bias": call.bias is not None,
+        }
+        calls.setdefault(_layer_index(module), []).append(seen)
+
+    config, was_training = model.config.get_text_config(decoder=True), model.training
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    watching = _active_probe.set(note)
+    try:
+        with attending_by(model, _EAGER):
+            model.eval()(tokens, use_cache=False)
+            model(tokens, past_key_values=_ProbeCache(config), use_cache=True)
+    except InputError as error:
+        return _Probe(calls, str(error))
+    except Exception as error:  # whatever a model's own code may raise: it is named
+        if getattr(config, "kv_lora_rank", None):
+            return _Probe(calls, "its cache holds latents that keys are computed from (MLA)")
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if _StandIn.__name__ in what:
+            return _Probe(calls, "it computes with keys or values between cache and attention")
+        return _Probe(calls, f"it cannot read two tokens with a cache ({what})")
+    finally:
+        _active_probe.reset(watching)
+        model.train(was_training)
+    return _Probe(calls)
+
+
+def _own_attention(model: PreTrainedModel) -> str:
+    alibi = any("alibi" in name for module in model.modules() for name in dir(type(module)))
+    reason = "it does not use transformers' attention interface"
+    return f"{reason}, and adds a bias by position (alibi)" if alibi else reason
+
+
+def _as_called(layer: AttentionLayer, probe: _Probe) -> AttentionLayer:
+    calls = probe.calls.get(layer.index, [])
+    if len(calls) == 1:
+        layer = replace(layer, **calls[0])
+    if probe.error is not None:
+        return replace(layer, obstacle=probe.error)
+    if len(calls) != 1:
+        return replace(layer, obstacle=f"it attends {len(calls)} times in a layer, instead of once")
+    return layer
 
 
 def _forward_sdpa(
@@ -185,7 +381,7 @@ def _forward_sdpa(
     **kwargs,
 ) -> tuple[Tensor, None]:
     if not isinstance(key, Tensor):
-        return _token_major(key.attend(module, query, attention_mask)), None
+        return _attend(module, query, key, attention_mask, kwargs), None
     assert isinstance(value, Tensor)  # a cache stands in for both
     query, key, value = _apply_hook(module, query, key, value)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -200,12 +396,25 @@ def _forward_eager(
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     if not isinstance(key, Tensor):
-        visible = None if attention_mask is None else attention_mask == 0
-        return _token_major(key.attend(module, query, visible)), None
+        return _attend(module, query, key, attention_mask, kwargs), None
     assert isinstance(value, Tensor)  # a cache stands in for both
-    query, key, value = _apply_hook(module, query, key, value)
+    if (note := _active_probe.get()) is not None:
+        note(module, query, key, AttentionCall.of(module, query, attention_mask, kwargs))
+    else:
+        query, key, value = _apply_hook(module, query, key, value)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     return eager(module, query, key, value, attention_mask, **kwargs)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    tokens: AttendableKV,
+    mask: Tensor | None,
+    arguments: Mapping[str, Any],
+) -> Tensor:
+    call = AttentionCall.of(module, query, mask, arguments)
+    return _token_major(tokens.attend(query, call))
 
 
 def _apply_hook(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> AttentionInputs:
@@ -237,17 +446,26 @@ def attention_hook(model: PreTrainedModel, hook: AttentionHook) -> Iterator[None
 
     Raises ``InputError`` if the model has no decoder attention.
     """
-    configs, ours = attention_configs(model), attention_implementation(model)
+    with attending_by(model, attention_implementation(model)):
+        token = _active_hook.set(_after(_active_hook.get(), hook))
+        try:
+            yield
+        finally:
+            _active_hook.reset(token)
+
+
+@contextmanager
+def attending_by(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Let ``model`` attend by a function that transformers knows by such a name, in the context."""
+    configs = attention_configs(model)
     own = [config._attn_implementation for config in configs]
-    token = _active_hook.set(_after(_active_hook.get(), hook))
     try:
         for config in configs:
-            config._attn_implementation_internal = ours
+            config._attn_implementation_internal = implementation
         yield
     finally:
-        for config, implementation in zip(configs, own):
-            config._attn_implementation_internal = implementation
-        _active_hook.reset(token)
+        for config, before in zip(configs, own):
+            config._attn_implementation_internal = before
 
 
 def has_attention_hook() -> bool:
@@ -275,10 +493,11 @@ def attention_implementation(model: PreTrainedModel) -> str:
 
     Raises ``InputError`` if the model has no decoder attention, or one that cannot be exchanged.
     """
-    if not getattr(model, "_supports_attention_backend", False):
-        raise InputError(f"{type(model).__name__} does not use transformers' attention interface")
     layers = attention_layers(model).values()
+    if not getattr(model, "_supports_attention_backend", False):
+        raise InputError(f"{type(model).__name__}: {_own_attention(model)}")
     special = any(layer.softcap is not None or layer.sinks for layer in layers)
+    special |= not getattr(model, "_supports_sdpa", True)
     return _EAGER if special else _SDPA
 
 
