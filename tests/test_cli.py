@@ -15,12 +15,13 @@ from signlattice.cache.sign_key_cache import CacheConfig
 from signlattice.cli import main
 from signlattice.cli.show import plain, size, span, table
 from signlattice.evaluation.through_cache import QualityConfig
+from signlattice.io import locked
 from signlattice.models import full_size
 from signlattice.quantizers import basis, codec, lattice, scales
 from signlattice.quantizers.codec import KeyCodec
 
 MODEL = "gemma4-e2b-mini"
-COMMANDS = ("learn", "measure", "evaluate", "generate", "bench", "inspect", "estimate")
+COMMANDS = ("learn", "measure", "evaluate", "generate", "bench", "inspect", "resave", "estimate")
 
 
 def run(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[dict, str]:
@@ -329,6 +330,10 @@ def test_an_output_that_cannot_be_written_is_told_before_work_begins(capsys, tmp
     file.touch()
     assert "cannot write to" in told(capsys, "learn", MODEL, "-o", file / "codec")
     assert "is a folder" in told(capsys, "learn", MODEL, "-o", tmp_path)
+    assert "is a device" in told(capsys, "learn", MODEL, "-o", "/dev/null")
+    with locked(tmp_path / "x.parts"):
+        err = told(capsys, "learn", MODEL, "-o", tmp_path / "x")
+    assert "another process is at work in" in err and "choose another output" in err
     scratch = ("--scratch", file / "parts")
     assert "cannot write to" in told(capsys, "learn", MODEL, "-o", tmp_path / "x", *scratch)
 

@@ -61,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> tuple[dict, list[str]] | None:
     if options.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the hub's client is imported
-    if options.command == "inspect":
-        from signlattice.cli.contents import inspect
+    if options.command in ("inspect", "resave"):
+        from signlattice.cli import contents
 
-        return inspect(options)
+        return getattr(contents, options.command)(options)
     from signlattice.cli import commands
 
     try:
@@ -90,7 +90,7 @@ Each command has more to say: signlattice learn --help""",
     )
     top.add_argument("--version", action="version", version=f"signlattice {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_learn, _measure, _evaluate, _generate, _bench, _inspect, _estimate):
+    for add in (_learn, _measure, _evaluate, _generate, _bench, _inspect, _resave, _estimate):
         add(commands)
     return top
 
@@ -289,6 +289,19 @@ def _inspect(commands: argparse._SubParsersAction) -> None:
         "signlattice inspect codec.safetensors",
     )
     command.add_argument("codec", metavar="CODEC", type=Path, help="a codec file")
+
+
+def _resave(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "resave",
+        "write a codec file of an earlier version anew, with the same numbers",
+        "signlattice resave codec.safetensors",
+    )
+    command.add_argument("codec", metavar="CODEC", type=Path, help="a codec file")
+    command.add_argument(
+        "-o", "--output", metavar="FILE", type=Path, help="file to write (default: CODEC itself)"
+    )
 
 
 def _estimate(commands: argparse._SubParsersAction) -> None:
