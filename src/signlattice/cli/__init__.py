@@ -16,8 +16,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from signlattice import __version__
 from signlattice.errors import InputError
@@ -31,31 +33,87 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; wrong usage, help and version raise SystemExit."""
-    for stream in (sys.stdout, sys.stderr):
-        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
-            reconfigure(errors="replace")  # a terminal that knows no β
+    if sys.stderr is None:  # closed, as is sys.stdout below
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    with redirect_stderr(cast(TextIO, _Aside(sys.stderr))):
+        try:
+            if sys.stdout is None:
+                raise InputError("stdout is closed: there is nowhere to print a result")
+            for stream in (sys.stdout, sys.stderr):
+                if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
+                    reconfigure(errors="replace")  # a terminal that knows no β
+            return _main(argv)
+        except InputError as error:
+            print(f"signlattice: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt as interrupt:
+            told = ("signlattice: interrupted", *map(str, interrupt.args))
+            print(": ".join(told), file=sys.stderr)
+            return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    options = None
+    with _printing():  # help and version
+        options = parser().parse_args(argv)
+    result = None if options is None else _run(options)
+    if options is None or result is None:  # nobody reads the help; another process reports
+        return 0
+    document, lines = result
+    with _printing():
+        if options.json:
+            print(json.dumps(document, indent=1, allow_nan=False))
+        else:
+            print("\n".join(lines))
+    return 0
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Print to stdout: whoever went away has read enough, all else is an error.
+
+    Raises ``InputError`` where stdout cannot be written to.
+    """
     try:
         try:
-            options = parser().parse_args(argv)
-            result = _run(options)
-            if result is None:  # another process reports
-                return 0
-            document, lines = result
-            if options.json:
-                print(json.dumps(document, indent=1, allow_nan=False))
-            else:
-                print("\n".join(lines))
+            yield
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except InputError as error:
-        print(f"signlattice: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        print(": ".join(("signlattice: interrupted", *map(str, interrupt.args))), file=sys.stderr)
-        return 130
-    return 0
+    except BrokenPipeError:
+        _close(sys.stdout)
+    except OSError as error:
+        _close(sys.stdout)
+        raise InputError(f"cannot print to stdout: {error.strerror}") from None
+
+
+class _Aside:
+    """Standard error, of which no work depends: once nobody reads it, what it is told is lost."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or lose, a text."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            _close(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush what was written, or lose it."""
+        try:
+            self._stream.flush()
+        except OSError:
+            _close(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _close(stream: TextIO) -> None:
+    """Send what is left in a stream, which the interpreter flushes at its end, nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(options: argparse.Namespace) -> tuple[dict, list[str]] | None:
