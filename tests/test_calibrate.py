@@ -399,8 +399,14 @@ def test_a_capture_that_did_not_end_is_made_again(llama48, text, tmp_path):
     next(tmp_path.glob("*/keys/*/index.json")).unlink()  # it is written last
     assert same(learn_codec(llama48, text, CONFIG, tmp_path), learn_codec(llama48, text, CONFIG))
     shard = next(tmp_path.glob("*/keys/*/keys.0.*"))
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    next(tmp_path.glob("*/layer-0.safetensors")).unlink()  # or the keys would not be read
+    with pytest.raises(IntegrityError, match="is damaged .* delete .*keys/00000 and run again"):
+        learn_codec(llama48, text, CONFIG, tmp_path)
     shard.unlink()
-    with pytest.raises(IntegrityError, match="capture the keys again"):
+    with pytest.raises(IntegrityError, match="lacks the shard .* delete it and run again"):
         learn_codec(llama48, text, CONFIG, tmp_path)
 
 

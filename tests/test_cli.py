@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,13 @@ from signlattice.cache.sign_key_cache import CacheConfig
 from signlattice.cli import main
 from signlattice.cli.show import plain, size, span, table
 from signlattice.evaluation.through_cache import QualityConfig
+from signlattice.io import locked
 from signlattice.models import full_size
 from signlattice.quantizers import basis, codec, lattice, scales
 from signlattice.quantizers.codec import KeyCodec
 
 MODEL = "gemma4-e2b-mini"
-COMMANDS = ("learn", "measure", "evaluate", "generate", "bench", "inspect", "estimate")
+COMMANDS = ("learn", "measure", "evaluate", "generate", "bench", "inspect", "resave", "estimate")
 
 
 def run(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[dict, str]:
@@ -329,6 +331,10 @@ def test_an_output_that_cannot_be_written_is_told_before_work_begins(capsys, tmp
     file.touch()
     assert "cannot write to" in told(capsys, "learn", MODEL, "-o", file / "codec")
     assert "is a folder" in told(capsys, "learn", MODEL, "-o", tmp_path)
+    assert "is a device" in told(capsys, "learn", MODEL, "-o", "/dev/null")
+    with locked(tmp_path / "x.parts"):
+        err = told(capsys, "learn", MODEL, "-o", tmp_path / "x")
+    assert "another process is at work in" in err and "choose another output" in err
     scratch = ("--scratch", file / "parts")
     assert "cannot write to" in told(capsys, "learn", MODEL, "-o", tmp_path / "x", *scratch)
 
@@ -415,13 +421,43 @@ def test_it_runs_as_a_module_without_waiting_for_torch():
     assert found.stdout == f"signlattice {__version__}\n"
 
 
-def test_a_reader_that_has_read_enough_is_no_error(learned):
-    command = [sys.executable, "-m", "signlattice", "inspect", str(learned)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    process.stderr.close()
-    assert process.wait() == 0
+def piped(redirection: str, *arguments: object) -> subprocess.CompletedProcess:
+    """A command under a redirection of bash; its exit code, and what came through."""
+    words = shlex.join([sys.executable, "-m", "signlattice", *map(str, arguments)])
+    script = f"set -o pipefail; {words} {redirection}"
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", [("inspect",), ("--help",)])
+def test_main_takes_a_reader_that_has_read_enough_for_a_success(learned, arguments):
+    files = [learned] if arguments == ("inspect",) else []
+    done = piped("| true", *arguments, *files)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_main_goes_on_when_nobody_reads_its_progress(learned, tmp_path):
+    file = tmp_path / "codec.safetensors"
+    learn = ("learn", MODEL, "-o", file, "--keys-per-dim", "64")
+    assert piped("2>&1 >/dev/null | true", *learn).returncode == 0
+    assert file.read_bytes() == learned.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("redirection", "told"),
+    [
+        (">/dev/full", "signlattice: cannot print to stdout: No space left on device\n"),
+        (">&-", "signlattice: stdout is closed: there is nowhere to print a result\n"),
+        (">/dev/full 2>&-", ""),
+    ],
+)
+def test_main_fails_in_a_line_where_it_cannot_print(learned, redirection, told):
+    done = piped(redirection, "inspect", learned)
+    assert (done.returncode, done.stderr) == (1, told)
+
+
+def test_main_needs_no_stderr(learned):
+    done = piped("2>&-", "inspect", learned)
+    assert done.returncode == 0 and "lattice" in done.stdout
 
 
 # How results look.

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from signlattice.alignment import beta, cosine
 from signlattice.bits import pack_signs, sign, unpack_signs
+from signlattice.cli import main
 from signlattice.errors import InputError, IntegrityError
-from signlattice.models.loading import MODELS, weights_hash
+from signlattice.io import content_hash
+from signlattice.models.loading import MODELS
 from signlattice.quantizers import codec as codec_file
-from signlattice.quantizers import codec as codec_module
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering
-from signlattice.quantizers.codec import Calibration, KeyCodec
+from signlattice.quantizers.codec import Calibration, KeyCodec, resave
 from signlattice.quantizers.scales import LEAST_COSINE, SCALE_RULES, scale_of, token_scale
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.fixed import haar
@@ -319,7 +320,7 @@ def write(path: Path, header: object, tensors: dict[str, torch.Tensor], signed: 
     """A file of any content; ``signed`` as if the library itself had written it."""
     if signed:
         header = {name: value for name, value in header.items() if name != "digest"}
-        header["digest"] = codec_module._digest(header, tensors)
+        header["digest"] = content_hash(header, tensors)
     save_file(tensors, path, metadata={"signlattice": json.dumps(header)})
 
 
@@ -543,7 +544,7 @@ def test_a_header_that_is_nested_deeply_is_refused_at_any_depth(codec, path):
     tensors = {"0.basis": torch.zeros(1)}
     for depth in (10, *range(700, 1100, 3), 5000):
         nested = "[" * depth + "]" * depth
-        header = f'{{"schema": 2, "centerings": {nested}, "digest": {nested}}}'
+        header = f'{{"schema": 3, "layers": {nested}, "digest": {nested}}}'
         save_file(tensors, path, metadata={"signlattice": header})
         with pytest.raises(IntegrityError):
             KeyCodec.load(path)
@@ -611,12 +612,11 @@ def test_a_small_file_that_stands_for_huge_matrices_takes_no_memory(path):
     """A matrix of no head has any size in no bytes, and so has the triangle of its metric."""
     d = 1 << 20
     header = {
-        "schema": 2,
+        "schema": 3,
         "model_hash": "a",
         "provenance": {},
         "calibration": None,
-        "centerings": {"0": "none"},
-        "scale_rules": {"0": "mse"},
+        "layers": {"0": {"code": "lattice", "centering": "none", "scale_rule": "mse"}},
     }
     empty = {"0.basis": torch.empty(0, d, d), "0.metric": torch.empty(0, d * (d + 1) // 2)}
     write(path, header, empty)
@@ -711,22 +711,13 @@ def test_a_layer_has_one_index_written_in_one_way(codec, path, index):
 # Files of earlier schemas
 
 
-def test_codec_reads_a_file_of_the_second_schema(codec, path):
+def write_second_schema(path: Path, codec: KeyCodec) -> None:
     codec.save(path, bits=8)
     header, tensors = read(path)
-    now = KeyCodec.load(path)
     layers = header.pop("layers")
     header["scale_rules"] = {index: layer["scale_rule"] for index, layer in layers.items()}
     header["centerings"] = {index: layer["centering"] for index, layer in layers.items()}
     write(path, {**header, "schema": 2}, tensors)
-    then = KeyCodec.load(path)
-    for index, layer in now.layers.items():
-        assert layer.name == then.layers[index].name
-        assert layer.settings() == then.layers[index].settings()
-        assert all(
-            torch.equal(tensor, then.layers[index].tensors(32)[name])
-            for name, tensor in layer.tensors(32).items()
-        )
 
 
 def write_first_schema(path: Path, layers: dict[int, SignQuantizer], **more) -> None:
@@ -749,23 +740,41 @@ def rotations_of(codec: KeyCodec) -> dict[int, SignQuantizer]:
     return {index: layer for index, layer in codec.layers.items() if layer.metric is None}
 
 
-def test_a_file_of_the_first_schema_is_read(codec, path):
+def test_load_refuses_an_earlier_schema_with_the_command_that_saves_it_anew(
+    codec, path, capsys, monkeypatch
+):
+    monkeypatch.chdir(path.parent)
+    for write_file in (
+        lambda: write_first_schema(path, rotations_of(codec)),
+        lambda: write_second_schema(path, codec),
+    ):
+        write_file()
+        with pytest.raises(IntegrityError, match="has schema [12], of an earlier") as refused:
+            KeyCodec.load(Path(path.name))
+        command = str(refused.value).split("`")[1].split()
+        assert command[0] == "signlattice" and main(command[1:]) == 0
+        assert KeyCodec.load(path).model_hash == codec.model_hash
+    assert "written, 4 layers" in capsys.readouterr().out
+
+
+def test_resave_keeps_every_number_of_the_first_schema(codec, path):
     layers = rotations_of(codec)
     write_first_schema(path, layers)
+    resave(path)
     loaded = KeyCodec.load(path, model_hash="a" * 64)
     assert loaded.layers.keys() == layers.keys() and loaded.calibration is None
     assert all(same(layer, loaded.layers[index]) for index, layer in layers.items())
     assert loaded.provenance == {"rotation": "annealed"}
 
 
-def test_the_file_that_lies_by_the_model_is_read_and_may_be_written_anew(path):
-    folder = MODELS / "olmoe-mini"
-    shipped = KeyCodec.load(folder / "keys.safetensors", weights_hash(folder))
-    assert sorted(shipped.layers) == [0, 1, 2, 3]
-    shipped.save(path)
-    again = KeyCodec.load(path, weights_hash(folder))
-    assert all(same(layer, again.layers[index]) for index, layer in shipped.layers.items())
-    assert again.provenance == shipped.provenance
+def test_resave_gives_of_the_second_schema_the_file_that_is_written_now(codec, path, tmp_path):
+    output = tmp_path / "anew"
+    write_second_schema(path, codec)
+    resave(path, output)
+    codec.save(path, bits=8)
+    assert output.read_bytes() == path.read_bytes()
+    resave(path)  # of today's nothing changes
+    assert output.read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -779,19 +788,36 @@ def test_the_file_that_lies_by_the_model_is_read_and_may_be_written_anew(path):
         ({"digest": "0" * 64}, "was changed after"),  # files of that schema have none
     ],
 )
-def test_a_wrong_file_of_the_first_schema_is_refused(codec, path, more, said):
+def test_resave_refuses_a_wrong_file_and_leaves_it(codec, path, more, said):
     write_first_schema(path, rotations_of(codec), **more)
+    before = path.read_bytes()
     with pytest.raises(IntegrityError, match=said):
-        KeyCodec.load(path)
+        resave(path)
+    assert path.read_bytes() == before
 
 
-def test_a_file_of_now_is_none_of_the_first_schema(codec, path):
+def test_load_refuses_a_file_of_now_that_says_it_is_of_the_first_schema(codec, path):
     codec.save(path)
     header, tensors = read(path)
     del header["digest"]
     write(path, {**header, "schema": 1}, tensors, signed=False)
-    with pytest.raises(IntegrityError, match="'centerings'"):
+    with pytest.raises(IntegrityError, match="earlier"):
         KeyCodec.load(path)
+    with pytest.raises(IntegrityError, match="not a whole codec"):
+        resave(path)
+
+
+@pytest.mark.parametrize("name", ["keys", "lattice"])
+def test_load_refuses_a_shipped_codec_with_any_bit_flipped(name, path):
+    folder = MODELS / "olmoe-mini"
+    content = (folder / f"{name}.safetensors").read_bytes()
+    assert sorted(KeyCodec.load(folder / f"{name}.safetensors").layers) == [0, 1, 2, 3]
+    for place in torch.randint(len(content), (60,), generator=torch.Generator().manual_seed(0)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(place) % 8
+        path.write_bytes(flipped)
+        with pytest.raises(IntegrityError):
+            KeyCodec.load(path)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save, save_file
 
 from signlattice.errors import InputError, IntegrityError
+from signlattice.io import content_hash
 from signlattice.quantizers import codec as codec_module
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import Calibration, KeyCodec
@@ -196,7 +197,7 @@ def signed(header: object, tensors: dict[str, torch.Tensor]) -> bytes:
     header = json.loads(json.dumps(header))
     if isinstance(header, dict):
         header.pop("digest", None)
-        header["digest"] = codec_module._digest(header, tensors)
+        header["digest"] = content_hash(header, tensors)
     return save(tensors, {"signlattice": json.dumps(header)})
 
 

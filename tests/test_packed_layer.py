@@ -559,3 +559,28 @@ def test_a_sliding_layer_cannot_take_back_what_it_would_need_again():
         layer.crop(-150)
     assert layer.get_seq_length() == 197  # and nothing was changed
     assert difference(run(case, x, (), layer), by_definition(case, x)[:, :, 197:]) < 2e-6
+
+
+STATES = torch.zeros(1, HEADS, 80, D)
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "message"),
+    [
+        (STATES, STATES[:, :, 1:], "values of shape .*79.* give as many of each"),
+        (STATES[:, :, :0], STATES[:, :, :0], "keys of shape .* one token or more"),
+        (STATES[0], STATES[0], "keys of shape .* one token or more"),
+        (STATES, STATES.tolist(), "values of layer 0 are list: load the model in float16"),
+        (STATES.double(), STATES.double(), "keys of layer 0 are torch.float64: load the model"),
+        (STATES.int(), STATES, "keys of layer 0 are torch.int32: load the model"),
+        (STATES[:, :1], STATES[:, :1], "keys of 1 heads of 16"),
+    ],
+)
+def test_update_refuses_what_are_no_tokens_of_its_layer(
+    keys: Tensor, values: Tensor, message: str
+) -> None:
+    layer = Case().layer()
+    with pytest.raises(InputError, match=message):
+        layer.update(keys, values)
+    layer.update(STATES, STATES)  # nothing is left of the refused ones
+    assert layer.n_tokens == 80

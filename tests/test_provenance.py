@@ -12,8 +12,9 @@ import nbformat
 import pytest
 
 from signlattice.errors import InputError
+from signlattice.io import content_hash
 from signlattice.models.minis import MINIS
-from signlattice_paper import provenance
+from signlattice_paper import provenance, records
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "olmoe-mini"
@@ -38,11 +39,13 @@ def told_by(project: Path, change: Callable[[], object], **options) -> list[str]
 
 
 def in_json(path: Path, change: Callable[[dict], object]) -> Callable[[], object]:
-    """A change to a JSON file."""
+    """A change to a record, as a run of its lab would have written it."""
 
     def do() -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
         change(content)
+        del content[records.HASH]
+        content[records.HASH] = content_hash(content)
         path.write_text(json.dumps(content), encoding="utf-8")
 
     return do
@@ -89,6 +92,24 @@ def test_a_stale_record_is_named_with_what_is_stale(project: Path, change, told:
     path = project / "results" / "ablation" / f"{MODEL}.json"
     (line,) = told_by(project, in_json(path, change), before_run=True)
     assert told in line and f"results/ablation/{MODEL}.json" in line and "\n" not in line
+
+
+def test_faults_name_a_record_with_a_changed_number_and_one_without_a_hash(project: Path) -> None:
+    results = project / "results"
+    changed, bare = (results / lab / f"{MODEL}.json" for lab in ("ablation", "solvers"))
+    content = json.loads(changed.read_text(encoding="utf-8"))
+    content["seconds"] += 1
+    changed.write_text(json.dumps(content), encoding="utf-8")
+    content = json.loads(bare.read_text(encoding="utf-8"))
+    del content[records.HASH]
+    bare.write_text(json.dumps(content), encoding="utf-8")
+    found = provenance.faults(project, before_run=True)
+    assert any(f"{changed} was changed after it was written" in line for line in found)
+    assert any(
+        f"results/solvers/{MODEL}.json is stale: it has no hash" in line
+        and f"`make lab LAB=solvers MODEL={MODEL}`" in line
+        for line in found
+    )
 
 
 def test_a_missing_record_is_named_with_how_to_make_it(project: Path) -> None:

@@ -173,6 +173,23 @@ def test_a_damaged_record_is_refused(change, told: str, record: RunRecord, tmp_p
     assert "\n" not in str(caught.value)
 
 
+def test_load_refuses_a_record_that_was_changed_and_reads_one_without_a_hash(
+    record: RunRecord, tmp_path: Path
+) -> None:
+    path = record.save(tmp_path / "record.json")
+    saved = records.load(path)
+    content = json.loads(path.read_text())
+    assert saved.content_hash == content[records.HASH]
+    content["metrics"]["itq"]["beta"]["value"] = 0.911
+    path.write_text(json.dumps(content))
+    with pytest.raises(IntegrityError, match="was changed after it was written: restore it"):
+        records.load(path)
+    content["metrics"]["itq"]["beta"]["value"] = 0.91
+    del content[records.HASH]
+    path.write_text(json.dumps(content))
+    assert records.load(path) == saved and records.load(path).content_hash is None
+
+
 def test_half_a_file_is_refused(record: RunRecord, tmp_path: Path) -> None:
     path = record.save(tmp_path / "record.json")
     path.write_text(path.read_text()[:40])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from signlattice.errors import InputError, IntegrityError
@@ -69,43 +74,150 @@ def display_path(path: Path) -> str:
     return full.relative_to(PROJECT).as_posix() if full.is_relative_to(PROJECT) else str(path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text whole or not at all; folders are made as needed.
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a new file to write, which takes the place of ``path`` once the context ends well.
 
-    Raises ``InputError`` if the place cannot be written to.
+    Folders are made as needed, a link is followed, the umask is honoured. If anything fails, what
+    was at ``path`` stays.
+
+    Raises ``InputError`` if ``path`` is there and no file, or cannot be written to, for want of a
+    permission or of space.
     """
-    path = Path(path)
-    check_writable(path.parent)
-    handle, building = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    target = Path(os.path.realpath(path))
+    check_target(path)
+    check_writable(target.parent)
+    building = target.with_name(f".{secrets.token_hex(8)}.part")  # the name may be of full length
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(building, 0o644)  # mkstemp gives 0600, which a checkout would not
-        os.replace(building, path)
-    except BaseException:
-        Path(building).unlink(missing_ok=True)
-        raise
+        os.close(os.open(building, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = building.stat().st_mode
+        yield building
+        building.chmod(mode)  # safetensors sets its own
+        os.replace(building, target)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"cannot write {display_path(path)} ({getattr(error, 'strerror', None) or error}): "
+            "choose a place that has room and that you may write to"
+        ) from None
+    finally:
+        building.unlink(missing_ok=True)
+
+
+def check_target(path: Path) -> None:
+    """Raise ``InputError`` if something is at ``path`` that is no file: a folder, a device."""
+    try:
+        known = Path(path).exists() and not Path(path).is_file()
+    except OSError as error:
+        raise InputError(f"{display_path(path)}: {error.strerror}; name a file") from None
+    if known:
+        kind = "a folder" if Path(path).is_dir() else "a device or a pipe"
+        raise InputError(f"{display_path(path)} is {kind}: name a file")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text whole or not at all, as `whole_file` does."""
+    with whole_file(path) as building:
+        building.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file whole or not at all; folders are made as needed.
-
-    Raises ``InputError`` if the place cannot be written to.
-    """
-    path = Path(path)
-    check_writable(path.parent)
-    building = path.with_name(f".{path.name}.part")
-    try:
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    """Write a safetensors file whole or not at all, as `whole_file` does."""
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as building:
         save_file(whole, building, metadata=metadata)
-        os.chmod(building, 0o644)  # safetensors gives 0600, which a checkout would not
-        os.replace(building, path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {display_path(path)}: {error}") from None
+
+
+def content_hash(facts: object, tensors: Mapping[str, Tensor] | None = None) -> str:
+    """Hash values that JSON holds, and tensors with their names, dtypes and shapes, by SHA-256."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted((tensors or {}).items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        plain = tensor.detach().cpu().contiguous().flatten()
+        digest.update(plain.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# Results that a later run goes on from: each carries a hash of what it holds.
+
+
+def keep_tensors(file: Path, tensors: Mapping[str, Tensor], facts: Any = None) -> None:
+    """Write tensors, and facts that JSON holds, for `kept_tensors`, as `write_tensors` does."""
+    plain = json.dumps(facts)
+    digest = content_hash(json.loads(plain), tensors)
+    write_tensors(file, tensors, {"facts": plain, "sha256": digest})
+
+
+def kept_tensors(file: Path, within: Path | None = None) -> tuple[dict[str, Tensor], Any]:
+    """Read what `keep_tensors` wrote.
+
+    ``within``: the folder that is to be made again where the file alone cannot be.
+
+    Raises ``IntegrityError`` on a file that is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            known = opened.metadata()
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        facts = json.loads(known["facts"])
+        if content_hash(facts, tensors) == known["sha256"]:
+            return tensors, facts
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError):
+        pass
+    raise _damaged(file, within)
+
+
+def keep_json(file: Path, content: Any) -> None:
+    """Write what JSON holds for `kept_json`, as `write_text` does."""
+    plain = json.loads(json.dumps(content))  # as it will be read: keys are strings
+    write_text(file, json.dumps({"sha256": content_hash(plain), "content": plain}))
+
+
+def kept_json(file: Path) -> Any:
+    """Read what `keep_json` wrote. Raises ``IntegrityError`` on a file that is damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if content_hash(found["content"]) == found["sha256"]:
+            return found["content"]
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError):
+        pass
+    raise _damaged(file)
+
+
+def _damaged(file: Path, within: Path | None = None) -> IntegrityError:
+    rest = "it" if within is None else display_path(within)
+    return IntegrityError(
+        f"{display_path(file)} is damaged or cut short: delete {rest} and run again"
+    )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder, made as needed, to this process while the context is open.
+
+    The system lets go of it when the process ends, however that comes.
+
+    Raises ``InputError`` if another process has it, or it cannot be written to.
+    """
+    check_writable(folder)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(handle), os.stat(folder)):
+            raise FileNotFoundError  # whoever had it has just removed it
+    except (BlockingIOError, FileNotFoundError):
+        os.close(handle)
+        raise InputError(
+            f"another process is at work in {display_path(folder)}: "
+            "wait until it has ended, or choose another output"
+        ) from None
+    try:
+        yield
     finally:
-        building.unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()  # where nothing was kept in it
+        os.close(handle)
 
 
 def no_progress(part: str) -> None:
@@ -115,19 +227,14 @@ def no_progress(part: str) -> None:
 def load_or_compute(
     file: Path, compute: Callable[..., Mapping[int, Tensor]], *arguments: object
 ) -> dict[int, Tensor]:
-    """Load the tensors of an earlier run by their numbers, or compute and write them.
+    """Load the tensors of an earlier run by their numbers, or compute and keep them.
 
     Raises ``IntegrityError`` if the file is damaged.
     """
     if not file.exists():
         computed = compute(*arguments)
-        write_tensors(file, {str(number): tensor for number, tensor in computed.items()})
-    try:
-        loaded = {int(number): tensor for number, tensor in load_file(file).items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise IntegrityError(
-            f"{display_path(file)} is damaged ({error}): delete it and run again"
-        ) from None
+        keep_tensors(file, {str(number): tensor for number, tensor in computed.items()})
+    loaded = {int(number): tensor for number, tensor in kept_tensors(file)[0].items()}
     return dict(sorted(loaded.items()))
 
 
@@ -157,13 +264,8 @@ class Scratch:
         """
         file = self.file(name, ".json")
         if not file.exists():
-            write_text(file, json.dumps(compute(*arguments)))
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise IntegrityError(
-                f"{display_path(file)} is damaged ({error}): delete it and run again"
-            ) from None
+            keep_json(file, compute(*arguments))
+        return kept_json(file)
 
     def tensors(
         self, name: str, compute: Callable[..., Mapping[int, Tensor]], *arguments: object

@@ -2,11 +2,12 @@
 
 ``signlattice-paper records [--before-run]`` asks, and so does every build of the book.
 
-A record is stale if the model's weights, the text, the seeds or the configuration that it names
-are not those that its lab notebook would use; the lab is read for that, not run. Some labs owe a
-record for every model in ``models/``, the others for the one that they name. A claim or a chapter
-that names a record which is not there, and a chapter whose tables are of an earlier run of a lab,
-are told as well; the last not with ``--before-run``, since the chapters are about to be executed.
+A record is stale if it has no hash of its content, or if the model's weights, the text, the seeds
+or the configuration that it names are not those that its lab notebook would use; the lab is read
+for that, not run. Some labs owe a record for every model in ``models/``, the others for the one
+that they name. A claim or a chapter that names a record which is not there, and a chapter whose
+tables are of an earlier run of a lab, are told as well; the last not with ``--before-run``, since
+the chapters are about to be executed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ SHOWN = re.compile(r"\(/(results/[\w.-]+/[\w.-]+\.json)\) of (\d{4}-\d\d-\d\d \d
 
 EVERY_MODEL = ("train", "architectures", "cache", "gauge", "ladder")
 """Labs that owe a record for every mini; the others owe one for the model that they name."""
+
+
+_NO_HASH = ["it has no hash of its content"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ def _lab_faults(lab: Path, model: str, project: Path) -> list[str]:
     except Exception as error:  # a lab's own code may raise anything
         return [f"book/lab/{lab.name} on {model} cannot be checked: {error}"]
     stale = _differences("config", record.config, wanted.config)
+    stale += _NO_HASH if record.content_hash is None else []
     for name, ours, theirs in (
         ("weights_hash", record.weights_hash, weights),
         ("token_hash", record.token_hash, wanted.token_hash),
@@ -127,6 +132,8 @@ def _other_faults(path: Path, project: Path) -> list[str]:
     """Check a record that no lab notebook makes: its form, and its model's weights."""
     try:
         record = records.read(path.parent.name, path.stem, project / "results")
+        if record.content_hash is None:
+            return [f"{_name(record)} is stale: {_NO_HASH[0]}; run its program again"]
         folder = project / "models" / record.model
         if record.weights_hash is None or not folder.is_dir():
             return []

@@ -20,14 +20,14 @@ import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from signlattice.errors import InputError, IntegrityError
-from signlattice.io import PROJECT, check_writable, display_path, write_text
+from signlattice.io import PROJECT, check_writable, content_hash, display_path, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,9 @@ SCHEMA = 1
 """Version of the file format; a file of another version is refused."""
 
 RESULTS = PROJECT / "results"
+HASH = "content_hash"
+"""Key of a record's hash of all its other keys; records of version 0.1.0 have none."""
+
 DIGITS = 8
 """Significant digits kept of a float: more would be noise of the last bits in every diff."""
 
@@ -89,7 +92,8 @@ class RunRecord:
     ``metrics`` is a nested dictionary whose leaves are a `Metric` or a table (a tuple of rows with
     the same keys, each value a string, number, boolean or None). ``commit`` is None outside git;
     ``dirty`` says that tracked files differed from it. ``started`` is UTC, ISO 8601;
-    ``seconds`` is wall time. Hashes are SHA-256, None where there is no model or no text.
+    ``seconds`` is wall time. Hashes are SHA-256, None where there is no model or no text;
+    ``content_hash``, of all the rest, is None until the record is read from a file that has it.
     """
 
     lab: str
@@ -107,6 +111,7 @@ class RunRecord:
     seconds: float
     metrics: Mapping[str, Any]
     schema: int = SCHEMA
+    content_hash: str | None = field(default=None, compare=False)
 
     def metric(self, name: str) -> Metric:
         """Return the metric at a dotted path such as ``"itq.none.beta"``. Raises ``InputError``."""
@@ -117,14 +122,15 @@ class RunRecord:
         return self._leaf(name, tuple, "table")
 
     def save(self, path: Path | None = None) -> Path:
-        """Write the record whole, keys sorted and floats rounded; return where it is.
+        """Write the record whole, keys sorted, floats rounded, a hash added; return where it is.
 
         It goes to ``results/<lab>/<model>.json`` unless ``path`` says where. Raises ``InputError``
         if it cannot be written.
         """
         path = records_path(self.lab, self.model) if path is None else Path(path)
-        names = [field.name for field in fields(self)]
+        names = [field.name for field in fields(self) if field.name != HASH]
         content = {name: _plain(getattr(self, name), name) for name in names}
+        content[HASH] = content_hash(content)
         write_text(path, json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
         return path
 
@@ -248,7 +254,8 @@ def as_saved(config: Any) -> dict[str, Any]:
 def load(path: Path) -> RunRecord:
     """Read one record file.
 
-    Raises ``InputError`` if it is missing, ``IntegrityError`` if it is no record of this schema.
+    Raises ``InputError`` if it is missing, ``IntegrityError`` if it is no record of this schema or
+    is not what was written.
     """
     path = Path(path)
     try:
@@ -262,9 +269,15 @@ def load(path: Path) -> RunRecord:
             f"{display_path(path)} is not JSON: restore it or rerun its lab"
         ) from None
     try:
-        return _record(content)
+        record = _record(content)
     except InputError as error:
         raise IntegrityError(f"{display_path(path)} is no record: {error}") from None
+    expected = content.pop(HASH, None)
+    if expected is not None and content_hash(content) != expected:
+        raise IntegrityError(
+            f"{display_path(path)} was changed after it was written: restore it or rerun its lab"
+        )
+    return record
 
 
 def source_state(project: Path = PROJECT) -> tuple[str | None, bool | None]:
@@ -373,6 +386,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "started": (str,),
     "seconds": (int, float),
     "metrics": (dict,),
+    HASH: (str, type(None)),
 }
 
 
@@ -380,7 +394,7 @@ def _record(content: Any) -> RunRecord:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         found = content.get("schema") if isinstance(content, dict) else None
         raise InputError(f"schema {found!r}, this version reads {SCHEMA}")
-    known = {name: value for name, value in content.items() if name != "schema"}
+    known = {HASH: None} | {name: value for name, value in content.items() if name != "schema"}
     if missing := sorted(set(_KINDS) - set(known)):
         raise InputError(f"it lacks {', '.join(missing)}")
     if surplus := sorted(set(known) - set(_KINDS)):

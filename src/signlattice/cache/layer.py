@@ -37,9 +37,12 @@ from signlattice.kernels.layout import FullPrecisionTokens
 from signlattice.memory import KVShape
 from signlattice.models.hooks import AttentionCall, AttentionLayer
 from signlattice.quantizers.base import StoredQuantizer
+from signlattice.quantizers.scales import narrowed
 
 NewStorages = Callable[[torch.dtype], tuple[Store, Store]]
 """Makes empty stores of keys and of values; the dtype is that of full precision."""
+
+STATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -197,18 +200,39 @@ class PackedLayer(CacheLayerMixin):
 
     # What is kept.
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate what the first keys and values need.
-
-        Raises ``InputError`` if the code is for other heads.
-        """
-        batch, n_heads, _, d = key_states.shape
+    def _check_states(self, keys: Tensor, values: Tensor) -> None:
+        """Raise ``InputError`` unless keys and values are tokens of this layer's shape and kind."""
+        for name, states in (("keys", keys), ("values", values)):
+            if not isinstance(states, Tensor) or states.dtype not in STATE_DTYPES:
+                kind = states.dtype if isinstance(states, Tensor) else type(states).__name__
+                raise InputError(
+                    f"{name} of layer {self.layer.index} are {kind}: "
+                    "load the model in float16, bfloat16 or float32"
+                )
+            if states.ndim != 4 or not states.shape[2]:
+                raise InputError(
+                    f"{name} of shape {list(states.shape)} in layer {self.layer.index}: "
+                    "expected [B, H, T, D] of one token or more"
+                )
+        _, n_heads, _, d = keys.shape
         expected = (self.layer.n_heads, self.layer.head_dim)
         if (n_heads, d) != expected:
             raise InputError(
                 f"keys of {n_heads} heads of {d} in layer {self.layer.index}: this cache was made "
                 f"for a model with {expected[0]} of {expected[1]}"
             )
+        if values.shape[:3] != keys.shape[:3]:
+            raise InputError(
+                f"values of shape {list(values.shape)} with keys of shape {list(keys.shape)} in "
+                f"layer {self.layer.index}: give as many of each"
+            )
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate what the first keys and values need.
+
+        Raises ``InputError`` on other shapes or dtypes than those of this layer's model.
+        """
+        batch, n_heads, _, d = key_states.shape
         self.device = key_states.device
         self.dtype = self.format.dtype or key_states.dtype
         self.mean = None
@@ -229,7 +253,11 @@ class PackedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[PackedKV, PackedKV]:
-        """Store T new tokens; return `PackedKV`, twice, that attends to them and all before."""
+        """Store T new tokens; return `PackedKV`, twice, that attends to them and all before.
+
+        Raises ``InputError`` as `lazy_initialization` does, and on another number of sequences.
+        """
+        self._check_states(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_new(key_states)
@@ -241,8 +269,8 @@ class PackedLayer(CacheLayerMixin):
         if self.mean is not None:
             centred = key_states.float() - self.mean[:, None]
         whole = {
-            "keys": torch.cat((self.recent["keys"], centred.to(self.dtype)), 2),
-            "values": torch.cat((self.recent["values"], value_states.to(self.dtype)), 2),
+            "keys": torch.cat((self.recent["keys"], narrowed(centred, self.dtype)), 2),
+            "values": torch.cat((self.recent["values"], narrowed(value_states, self.dtype)), 2),
         }
         tokens = PackedKV(
             self,

@@ -20,6 +20,7 @@ from signlattice.errors import InputError
 from signlattice.kernels import Impl
 from signlattice.kernels.layout import PackedKeys, PackedValues
 from signlattice.quantizers.base import Quantizer, StoredQuantizer, code_tensors
+from signlattice.quantizers.scales import narrowed
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.fixed import srht
 
@@ -204,10 +205,7 @@ class FullPrecisionStorage(Store):
 
     def write(self, at: int, vectors: Tensor) -> None:
         """Write vectors, see `Store.write`."""
-        if self.dtype == torch.float8_e4m3fn:
-            largest = torch.finfo(self.dtype).max
-            vectors = vectors.clamp(-largest, largest)
-        self.parts["vectors"][:, :, at : at + vectors.shape[2]] = vectors.to(self.dtype)
+        self.parts["vectors"][:, :, at : at + vectors.shape[2]] = narrowed(vectors, self.dtype)
 
     def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Return some of the vectors, see `Store.read`."""

@@ -16,8 +16,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from signlattice import __version__
 from signlattice.errors import InputError
@@ -31,40 +33,96 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; wrong usage, help and version raise SystemExit."""
-    for stream in (sys.stdout, sys.stderr):
-        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
-            reconfigure(errors="replace")  # a terminal that knows no β
+    if sys.stderr is None:  # closed, as is sys.stdout below
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    with redirect_stderr(cast(TextIO, _Aside(sys.stderr))):
+        try:
+            if sys.stdout is None:
+                raise InputError("stdout is closed: there is nowhere to print a result")
+            for stream in (sys.stdout, sys.stderr):
+                if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
+                    reconfigure(errors="replace")  # a terminal that knows no β
+            return _main(argv)
+        except InputError as error:
+            print(f"signlattice: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt as interrupt:
+            told = ("signlattice: interrupted", *map(str, interrupt.args))
+            print(": ".join(told), file=sys.stderr)
+            return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    options = None
+    with _printing():  # help and version
+        options = parser().parse_args(argv)
+    result = None if options is None else _run(options)
+    if options is None or result is None:  # nobody reads the help; another process reports
+        return 0
+    document, lines = result
+    with _printing():
+        if options.json:
+            print(json.dumps(document, indent=1, allow_nan=False))
+        else:
+            print("\n".join(lines))
+    return 0
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Print to stdout: whoever went away has read enough, all else is an error.
+
+    Raises ``InputError`` where stdout cannot be written to.
+    """
     try:
         try:
-            options = parser().parse_args(argv)
-            result = _run(options)
-            if result is None:  # another process reports
-                return 0
-            document, lines = result
-            if options.json:
-                print(json.dumps(document, indent=1, allow_nan=False))
-            else:
-                print("\n".join(lines))
+            yield
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except InputError as error:
-        print(f"signlattice: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        print(": ".join(("signlattice: interrupted", *map(str, interrupt.args))), file=sys.stderr)
-        return 130
-    return 0
+    except BrokenPipeError:
+        _close(sys.stdout)
+    except OSError as error:
+        _close(sys.stdout)
+        raise InputError(f"cannot print to stdout: {error.strerror}") from None
+
+
+class _Aside:
+    """Standard error, of which no work depends: once nobody reads it, what it is told is lost."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or lose, a text."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            _close(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush what was written, or lose it."""
+        try:
+            self._stream.flush()
+        except OSError:
+            _close(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _close(stream: TextIO) -> None:
+    """Send what is left in a stream, which the interpreter flushes at its end, nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(options: argparse.Namespace) -> tuple[dict, list[str]] | None:
     if options.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the hub's client is imported
-    if options.command == "inspect":
-        from signlattice.cli.contents import inspect
+    if options.command in ("inspect", "resave"):
+        from signlattice.cli import contents
 
-        return inspect(options)
+        return getattr(contents, options.command)(options)
     from signlattice.cli import commands
 
     try:
@@ -90,7 +148,7 @@ Each command has more to say: signlattice learn --help""",
     )
     top.add_argument("--version", action="version", version=f"signlattice {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_learn, _measure, _evaluate, _generate, _bench, _inspect, _estimate):
+    for add in (_learn, _measure, _evaluate, _generate, _bench, _inspect, _resave, _estimate):
         add(commands)
     return top
 
@@ -289,6 +347,19 @@ def _inspect(commands: argparse._SubParsersAction) -> None:
         "signlattice inspect codec.safetensors",
     )
     command.add_argument("codec", metavar="CODEC", type=Path, help="a codec file")
+
+
+def _resave(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "resave",
+        "write a codec file of an earlier version anew, with the same numbers",
+        "signlattice resave codec.safetensors",
+    )
+    command.add_argument("codec", metavar="CODEC", type=Path, help="a codec file")
+    command.add_argument(
+        "-o", "--output", metavar="FILE", type=Path, help="file to write (default: CODEC itself)"
+    )
 
 
 def _estimate(commands: argparse._SubParsersAction) -> None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
@@ -28,7 +29,7 @@ from signlattice.errors import InputError
 from signlattice.evaluation.decode_timing import DecodeCase, decode_rows
 from signlattice.evaluation.through_cache import Judge, QualityConfig
 from signlattice.evaluation.timing import device_name
-from signlattice.io import check_writable, display_path
+from signlattice.io import check_target, check_writable, display_path, locked
 from signlattice.models import full_size
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import MODELS, LoadedModel, load_model
@@ -52,8 +53,7 @@ def learn(options: argparse.Namespace) -> Result | None:
     Processes that ``torchrun`` started share the work; those that do not lead return None.
     """
     output = options.output
-    if output.is_dir():
-        raise InputError(f"-o {display_path(output)} is a folder: name a file in it")
+    check_target(output)
     parts = (options.scratch or output.parent) / f"{output.name}.parts"
     for folder in {output.parent, parts.parent}:
         check_writable(folder)
@@ -68,7 +68,11 @@ def learn(options: argparse.Namespace) -> Result | None:
         batch_size=_batch_size(options),
     )
     start = time.perf_counter()
-    with Workers.current() as workers:
+    with ExitStack() as contexts:
+        workers = contexts.enter_context(Workers.current())
+        if workers.leads:
+            contexts.enter_context(locked(parts))
+        workers.barrier()
         if workers.count > 1:
             options.device = workers.device if options.device == "auto" else options.device
             options.quiet = options.quiet or not workers.leads
@@ -87,10 +91,10 @@ def learn(options: argparse.Namespace) -> Result | None:
                 f"what is done is kept in {display_path(parts)}; "
                 "the same command goes on from there"
             ) from None
-    if codec is None:
-        return None
-    codec.save(output, bits=8)
-    shutil.rmtree(parts, ignore_errors=True)
+        if codec is None:
+            return None
+        codec.save(output, bits=8)
+        shutil.rmtree(parts, ignore_errors=True)
     return _learned(loaded, codec, output, time.perf_counter() - start)
 
 

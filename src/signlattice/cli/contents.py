@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from signlattice.cli.show import facts, plain, size, span, table
 from signlattice.io import display_path
+from signlattice.quantizers import codec as codec_file
 from signlattice.quantizers.base import StoredQuantizer
 from signlattice.quantizers.codec import KeyCodec
 
@@ -73,6 +74,17 @@ def inspect(options: argparse.Namespace) -> tuple[dict, list[str]]:
         "beta": ("β of each head, held out", ""),
     }
     return plain(document), [*facts(pairs), "", *table(shown_rows, columns)]
+
+
+def resave(options: argparse.Namespace) -> tuple[dict, list[str]]:
+    """``signlattice resave``: write a codec of an earlier schema anew.
+
+    Raises ``IntegrityError`` as `quantizers.codec.resave` does.
+    """
+    output = options.output or options.codec
+    codec = codec_file.resave(options.codec, output)
+    document = {"file": str(output), "layers": sorted(codec.layers), "schema": codec_file.SCHEMA}
+    return document, [f"{display_path(output)} written, {len(codec.layers)} layers"]
 
 
 def layer_row(index: int, code: StoredQuantizer, beta: tuple[float, ...]) -> dict[str, Any]:

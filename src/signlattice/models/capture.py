@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -10,12 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from signlattice.errors import InputError, IntegrityError
-from signlattice.io import write_tensors, write_text
+from signlattice.io import keep_json, keep_tensors, kept_json, kept_tensors
 from signlattice.models.hooks import AttentionInputs, attention_hook, attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import BATCH, Passage, batches
@@ -90,13 +88,13 @@ class StateBank:
         for name in list(self._open):
             self._flush(name, self.folder)
         index = {"stage": self.stage, "lengths": self.lengths, "shards": self._shards}
-        write_text(self.folder / "index.json", json.dumps(index))
+        keep_json(self.folder / "index.json", index)
 
     def _flush(self, name: str, folder: Path) -> None:
         rows = self._open.pop(name)
         written = self._shards.setdefault(name, [])
         file = f"{name}.{len(written):05d}.safetensors"
-        write_tensors(folder / file, {"rows": torch.cat(rows)})
+        keep_tensors(folder / file, {"rows": torch.cat(rows)})
         written.append(file)
 
     def _layers_with(self, kind: StateKind) -> list[int]:
@@ -120,14 +118,7 @@ class StateBank:
     def _shard(self, name: str) -> Tensor:
         assert self.folder is not None  # a bank in memory has no shards
         file = self.folder / name
-        try:
-            with safe_open(file, framework="pt") as shard:
-                return shard.get_tensor("rows")
-        except (SafetensorError, OSError) as error:
-            raise IntegrityError(
-                f"{file} is damaged or cut short ({error}): "
-                f"delete {file.parent} and capture the keys again"
-            ) from None
+        return kept_tensors(file, within=file.parent)[0]["rows"]
 
 
 def open_bank(folder: Path) -> StateBank:
@@ -135,16 +126,13 @@ def open_bank(folder: Path) -> StateBank:
 
     Raises ``IntegrityError`` if the capture was not finished or lacks a shard.
     """
-    try:
-        index = json.loads((folder / "index.json").read_text())
-        bank = StateBank(index["stage"], folder, lengths=index["lengths"], _shards=index["shards"])
-    except (OSError, ValueError, KeyError):
-        raise IntegrityError(
-            f"{folder} holds no finished capture: capture the keys again"
-        ) from None
+    if not (folder / "index.json").is_file():
+        raise IntegrityError(f"{folder} holds no finished capture: capture the keys again")
+    index = kept_json(folder / "index.json")
+    bank = StateBank(index["stage"], folder, lengths=index["lengths"], _shards=index["shards"])
     missing = [f for files in bank._shards.values() for f in files if not (folder / f).is_file()]
     if missing:
-        raise IntegrityError(f"{folder} lacks the shard {missing[0]}: capture the keys again")
+        raise IntegrityError(f"{folder} lacks the shard {missing[0]}: delete it and run again")
     return bank
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-import torch
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from signlattice.errors import InputError, IntegrityError
 from signlattice.hub import refusals
-from signlattice.io import display_path, write_tensors
+from signlattice.io import content_hash, display_path, write_tensors
 from signlattice.quantizers import registry
 from signlattice.quantizers.base import StoredQuantizer
 
@@ -26,7 +25,7 @@ FILE_NAME = "signlattice.safetensors"
 """Name of a codec in a folder, or in a repository on the hub."""
 
 SCHEMA = 3
-"""Schema of the files that are written; those of schema 1 and 2, sign codes alone, are read."""
+"""Schema of the files that are written and read; `resave` translates those of 1 and 2."""
 
 
 @dataclass(frozen=True)
@@ -103,23 +102,32 @@ class KeyCodec:
             "provenance": self.provenance,
             "calibration": None if self.calibration is None else asdict(self.calibration),
         }
-        header = json.loads(json.dumps(header))  # as it will be read: keys are strings
-        header["digest"] = _digest(header, tensors)
-        write_tensors(path, tensors, metadata={"signlattice": json.dumps(header)})
+        _write(path, header, tensors)
 
     @classmethod
     def load(cls, path: Path, model_hash: str | None = None) -> KeyCodec:
         """Read a codec, and check it against a model's hash if one is given.
 
         Nothing in a file is executed. Raises ``IntegrityError`` on a file that is missing,
-        truncated, changed since it was written, of a later schema, not a codec, or fitted on
+        truncated, changed since it was written, of another schema, not a codec, or fitted on
         another model.
         """
         header, tensors = _read(Path(path))
+        if header["schema"] < SCHEMA:
+            raise IntegrityError(
+                f"{display_path(path)} has schema {header['schema']}, of an earlier signlattice: "
+                f"write it anew with `signlattice resave {shlex.quote(str(path))}`"
+            )
+        return cls._restored(Path(path), header, tensors, model_hash)
+
+    @classmethod
+    def _restored(
+        cls, path: Path, header: dict, tensors: Mapping[str, Tensor], model_hash: str | None = None
+    ) -> KeyCodec:
         try:
             layers = {
                 _index(index): _layer(tensors, index, settings)
-                for index, settings in _settings(header, tensors).items()
+                for index, settings in header["layers"].items()
             }
             codec = cls(
                 layers,
@@ -216,6 +224,31 @@ class KeyCodec:
         return commit.commit_url
 
 
+def resave(path: Path, output: Path | None = None) -> KeyCodec:
+    """Write a codec file of an earlier schema anew, in its place unless ``output`` is another.
+
+    Its numbers stay as they are. A file of schema 1 has no hash: nothing tells whether it is what
+    was written, but that it makes a whole codec.
+
+    Raises ``IntegrityError`` as `KeyCodec.load` does on all else.
+    """
+    header, tensors = _read(Path(path))
+    if header["schema"] < SCHEMA:
+        try:
+            header, tensors = _translated(header, tensors)
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
+            raise IntegrityError(f"{display_path(path)} is not a whole codec: {error}") from None
+    codec = KeyCodec._restored(Path(path), header, tensors)
+    _write(Path(output or path), header, tensors)
+    return codec
+
+
+def _write(path: Path, header: dict, tensors: Mapping[str, Tensor]) -> None:
+    header = json.loads(json.dumps(header))  # as it will be read: keys are strings
+    header["digest"] = content_hash(header, tensors)
+    write_tensors(path, tensors, metadata={"signlattice": json.dumps(header)})
+
+
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """Read header and tensors of a file, both as they were written."""
     try:
@@ -239,7 +272,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         )
     found = header.pop("digest", None)
     try:
-        expected = _digest(header, tensors) if header["schema"] > 1 else None
+        expected = content_hash(header, tensors) if header["schema"] > 1 else None
     except (RuntimeError, TypeError) as error:  # nested too deeply, or numbers that torch lacks
         raise IntegrityError(f"{display_path(path)} is not a whole codec: {error}") from None
     if found != expected:
@@ -249,15 +282,6 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     return header, tensors
 
 
-def _digest(header: dict, tensors: Mapping[str, Tensor]) -> str:
-    """Hash everything in a file by SHA-256."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _index(text: str) -> int:
     """Parse a layer's index, which can be written in one way alone: no layer may hide another."""
     if not (text.isascii() and text.isdecimal()) or str(int(text)) != text:
@@ -265,18 +289,30 @@ def _index(text: str) -> int:
     return int(text)
 
 
-def _settings(header: dict, tensors: Mapping[str, Tensor]) -> dict[str, dict]:
-    """Return each layer's settings by its index, translated from older schemas."""
-    if header["schema"] >= 3:
-        return header["layers"]
-    return {
+def _translated(header: dict, tensors: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """Translate schema 1 or 2, of sign codes alone, into that of now."""
+    rules = header.pop("scale_rules")
+    layers = {
         index: {
             "code": "lattice" if f"{index}.metric" in tensors else "rotation",
-            "scale_rule": header["scale_rules"][index],
+            "scale_rule": rules[index],
             "centering": method,
         }
-        for index, method in header["centerings"].items()
+        for index, method in header.pop("centerings").items()
     }
+    renamed = {
+        f"{name.removesuffix('rotation')}basis" if name.endswith(".rotation") else name: tensor
+        for name, tensor in tensors.items()
+    }
+    now = {
+        "schema": SCHEMA,
+        "model_hash": header["model_hash"],
+        "bits": header.get("bits", 32),
+        "layers": layers,
+        "provenance": header["provenance"],
+        "calibration": header.get("calibration"),
+    }
+    return now, renamed
 
 
 def _layer(tensors: Mapping[str, Tensor], index: str, settings: dict) -> StoredQuantizer:
@@ -285,8 +321,6 @@ def _layer(tensors: Mapping[str, Tensor], index: str, settings: dict) -> StoredQ
         for name, tensor in tensors.items()
         if name.startswith(f"{index}.")
     }
-    if "rotation" in own:  # schema 1
-        own["basis"] = own.pop("rotation")
     return registry.quantizer(settings["code"]).from_tensors(own, settings)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from signlattice.errors import InputError
 from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.scales import ScaleRule, check_rule, scale_of
+from signlattice.quantizers.scales import ScaleRule, check_rule, clamp_to_half, scale_of, shrunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +57,13 @@ class LevelQuantizer(Quantizer):
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """Encode and decode, see `Quantizer.reconstruct`."""
         centred, offset = self.centering.split(vectors.float())
-        y = centred @ self.rotation.mT
+        x, factor = shrunk(centred)
+        y = x @ self.rotation.mT
         levels = gaussian_levels(self.bits_per_level).to(y.device)
         unit = y / y.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
         code = levels[torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2, right=True)]
         scale = scale_of((y * code).sum(-1), code.square().sum(-1), y.square().sum(-1), self.rule)
+        scale = clamp_to_half(scale / factor)
         return self.centering.join(scale.unsqueeze(-1) * code @ self.rotation, offset)
 
 

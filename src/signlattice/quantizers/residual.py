@@ -14,7 +14,14 @@ from signlattice.errors import InputError
 from signlattice.kernels import nearest_signs
 from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.scales import ScaleRule, check_rule, scale_of, to_half, token_scale
+from signlattice.quantizers.scales import (
+    ScaleRule,
+    check_rule,
+    scale_of,
+    shrunk,
+    to_half,
+    token_scale,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +77,8 @@ class ResidualQuantizer(Quantizer):
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """Encode and decode, see `Quantizer.reconstruct`."""
-        x, offset = self.centering.split(vectors.float())
+        centred, offset = self.centering.split(vectors.float())
+        x, factor = shrunk(centred)
         y, rest = x @ self.first.mT, self.residual(x)
         z = rest @ self.second.mT
         points = sign(y) @ self.first, sign(z) @ self.second
@@ -79,7 +87,7 @@ class ResidualQuantizer(Quantizer):
             scales = least_squares(x, *points)
         whole = _combined(points, scales)
         gain = scale_of((x * whole).sum(-1), whole.square().sum(-1), x.square().sum(-1), self.rule)
-        kept = [to_half(gain * scale).float() for scale in scales]
+        kept = [to_half(gain * scale / factor).float() for scale in scales]
         return self.centering.join(_combined(points, kept), offset)
 
 
@@ -131,11 +139,12 @@ class BasisQuantizer(Quantizer):
 
         Raises ``InputError`` on an n that the search does not take.
         """
-        x, offset = self.centering.split(vectors.float())
+        centred, offset = self.centering.split(vectors.float())
+        x, factor = shrunk(centred)
         weighted = x @ self.metric
         words, along, length = nearest_signs((weighted @ self.basis.mT).contiguous(), self._gram)
         energy = (weighted * x).sum(-1).clamp_min(0)
-        scale = to_half(scale_of(along, length, energy, self.rule)).float()
+        scale = to_half(scale_of(along, length, energy, self.rule) / factor).float()
         return self.centering.join(unpack_signs(words) * scale.unsqueeze(-1) @ self.basis, offset)
 
     @cached_property

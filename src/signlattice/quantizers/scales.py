@@ -1,4 +1,9 @@
-"""Three rules for the scale of a sign code: least error, the key's length, or unbiased scores."""
+"""Three rules for the scale of a sign code: least error, the key's length, or unbiased scores.
+
+And one rule for numbers that a format cannot hold, the same in references and kernels: a key too
+large is clamped, to the largest scale that half precision has or to the largest coordinate; of a
+key that is NaN or infinite the scale is NaN, so that whoever reads it sees it.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,10 @@ SCALE_RULES: tuple[ScaleRule, ...] = get_args(ScaleRule)
 
 LEAST_COSINE = 1 / 32
 """Below it the scale ``unbiased`` grows no further: no rotation of 1024 coordinates comes to it."""
+
+LARGEST_COORDINATE = 2.0**15
+"""Of a key, above which it is divided before it is coded: half precision holds each coordinate of
+it, single precision the sum of their squares."""
 
 
 def check_rule(rule: str) -> None:
@@ -51,7 +60,7 @@ def scale_of(along: Tensor, length: Tensor, energy: Tensor, rule: ScaleRule) -> 
     else:
         least = LEAST_COSINE * norm_product(length, energy)
         scale = energy / along.abs().maximum(least).clamp_min(tiny)
-    return torch.where(length > 0, scale.copysign(along), 0.0)
+    return torch.where(length <= 0, 0.0, scale.copysign(along))  # so written, NaN stays
 
 
 def norm_product(length: Tensor, energy: Tensor) -> Tensor:
@@ -59,12 +68,31 @@ def norm_product(length: Tensor, energy: Tensor) -> Tensor:
     return length.clamp_min(0).sqrt() * energy.sqrt()
 
 
-def to_half(x: Tensor) -> Tensor:
-    """Round to half precision, clamped to its range; NaN stays."""
-    return clamp_to_half(x).half()
+def shrunk(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply keys [..., d] so that no coordinate is beyond `LARGEST_COORDINATE`.
+
+    Returns the keys and their factors [...], by which the scale is to be divided: 1, but for keys
+    that are larger. An infinite key has factor 0 and is NaN.
+    """
+    largest = keys.abs().amax(-1, keepdim=True)
+    factor = torch.where(largest > LARGEST_COORDINATE, LARGEST_COORDINATE / largest, 1.0)
+    return keys * factor, factor.squeeze(-1)
 
 
 def clamp_to_half(x: Tensor) -> Tensor:
     """Clamp to the range of half precision, in which scales are stored; NaN stays."""
     most = torch.finfo(torch.float16).max
     return x.clamp(-most, most)
+
+
+def to_half(x: Tensor) -> Tensor:
+    """Round to half precision, clamped to its range; NaN stays."""
+    return clamp_to_half(x).half()
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round vectors to a dtype; where it is narrower, clamped to it, and infinity becomes NaN."""
+    most = torch.finfo(dtype).max
+    if torch.finfo(x.dtype).max > most:
+        x = torch.where(x.isinf(), torch.nan, x.clamp(-most, most))
+    return x.to(dtype)

@@ -19,7 +19,14 @@ from signlattice.errors import InputError
 from signlattice.kernels import PackedKeys, nearest_signs
 from signlattice.quantizers.base import CalibrationSet, StoredQuantizer
 from signlattice.quantizers.centering import Centering
-from signlattice.quantizers.scales import ScaleRule, check_rule, norm_product, scale_of, to_half
+from signlattice.quantizers.scales import (
+    ScaleRule,
+    check_rule,
+    norm_product,
+    scale_of,
+    shrunk,
+    to_half,
+)
 
 if TYPE_CHECKING:
     from signlattice.calibration import CalibrationConfig
@@ -145,7 +152,7 @@ class SignQuantizer(StoredQuantizer):
 
         Without a metric it is that to the sign lattice, ‖y‖₁ / (√D ‖y‖₂), whose mean is β.
         """
-        _, along, length, energy = self._nearest(keys[None])
+        _, along, length, energy = self._nearest(self._shrunk(keys[None])[0])
         sizes = norm_product(length, energy).clamp_min(torch.finfo(energy.dtype).tiny)
         return (along.abs() / sizes)[0]
 
@@ -155,14 +162,18 @@ class SignQuantizer(StoredQuantizer):
         return self.encode_unchecked(keys)
 
     def encode_unchecked(self, keys: Tensor) -> PackedKeys:
-        """Pack keys as `encode` does, without its checks, which would wait for a GPU."""
-        codes, along, length, energy = self._nearest(keys)
-        scale = scale_of(along, length, energy, self.scale_rule)
+        """Pack keys as `encode` does, without its checks, which would wait for a GPU.
+
+        The scale of a key that is NaN or infinite is NaN.
+        """
+        x, factor = self._shrunk(keys)
+        codes, along, length, energy = self._nearest(x)
+        scale = scale_of(along, length, energy, self.scale_rule) / factor
         if self.temperature is not None:
             scale = scale * self.temperature[:, None]
         dc = None
         if self.centering.method == "dc":
-            dc = to_half(keys.float().sum(-1) / self.head_dim**0.5)
+            dc = to_half(x.sum(-1) / self.head_dim**0.5 / factor)
         return PackedKeys(codes, to_half(scale), dc)
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
@@ -254,13 +265,19 @@ class SignQuantizer(StoredQuantizer):
         assert self.metric is not None  # without one, signs are not searched for
         return self.basis @ self.metric @ self.basis.mT
 
-    def _nearest(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _shrunk(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Take off the static mean and return `scales.shrunk` of the rest."""
+        x = keys.float()
+        return shrunk(x if self.centering.method == "dc" else self.centering.split(x)[0])
+
+    def _nearest(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the signs s of each key x, and in the metric x·Bᵀs, ‖Bᵀs‖² and ‖x‖²."""
         if self.metric is None:
-            y = self.rotated(keys)
+            if self.centering.method == "dc":
+                x, _ = self.centering.split(x)
+            y = x @ self.basis.mT
             length = torch.full_like(y[..., 0], y.shape[-1])
             return pack_signs(y), y.abs().sum(-1), length, y.square().sum(-1)
-        x, _ = self.centering.split(keys.float())
         weighted = x @ self.metric
         found = nearest_signs((weighted @ self.basis.mT).contiguous(), self._gram)
         return *found, (weighted * x).sum(-1).clamp_min(0)

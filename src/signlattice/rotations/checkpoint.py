@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from signlattice.errors import IntegrityError
-from signlattice.io import display_path, write_tensors
+from signlattice.io import content_hash, display_path, write_tensors
 
 _SCHEMA = 3
 _HEADER = "signlattice.rotations.solvers"
@@ -31,6 +31,7 @@ def save(
     Raises ``InputError`` where it cannot be written.
     """
     header = {"schema": _SCHEMA, "config": config, "keys": fingerprint, "state": state}
+    header["sha256"] = content_hash(json.loads(json.dumps(header)), tensors)
     write_tensors(path, tensors, metadata={_HEADER: json.dumps(header)})
 
 
@@ -50,6 +51,8 @@ def load(
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         if header["schema"] != _SCHEMA:
             raise ValueError(f"schema {header['schema']}, this version reads {_SCHEMA}")
+        if header.pop("sha256") != content_hash(header, tensors):
+            raise ValueError("changed after it was written")
         theirs, keys, state = header["config"], header["keys"], header["state"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(

@@ -13,7 +13,6 @@ notebook, then goes on from what they leave::
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import statistics
@@ -26,7 +25,6 @@ from typing import cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from signlattice import __version__, hadamard
@@ -34,7 +32,7 @@ from signlattice.alignment import beta, elliptical_ceiling
 from signlattice.data.texts import Text
 from signlattice.distributed.capture import capture_parts
 from signlattice.distributed.workers import Workers
-from signlattice.errors import InputError, IntegrityError
+from signlattice.errors import InputError
 from signlattice.evaluation.bootstrap import Interval
 from signlattice.evaluation.perplexity import (
     TokenLosses,
@@ -48,9 +46,11 @@ from signlattice.io import (
     check_writable,
     display_path,
     identity,
+    keep_json,
+    keep_tensors,
+    kept_json,
+    kept_tensors,
     no_progress,
-    write_tensors,
-    write_text,
 )
 from signlattice.models import full_size
 from signlattice.models.capture import StateBank, draw_tokens
@@ -472,14 +472,10 @@ def _fit(
         fit, judged = (_nonzero(centering.split(part)[0]) for part in (keys, held_out))
         part = file.with_suffix(".part")
         matrices, values = _measured(fit, judged, seed, config, part, watched)
-        write_tensors(file, matrices, metadata={"values": json.dumps(values)})
+        keep_tensors(file, matrices, values)
         part.unlink(missing_ok=True)
-    try:
-        with safe_open(file, framework="pt") as kept:
-            values = json.loads(kept.metadata()["values"])
-            matrices = {rotation: kept.get_tensor(rotation) for rotation in ROTATIONS}
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{file} is damaged ({error}): delete it and run again") from None
+    kept, values = kept_tensors(file)
+    matrices = {rotation: kept[rotation] for rotation in ROTATIONS}
     return _Fit(index, scope, centering, seed, matrices, values)
 
 
@@ -604,8 +600,8 @@ def _null(
         file = scratch / f"null.{d}.{n_keys}.json"
         if not file.exists():
             found = noise_null(n_keys, d, config.learning(0), device=_DEVICE)
-            write_text(file, json.dumps(found))
-        in_sample, held_out = json.loads(file.read_text())
+            keep_json(file, found)
+        in_sample, held_out = kept_json(file)
         rows.append(
             {
                 "d": d,
@@ -643,9 +639,9 @@ def _gaps(
         if not file.exists():
             found = token_losses(loaded, pieces, codec, batch_size=config.batch_size)
             kept = {"nll": torch.from_numpy(found.nll), "n": torch.tensor([found.n_compressed])}
-            write_tensors(file, kept)
-        with safe_open(file, framework="np") as kept:
-            nll, n = kept.get_tensor("nll"), int(kept.get_tensor("n")[0])
+            keep_tensors(file, kept)
+        kept, _ = kept_tensors(file)
+        nll, n = kept["nll"].numpy(), int(kept["n"][0])
         n_tokens = np.array([len(piece.ids) - 1 for piece in pieces])
         none = np.zeros_like(nll)
         tell("perplexity")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from signlattice.bits import pack_signs
 from signlattice.kernels.layout import PackedKeys
-from signlattice.quantizers.scales import ScaleRule, clamp_to_half, token_scale
+from signlattice.quantizers.scales import ScaleRule, clamp_to_half, shrunk, token_scale
 
 
 def pack_into(
@@ -24,8 +24,8 @@ def pack_into(
     A key k is taken less its head's static mean. Where ``dc`` is kept, dc = e·k with
     e = (1, …, 1)/√D is subtracted too: y = R (k − dc·e). The words hold sign(y) as in `bits`, and
     the scale is τ·α(y) by ``rule``, as in `scales.token_scale`; it and dc are kept in half
-    precision, clamped to it. Key t of sequence b goes to place ``positions[b] + t``. Computed in
-    fp32, or fp64 for fp64 keys.
+    precision, clamped to it, of a key that is NaN or infinite NaN. Key t of sequence b goes to
+    place ``positions[b] + t``. Computed in fp32, or fp64 for fp64 keys.
 
     Args:
         packed: a cache of capacity C for each of [B, H]; written.
@@ -36,11 +36,12 @@ def pack_into(
     d = x.shape[-1]
     if mean is not None:
         x = x - mean.to(x)[:, None]
-    along = x.sum(-1) / d**0.5
+    x, factor = shrunk(x)
+    along = x.sum(-1) / d**0.5 / factor
     if packed.dc is not None:
         x = x - x.mean(-1, keepdim=True)
     y = x @ rotation.to(x).mT
-    alpha = token_scale(y, rule)
+    alpha = token_scale(y, rule) / factor
     if temperature is not None:
         alpha = alpha * temperature.to(alpha)[:, None]
     for b, at in enumerate(positions.tolist()):

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from signlattice.kernels.layout import PackedKeys
 from signlattice.kernels.runtime import INTERPRETED, Launch, interpreter_view, n_programs, padded
-from signlattice.quantizers.scales import ScaleRule
+from signlattice.quantizers.scales import LARGEST_COORDINATE, ScaleRule
 
 HALF_MAX = tl.constexpr(65504.0)
 """Largest number of half precision, in which scales are stored."""
+
+LARGEST = tl.constexpr(LARGEST_COORDINATE)
 
 KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -64,6 +66,9 @@ def _pack(
         x = tl.load(k, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
         if CENTRED:
             x -= tl.load(mean + h * D + i, mask=inside, other=0.0).to(tl.float32)[None, :]
+        largest = tl.max(tl.abs(x), 1)
+        growth = tl.maximum(largest, LARGEST) / LARGEST
+        x *= (1.0 / growth)[:, None]  # infinity becomes NaN
         along = tl.sum(x, 1)
         if DC:  # also beyond D, where the rotation is zero
             x -= (along / D)[:, None]
@@ -89,6 +94,7 @@ def _pack(
             alpha = tl.sqrt(energy / D)
         else:
             alpha = energy / tl.maximum(total, 1e-37)
+        alpha *= growth
         if TEMPERED:
             alpha *= tl.load(temperature + h).to(tl.float32)
         to = t + tl.load(positions + b, mask=there, other=0)
@@ -96,10 +102,11 @@ def _pack(
         fits = there & (to >= 0) & (to < capacity)  # never outside the cache, whatever a position
         into = words + cell[:, None] * W + w[None, :]
         tl.store(into, packed.to(tl.uint8), mask=fits[:, None] & (w < W)[None, :])
+        alpha = tl.maximum(alpha, -HALF_MAX, propagate_nan=KEEP_NAN)
         alpha = tl.minimum(alpha, HALF_MAX, propagate_nan=KEEP_NAN)
         tl.store(scale + cell, alpha.to(scale.dtype.element_ty), mask=fits)
         if DC:
-            mean_part = tl.maximum(along * (D**-0.5), -HALF_MAX, propagate_nan=KEEP_NAN)
+            mean_part = tl.maximum(along * (D**-0.5) * growth, -HALF_MAX, propagate_nan=KEEP_NAN)
             mean_part = tl.minimum(mean_part, HALF_MAX, propagate_nan=KEEP_NAN)
             tl.store(dc + cell, mean_part.to(dc.dtype.element_ty), mask=fits)
 
