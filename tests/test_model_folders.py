@@ -18,7 +18,7 @@ DAMAGES = damages()
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["load_model", "load_full"])
-@pytest.mark.parametrize("name", thinned(DAMAGES, 19))
+@pytest.mark.parametrize("name", thinned(DAMAGES, 31))
 def test_load_reads_a_folder_or_refuses_it_in_a_line(name, full, llama_folder, tmp_path):
     folder = damaged(llama_folder, DAMAGES[name], tmp_path / "model")
     assert wrong(lambda: read(folder, full)) is None
