@@ -1,19 +1,31 @@
 # Type `make` for what there is. Everything runs in .venv, made from requirements.txt on first use.
 
+# What is given stands as it is: make would expand what a value holds, and run its `$(shell …)`. A
+# line of a recipe ends at a line break, inside of quotes, too.
+define line_break
+
+
+endef
+$(foreach name,PYTHON MODEL PROFILE LAB JOBS TIMES TEXT CONTEXT REVISION,\
+  $(if $(filter command environment,$(firstword $(origin $(name)))),\
+    $(if $(findstring $(line_break),$(value $(name))),$(error $(name) holds a line break: use one line))\
+    $(eval override $(name) := $$(value $(name)))))
+# A variable as one word of the shell, whatever is in it; and whether two are equal.
+quoted = '$(subst ','\'',$(1))'
+equal = $(if $(subst $(1),,$(2))$(subst $(2),,$(1)),,yes)
+
 PYTHON ?= python3
 MODEL  ?= olmoe-mini
 PROFILE ?= mini
 # A model of full size is not trained here; the minis all are, and one of them is looked at closely.
 # In this order: a lab may read what an earlier one has made.
-CLOSELY := $(if $(filter olmoe-mini,$(MODEL)),ablation solvers convergence scores kernels)
-OPEN    := $(if $(filter olmoe-mini,$(MODEL)),values queries second sensitivity) gauge ladder
+CLOSELY := $(if $(call equal,olmoe-mini,$(MODEL)),ablation solvers convergence scores kernels)
+OPEN    := $(if $(call equal,olmoe-mini,$(MODEL)),values queries second sensitivity) gauge ladder
 LAB    ?= $(if $(filter full,$(PROFILE)),,train $(CLOSELY)) architectures $(if $(filter full,$(PROFILE)),,cache $(OPEN))
-# A variable as one word of the shell, whatever is in it.
-quoted = '$(subst ','\'',$(1))'
 LAB_OPTIONS = -p model $(call quoted,$(MODEL)) $(if $(filter-out mini,$(PROFILE)),-p profile $(call quoted,$(PROFILE))) \
   $(if $(TEXT),-p text $(call quoted,$(TEXT))) $(if $(CONTEXT),-p context $(call quoted,$(CONTEXT))) \
   $(if $(REVISION),-p revision $(call quoted,$(REVISION))) \
-  $(if $(filter olmoe-mini,$(MODEL)),,--out $(call quoted,_build/labs/$(notdir $(MODEL:%/=%))))
+  $(if $(call equal,olmoe-mini,$(MODEL)),,--out $(call quoted,_build/labs/$(subst /,--,$(MODEL))))
 
 JOBS     ?= 2
 BIN      := .venv/bin
@@ -57,7 +69,7 @@ estimate: $(STAMP) ## what a full-size model takes: make estimate MODEL=<name or
 
 # Each worker takes whole files, so that a chapter's cells run in order. It has one thread, and so
 # have the kernels and commands that it starts: more threads than cores take twice as long.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests --ignore=tests/browser $(CHAPTERS) \
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(call quoted,$(JOBS)) --dist loadfile tests --ignore=tests/browser $(CHAPTERS) \
   --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 
 test: $(STAMP) ## unit, property, equation and style tests, then the chapters' outputs
@@ -101,9 +113,9 @@ clean: ## remove what a build leaves; the environment goes with: rm -r .venv
 
 # The stamp is made last, so that an interrupted installation is taken up again.
 $(STAMP): requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-	  { echo "error: $(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(call quoted,$(PYTHON)) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo error: $(call quoted,$(PYTHON)) "is not Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(call quoted,$(PYTHON)) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

@@ -59,6 +59,12 @@ def test_the_environment_names_the_repository(
     assert launch_buttons.find_address(tmp_path) is None
 
 
+def test_find_branch_is_the_one_that_is_checked_out(tmp_path: Path) -> None:
+    assert launch_buttons.find_branch(tmp_path) == launch_buttons.DEFAULT_BRANCH
+    launch_buttons.git(tmp_path, "init", "--initial-branch", "master")
+    assert launch_buttons.find_branch(tmp_path) == "master"
+
+
 def packed(members: dict[str, bytes]) -> bytes:
     """A tarball such as npm packs."""
     buffer = io.BytesIO()
@@ -78,13 +84,23 @@ def locked(content: bytes) -> offline_assets.Package:
 
 def test_scripts_come_from_a_cached_tarball_that_is_the_locked_one(tmp_path: Path) -> None:
     script = LOCKED[offline_assets.MATHJAX].script
-    tarball = packed({script: b"draw();", "other.js": b"never();"})
+    linked = b"draw();@import url('https://fonts.example/css');"
+    tarball = packed({script: linked, "other.js": b"never();", "LICENSE": b"free"})
     package = locked(tarball)
     (tmp_path / package.tarball).write_bytes(tarball)
     assert offline_assets.gather({package.name: package}, tmp_path, tmp_path / "site")
-    placed = [path for path in (tmp_path / "site").rglob("*") if path.is_file()]
-    assert placed == [tmp_path / "site" / package.local]
-    assert placed[0].read_bytes() == b"draw();"
+    folder = tmp_path / "site" / "assets" / package.name
+    placed = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert placed == {folder / script: b"draw();", folder / "LICENSE": b"free"}
+
+
+@pytest.mark.parametrize("name", [offline_assets.REQUIRE, offline_assets.MANAGER])
+def test_unpack_adds_the_licence_that_a_tarball_lacks(name: str, tmp_path: Path) -> None:
+    package = replace(LOCKED[name], fonts=())
+    (tmp_path / "tarball").write_bytes(packed({package.script: b""}))
+    offline_assets.unpack(package, tmp_path / "tarball", tmp_path)
+    licence = (tmp_path / "assets" / name / "LICENSE").read_text()
+    assert "Copyright" in licence and '"AS IS"' in licence
 
 
 def test_a_tarball_that_is_not_the_locked_one_stops_the_build_and_is_removed(

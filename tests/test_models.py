@@ -79,7 +79,7 @@ def test_a_mini_without_its_hash_is_refused(pretend_mini):
 
 def test_a_folder_without_weights_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(IntegrityError, match="no .*safetensors"):
+    with pytest.raises(InputError, match="no model.*safetensors"):
         load_model(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from papermill.translators import PythonTranslator
 
 from signlattice.errors import InputError, IntegrityError
 from signlattice_paper import notebooks
@@ -260,9 +262,24 @@ def test_problems_are_told(cells: list[NotebookNode], told: str, tmp_path: Path)
     assert any(told in line for line in notebooks.problems(tmp_path / "a.ipynb"))
 
 
+def test_problems_name_code_that_was_edited_after_it_ran(tmp_path: Path) -> None:
+    nb = executed(ran("a", count=1), new_markdown_cell("words"))
+    nb.metadata["signlattice"] = {"executed": notebooks.fingerprint(nb)}
+    path = tmp_path / "a.ipynb"
+    nb.cells[1].source = "other words"
+    path.write_text(to_text(normalise(nb)), encoding="utf-8")
+    assert notebooks.problems(path) == ()
+    nb.cells[0].source = "b"
+    path.write_text(to_text(normalise(nb)), encoding="utf-8")
+    (line,) = notebooks.problems(path)
+    assert "edited after it ran: run it again" in line
+
+
 def test_normalise_file_says_whether_it_changed_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.ipynb"
-    nbformat.write(executed(ran("a", count=5)), path)
+    nb = executed(ran("a", count=5))
+    nb.metadata["signlattice"] = {"executed": notebooks.fingerprint(nb)}
+    nbformat.write(nb, path)
     assert notebooks.normalise_file(path)
     assert notebooks.problems(path) == ()
     assert not notebooks.normalise_file(path)
@@ -285,3 +302,22 @@ def test_an_environment_is_as_large_as_its_files(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(b"123")
     (tmp_path / "link").symlink_to(tmp_path / "b")
     assert notebooks.environment_bytes(tmp_path) == 8
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["my model #2", "1234567", "1e3", "null", "{a: 1}", "yes", " x ", 'a"b\\', "a\nb", "é\0"],
+)
+def test_run_takes_a_text_verbatim(text: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ipynb", parameters="model = 'a'")
+    changed = notebooks._changed_parameters(notebooks.read(path), {"model": text}, path)
+    assert changed == {"model": text}
+    code = PythonTranslator.codify(changed, "")
+    assert ast.literal_eval(code.partition("model = ")[2]) == text
+
+
+def test_run_reads_numbers_of_the_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ipynb", parameters="steps = 3\nlr = 0.1\non = False\nseed = None")
+    given = {"steps": "4", "lr": "1", "on": "true", "seed": "7"}
+    changed = notebooks._changed_parameters(notebooks.read(path), given, path)
+    assert changed == {"steps": 4, "lr": 1, "on": True, "seed": 7}

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from signlattice.errors import InputError
 from signlattice.io import PROJECT
 from signlattice_paper import records
-from signlattice_paper.tables import anchor, origins, provenance, recorded, select, table
+from signlattice_paper.tables import anchor, origins, prose, provenance, recorded, select, table
 
 ROWS = [
     {"name": "a", "value": 0.12345, "fitted": True},
@@ -80,3 +81,26 @@ def test_every_record_has_its_place_in_the_list_of_origins():
         assert ("with changes to it" in line) is record.dirty
     benches = {line for line in lines if "make bench" in line}
     assert benches == {line for line in lines if "**bench " in line} != set()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<script>alert(1)</script>", "< script>alert(1)< /script>"),
+        ("a\n\n<!-- b", "a < !-- b"),
+        ("`a``<b>```", "`a``< b>```"),
+        ("$x < y$, 1 <2 and *more*", "$x < y$, 1 <2 and *more*"),
+    ],
+)
+def test_prose_holds_no_html_and_no_line_break(text: str, shown: str) -> None:
+    assert prose(text) == shown
+
+
+def test_tables_show_no_html_of_a_record_and_keep_their_columns() -> None:
+    shown = table([{"code": "a|<b>\nc"}], {"code": "code"}).data
+    assert shown.splitlines()[-1] == r"| a\|< b> c |"
+    evil = '"><img src=x onerror=y>`|\n'
+    record = replace(records.every()[0], lab=evil, model=evil, device=evil, commit=evil)
+    record = replace(record, versions={"torch": evil}, started=evil * 3)
+    for shown in (origins([record]).data, "\n".join(provenance(record))):
+        assert "<img" not in shown and 'id=""' not in shown

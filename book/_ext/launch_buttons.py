@@ -71,9 +71,10 @@ def find_address(root: Path) -> str | None:
 
 
 def find_branch(root: Path) -> str:
-    """The default branch of ``origin`` as git knows it."""
-    head = git(root, "symbolic-ref", "--short", "refs/remotes/origin/HEAD")
-    return head.removeprefix("origin/") or DEFAULT_BRANCH
+    """The branch that is checked out; of a detached HEAD, the default branch of ``origin``."""
+    head = git(root, "symbolic-ref", "--short", "HEAD")
+    remote = git(root, "symbolic-ref", "--short", "refs/remotes/origin/HEAD")
+    return head or remote.removeprefix("origin/") or DEFAULT_BRANCH
 
 
 def note(address: str | None) -> str:

@@ -2,8 +2,9 @@
 
 MathJax, require.js and the widgets' html-manager are fetched once with ``npm pack``, checked
 against the hashes in ``assets.lock.json`` and kept in ``_build/assets``, which ``make clean``
-removes. Without npm, or without a registry, pages load the same files of the same versions from a
-CDN, and the build says so. The front end of anywidget comes from the installed Python package.
+removes. Pages have them with their licences, and without the fonts that one would import. Without
+npm, or without a registry, pages load the same files of the same versions from a CDN, and the build
+says so. The front end of anywidget comes from the installed Python package.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +31,10 @@ from sphinx.util import logging
 LOCK = Path(__file__).with_name("assets.lock.json")
 CACHE = Path("_build") / "assets"
 CDN = "https://cdn.jsdelivr.net/npm/"
+IMPORT = re.compile(rb"@import url\('https?:[^']*'\);?")
+LICENCE = re.compile(
+    r"package/([\w.]*(?:licen[cs]e|copying|notice)[\w.]*|dist/embed\.js\.LICENSE\.txt)", re.I
+)
 SECONDS = 60  # for one package; a registry that takes longer counts as absent
 
 MATHJAX, REQUIRE, MANAGER = "mathjax", "requirejs", "@jupyter-widgets/html-manager"
@@ -109,13 +116,23 @@ def fetch(package: Package, cache: Path) -> Path | None:
 
 
 def unpack(package: Package, tarball: Path, site: Path) -> None:
-    """Write the package's script and fonts to ``site``/assets/NAME/, each whole or not at all."""
+    """Write the package's script, fonts and licences to ``site``/assets/NAME/, each whole.
+
+    Of the script, imports of style sheets from elsewhere are left out.
+    """
+    folder = site / "assets" / package.name
     with tarfile.open(tarball) as archive:
         for name in (package.script, *package.fonts):
             member = archive.extractfile(f"package/{name}")
             if member is None:
                 raise ExtensionError(f"{package.name}@{package.version} holds no {name}")
-            place(member.read(), site / "assets" / package.name / name)
+            content = member.read()
+            place(IMPORT.sub(b"", content) if name == package.script else content, folder / name)
+        for name in archive.getnames():
+            if LICENCE.fullmatch(name) and (member := archive.extractfile(name)) is not None:
+                place(member.read(), folder / Path(name).name)
+    if package.name in LICENCES:  # its tarball has none of its own
+        place(LICENCES[package.name]().read_bytes(), folder / "LICENSE")
 
 
 def place(content: bytes, path: Path) -> None:
@@ -126,13 +143,18 @@ def place(content: bytes, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def anywidget_script() -> Path:
-    """The front end that the installed anywidget carries."""
-    files = metadata.distribution("anywidget").files or []
-    for file in files:
-        if file.as_posix().endswith("nbextensions/anywidget/index.js"):
+def installed(distribution: str, ending: str) -> Path:
+    """A file that an installed Python package carries."""
+    for file in metadata.distribution(distribution).files or []:
+        if file.as_posix().endswith(ending):
             return Path(str(file.locate()))
-    raise ExtensionError("the installed anywidget has no nbextensions/anywidget/index.js")
+    raise ExtensionError(f"the installed {distribution} has no {ending}")
+
+
+LICENCES: dict[str, Callable[[], Path]] = {
+    REQUIRE: lambda: Path(__file__).with_name("requirejs.LICENSE"),
+    MANAGER: lambda: installed("ipywidgets", "/LICENSE"),  # made of the same sources
+}
 
 
 def gather(packages: dict[str, Package], cache: Path, site: Path) -> bool:
@@ -189,7 +211,9 @@ def configure(app: Sphinx, config: Config) -> None:
     cache = Path(app.srcdir) / CACHE
     site = cache / "site"
     packages = read_lock()
-    place(anywidget_script().read_bytes(), site / "assets" / "anywidget" / "index.js")
+    for ending in ("nbextensions/anywidget/index.js", "/LICENSE"):
+        file = installed("anywidget", ending)
+        place(file.read_bytes(), site / "assets" / "anywidget" / file.name)
     local = gather(packages, cache, site)
     for name, value in script_settings(packages, local).items():
         config[name] = value

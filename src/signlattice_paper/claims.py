@@ -17,7 +17,7 @@ from IPython.display import Markdown
 from signlattice.errors import InputError, IntegrityError
 from signlattice.io import PROJECT, display_path, require_checkout
 from signlattice_paper.records import Metric, RunRecord
-from signlattice_paper.tables import anchor, provenance
+from signlattice_paper.tables import anchor, prose, provenance
 
 CLAIMS = PROJECT / "claims.yml"
 RECORD = re.compile(r"results/[\w.-]+/[\w.-]+\.json")
@@ -259,7 +259,7 @@ def _paper_value(value: Any) -> str:
         return ", ".join(f"{str(k).replace('_', ' ')} {_paper_value(v)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return ("–" if len(value) == 2 else ", ").join(_paper_value(child) for child in value)
-    return str(value)
+    return prose(str(value))
 
 
 def _shown(value: Metric | float | str | None, digits: int) -> str:
@@ -299,7 +299,7 @@ def _claim(entry: Any) -> Claim:
     for name in ("id", "section", "statement", "verdict", "finding", "chapter", "status"):
         if not isinstance(entry[name], str) or not entry[name].strip():
             raise InputError(f"{name} is {entry[name]!r}: use text")
-    known: dict[str, Any] = dict(entry)
+    known: dict[str, Any] = {k: prose(v) if isinstance(v, str) else v for k, v in entry.items()}
     if isinstance(known["paper_value"], list):
         known["paper_value"] = tuple(known["paper_value"])
     return Claim(**known)

@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar=("NAME", "VALUE"),
-        help="a parameter of every notebook that is run",
+        help="a parameter of every notebook that is run; a text is taken as it is",
     )
     run.set_defaults(run=_run)
     normalise = commands.add_parser("normalise", help="write notebooks in their canonical form")
@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    values = notebooks.parse_values(options.values)
+    values = dict(options.values)
     timing = notebooks.run_all(options.notebooks, values, times=options.times, out=options.out)
     if timing is not None:
         print(timing.save())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import hashlib
 import json
 import os
 import re
@@ -44,6 +45,9 @@ LANGUAGE = {
 
 NOTEBOOK_NOISE = ("papermill", "signature", "vscode", "toc")
 CELL_NOISE = ("papermill", "execution", "ExecuteTime", "vscode", "collapsed", "scrolled")
+
+OURS = "signlattice"
+"""Metadata of a notebook that `run` writes: what code its outputs are of."""
 
 PARAMETERS = "parameters"
 INJECTED = "injected-parameters"
@@ -94,9 +98,9 @@ def run(
 ) -> None:
     """Execute a notebook with the running interpreter and normalise it: in place, or into ``out``.
 
-    ``values`` replace parameters of the cell tagged ``parameters``; a value equal to its default
-    leaves no trace in the file. ``progress`` shows a bar of cells, under that name if it is one,
-    and what cells write to stderr as they write it.
+    ``values`` replace parameters of the cell tagged ``parameters``, verbatim where the default is a
+    text; a value equal to its default leaves no trace in the file. ``progress`` shows a bar of
+    cells, under that name if it is one, and what cells write to stderr as they write it.
 
     Raises ``InputError`` on a parameter that the notebook does not have or of another type, and
     `NotebookError` if a cell fails. The file is replaced at the end or not at all.
@@ -125,7 +129,14 @@ def run(
         raise NotebookError(
             f"{display_path(path)}: the kernel stopped: {_one_line(str(error))}"
         ) from None
+    executed.metadata[OURS] = {"executed": fingerprint(executed)}
     write_text(target, to_text(normalise(executed)))
+
+
+def fingerprint(nb: NotebookNode) -> str:
+    """Hash the code of a notebook: what `run` executed, and what `problems` finds edited since."""
+    code = [cell.source for cell in nb.cells if cell.cell_type == "code"]
+    return hashlib.sha256(json.dumps(code).encode()).hexdigest()
 
 
 def normalise(nb: NotebookNode) -> NotebookNode:
@@ -172,7 +183,8 @@ def normalise_file(path: Path) -> bool:
 def problems(path: Path) -> tuple[str, ...]:
     """List what keeps a notebook from being published, one line each; none if ready.
 
-    A published notebook is normalised, every code cell has run in order, and none has failed.
+    A published notebook is normalised, every code cell has run in order, as it is now, and none has
+    failed.
     """
     nb = read(path)
     found = []
@@ -180,6 +192,8 @@ def problems(path: Path) -> tuple[str, ...]:
     ran = [cell.execution_count for _, cell in code if cell.source.strip()]
     if ran != list(range(1, len(ran) + 1)):
         found.append("not executed from top to bottom: run it with `run`")
+    if nb.metadata.get(OURS) != {"executed": fingerprint(nb)}:
+        found.append("its code was edited after it ran: run it again with `run`")
     for index, cell in code:
         for output in cell.outputs:
             if output.output_type == "error":
@@ -224,17 +238,12 @@ def environment_bytes(folder: Path = Path(sys.prefix)) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def parse_values(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Read parameters from pairs of name and YAML. Raises ``InputError`` on what is no YAML."""
-    given = {name: value for name, value in pairs}
-    try:
-        return {name: yaml.safe_load(value) for name, value in given.items()}
-    except yaml.YAMLError:
-        raise InputError(f"cannot read the parameters {given}: use plain values") from None
-
-
 def _changed_parameters(nb: NotebookNode, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return the values that differ from the notebook's defaults, checked against them."""
+    """Return the values that differ from the notebook's defaults, checked against them.
+
+    A text, as the command line gives each value, stands verbatim where the default is a text, and
+    is read as YAML where it is something else.
+    """
     if not values:
         return {}
     try:
@@ -243,11 +252,14 @@ def _changed_parameters(nb: NotebookNode, values: Mapping[str, Any], path: Path)
         raise InputError(
             f"{display_path(path)}: its parameters cell must hold plain values"
         ) from None
+    given = {}
     for name, value in values.items():
         if name not in defaults:
             valid = ", ".join(defaults) or "none: no cell is tagged 'parameters'"
             raise InputError(f"{display_path(path)} has no parameter {name!r}; it has {valid}")
         default = defaults[name]
+        if isinstance(value, str) and not isinstance(default, str):
+            value = _plain(value)
         kinds = (int, float) if isinstance(default, float) else type(default)
         if default is not None and (
             not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)
@@ -256,7 +268,16 @@ def _changed_parameters(nb: NotebookNode, values: Mapping[str, Any], path: Path)
                 f"{display_path(path)}: parameter {name}={value!r} must be "
                 f"of type {type(default).__name__}, as its default {default!r}"
             )
-    return {name: value for name, value in values.items() if value != defaults[name]}
+        given[name] = value
+    return {name: value for name, value in given.items() if value != defaults[name]}
+
+
+def _plain(text: str) -> Any:
+    """Read a value that is no text; what is no YAML stays a text."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that there is not, [[[[…
+        return text
 
 
 def _tagged(nb: NotebookNode, tag: str) -> list[NotebookNode]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from IPython.display import Markdown
@@ -59,6 +60,14 @@ def recorded(
     return table(record.table(name), columns, formats, record)
 
 
+def prose(text: str) -> str:
+    """Write a string of a record or a claim as one line without HTML; Markdown in it stays.
+
+    A space after ``<`` does what an entity would, in code and in mathematics, too.
+    """
+    return re.sub(r"<(?=[A-Za-z/!?])", "< ", re.sub(r"\s*\n\s*", " ", text))
+
+
 def provenance(record: RunRecord | Sequence[RunRecord] | None) -> list[str]:
     """Lines of Markdown that say how numbers were made; none if no record made them.
 
@@ -83,12 +92,17 @@ def origins(records: Sequence[RunRecord]) -> Markdown:
 
 def anchor(lab: str, model: str) -> str:
     """Name of the place on the page *reproduce* that tells of a record."""
-    return f"record-{lab}-{model}"
+    return f"record-{_name(lab)}-{_name(model)}"
+
+
+def _name(text: str) -> str:
+    """Write the name of a lab or a model as a word of a path, whatever a record says."""
+    return re.sub(r"[^\w.@/+-]", "-", text)
 
 
 def stamp(record: RunRecord) -> str:
     """When a record's run began, to the minute."""
-    return f"{record.started[:16].replace('T', ' ')} UTC"
+    return prose(f"{record.started[:16].replace('T', ' ')} UTC")
 
 
 _COMMANDS = {
@@ -99,35 +113,38 @@ _COMMANDS = {
 
 
 def _command(lab: str, model: str) -> str:
-    return _COMMANDS.get(lab, f"make lab LAB={lab} MODEL={model}")
+    return _COMMANDS.get(lab, f"make lab LAB={_name(lab)} MODEL={_name(model)}")
 
 
 def _origin(record: RunRecord) -> str:
     path, lab = _paths(record)
-    name = record.lab.replace("_", " ")
+    name = _name(record.lab).replace("_", " ")
     page = f"[{name}](/{lab})" if (PROJECT / lab).exists() else name
     command = _command(record.lab, record.model)
-    source = f"commit `{record.commit[:10]}`" if record.commit else "no commit"
+    source = f"commit `{_name(record.commit[:10])}`" if record.commit else "no commit"
     if record.dirty:
         source += ", with changes to it"
     packages = ("python", "torch", "transformers")
-    versions = ", ".join(f"{p} {record.versions[p]}" for p in packages if p in record.versions)
+    versions = ", ".join(
+        f"{p} {_name(record.versions[p])}" for p in packages if p in record.versions
+    )
     facts = (
         f"[`{path}`](/{path})",
         stamp(record),
         f"{record.seconds / 60:.1f} min",
-        record.device,
+        prose(record.device),
         source,
         versions,
         f"`{command}`",
     )
     place = f'<span id="{anchor(record.lab, record.model)}"></span>'
-    return f"- {place}**{page}** on {record.model}: {' · '.join(facts)}"
+    return f"- {place}**{page}** on {_name(record.model)}: {' · '.join(facts)}"
 
 
 def _paths(record: RunRecord) -> tuple[str, str]:
     """Return a record's file and the notebook of its lab, from the project's root."""
-    return f"results/{record.lab}/{record.model}.json", f"book/lab/{record.lab}.ipynb"
+    lab, model = _name(record.lab), _name(record.model)
+    return f"results/{lab}/{model}.json", f"book/lab/{lab}.ipynb"
 
 
 def _source(record: RunRecord) -> str:
@@ -159,8 +176,9 @@ def _cell(value: object, format_spec: str) -> str:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return format(value, "" if isinstance(value, str) else format_spec)
+    return prose(value) if isinstance(value, str) else format(value, format_spec)
 
 
 def _line(cells) -> str:
-    return "| " + " | ".join(cells) + " |"
+    escaped = (re.sub(r"(?<!\\)\|", r"\|", cell) for cell in cells)
+    return "| " + " | ".join(escaped) + " |"

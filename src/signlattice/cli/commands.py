@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from signlattice import kernels
 from signlattice.cache.sign_key_cache import CacheConfig, CacheStats, SignKeyCache
@@ -298,6 +299,9 @@ def generate(options: argparse.Namespace) -> Result:
             f"a prompt of {n_prompt} tokens and --max-new-tokens {n_new}: "
             f"{loaded.name} reads {most} in all"
         )
+    # beams, penalties and draws that the checkpoint asks for are not those of the options
+    marks = loaded.model.generation_config
+    loaded.model.generation_config = GenerationConfig(eos_token_id=marks.eos_token_id)
     cache = SignKeyCache(loaded, codec, _cache_config(options, loaded, codec, options.values))
     with _bar(options, 2 * n_new) as bar:
         bar.set_postfix_str("exact keys")

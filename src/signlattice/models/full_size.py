@@ -1,13 +1,11 @@
 """Load models of full size, by name on the hub or by folder, and estimate what they will take.
 
 The estimate comes before a parameter is fetched: ``signlattice estimate Gemma-4-E2B`` prints it.
-Only safetensors are read, and no code of a repository is run. Of a model for images or sound too,
-the text decoder alone is loaded.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shutil
 import sys
@@ -20,38 +18,31 @@ import torch
 from accelerate.utils import get_max_memory
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from signlattice import hub
-from signlattice.errors import InputError, IntegrityError
+from signlattice.errors import InputError
 from signlattice.io import display_path
 from signlattice.models import cost
+from signlattice.models.checkpoint import (
+    check_files,
+    check_formats,
+    context_limit,
+    read_config,
+    shards,
+    skeleton,
+)
 from signlattice.models.hooks import attention_layers
-from signlattice.models.loading import LoadedModel, no_progress_bar, weights_hash
+from signlattice.models.loading import LoadedModel, read_checkpoint
 from signlattice.models.minis import REPOSITORIES
 from signlattice.rotations.config import LearnConfig
 
 CONTEXT = 2048
 """Tokens of a window, unless another number is asked for or the model reads fewer."""
 
-INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"}
-_DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-# Prefixes of the text decoder in a multimodal checkpoint, and in one of the decoder alone.
-_TEXT_WEIGHTS = {
-    r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
-    r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
-}
+_OR = ", ".join(DTYPES)
 _GB = 1e9
 
 
@@ -184,22 +175,26 @@ def preflight(
             little disk or memory, with the estimate.
         IntegrityError: a shard that is missing or damaged, in a folder or in the cache.
     """
-    source = Path(name) if Path(name).is_dir() else REPOSITORIES.get(name, name)
+    if not isinstance(name, (str, os.PathLike)) or not str(name):
+        raise InputError(f"model {name!r}: give a name on the hub or a folder")
+    name = str(name)
+    source = Path(name) if os.path.isdir(name) else REPOSITORIES.get(name, name)
     if isinstance(source, Path):
         if revision is not None:
             raise InputError(
                 f"revision={revision!r} of the folder {display_path(source)}: leave it out"
             )
-        where, files, to_fetch = source, check_checkpoint(source), 0
+        where, names, to_fetch = source, (), 0
         repository = commit = None
     else:
         repository = source
-        where, commit, files, to_fetch = _on_hub(repository, revision)
-    config = _text_config(where or source, commit, name)
+        where, commit, names, to_fetch = _on_hub(repository, revision)
+    files = check_files(where) if where else None
+    config = read_config(where or source, commit, name)
     context = _context(context, config, name)
     chosen = _dtype(dtype, config)
-    skeleton = _skeleton(config)
-    parameters, active = _parameters(skeleton)
+    model = skeleton(config, name, files)
+    parameters, active = _parameters(model)
     memory = parameters * chosen.itemsize + context * config.vocab_size * (chosen.itemsize + 4)
     _check_disk(name, to_fetch)
     _check_memory(name, memory, chosen, device_map)
@@ -208,7 +203,7 @@ def preflight(
         repository,
         commit,
         where,
-        files,
+        files.names if files else names,
         to_fetch,
         config,
         parameters,
@@ -216,7 +211,7 @@ def preflight(
         chosen,
         memory,
         context,
-        _key_groups(skeleton),
+        _key_groups(model),
     )
 
 
@@ -245,44 +240,15 @@ def load_full(
         name, revision=revision, dtype=dtype, context=context, device_map=device_map
     )
     folder = checked.folder or _fetched(checked)
-    check_checkpoint(folder)
-    return _loaded(checked, folder, device_map)
-
-
-def _loaded(checked: Preflight, folder: Path, device_map: str) -> LoadedModel:
-    with no_progress_bar():
-        loaded = _class_of(checked.config).from_pretrained(
-            folder,
-            config=checked.config,
-            dtype=checked.dtype,
-            device_map=device_map,
-            use_safetensors=True,
-            trust_remote_code=False,
-            key_mapping=_TEXT_WEIGHTS,
-            output_loading_info=True,
-        )
-    model, report = cast(tuple[PreTrainedModel, dict], loaded)  # with loading info
-    if missing := sorted(report["missing_keys"]):
-        raise IntegrityError(
-            f"{checked.name} lacks {len(missing)} weights of its decoder, {missing[0]} among them: "
-            "fetch the checkpoint again"
-        )
-    digest = weights_hash(folder)
-    return LoadedModel(checked.model_id, model.eval(), _tokenizer(folder), digest, checked.context)
-
-
-def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"the tokenizer in {display_path(folder)} cannot be read: fetch it again "
-            f"({(str(error).strip() or type(error).__name__).splitlines()[0][:100]})"
-        ) from None
+    check_files(folder)
+    return read_checkpoint(
+        checked.model_id,
+        folder,
+        checked.config,
+        dtype=checked.dtype,
+        context=checked.context,
+        device_map=device_map,
+    )
 
 
 # Where the files are.
@@ -297,42 +263,23 @@ def _on_hub(name: str, revision: str | None) -> tuple[Path | None, str, tuple[st
             folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
         except (LocalEntryNotFoundError, ValueError):
             raise unreachable from None
-        return folder, folder.name, check_checkpoint(folder), 0
+        return folder, folder.name, (), 0
     sizes, commit = repository.sizes, repository.revision
     files = _needed(name, sizes)
     in_cache = {file: try_to_load_from_cache(name, file, revision=commit) for file in files}
     cached = {file: path for file, path in in_cache.items() if isinstance(path, str)}
     if len(cached) == len(files):
         folder = Path(cached[files[0]]).parent
-        return folder, commit, check_checkpoint(folder), 0
+        return folder, commit, files, 0
     return None, commit, files, sum(sizes[file] for file in files if file not in cached)
 
 
 def _needed(name: str, sizes: dict[str, int]) -> tuple[str, ...]:
     """List weights, configuration and tokenizer: other formats lie beside them, or in folders."""
     top = sorted(file for file in sizes if "/" not in file)
-    _check_formats(name, top)
+    check_formats(name, top)
     small = [f for f in top if re.search(r"\.(json|txt|model|jinja|tiktoken)$", f)]
-    return ("config.json", *(f for f in small if f != "config.json"), *_shards(top))
-
-
-def _shards(files: list[str]) -> list[str]:
-    return [file for file in files if re.fullmatch(r"model.*\.safetensors", file)]
-
-
-def _check_formats(name: str, files: list[str]) -> None:
-    if "config.json" not in files:
-        raise InputError(f"no config.json in {name}: not a transformers checkpoint")
-    if _shards(files):
-        if not _TOKENIZERS & set(files):
-            raise InputError(f"no tokenizer in {name}: put the model's tokenizer.json there")
-        return
-    if pickles := [f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
-        raise InputError(
-            f"{name} has its weights in {pickles[0]} alone, a pickle, which can run code: "
-            "give a checkpoint in safetensors"
-        )
-    raise InputError(f"no model*.safetensors in {name}: give a checkpoint in safetensors")
+    return ("config.json", *(f for f in small if f != "config.json"), *shards(top))
 
 
 def _fetched(checked: Preflight) -> Path:
@@ -344,78 +291,11 @@ def _fetched(checked: Preflight) -> Path:
         )
 
 
-def check_checkpoint(folder: Path) -> tuple[str, ...]:
-    """List the files of a checkpoint folder, after a check of the header of every shard.
-
-    Raises ``InputError`` if it holds no safetensors or no tokenizer, ``IntegrityError`` naming the
-    file that is damaged, cut short, or named by the index and not there.
-    """
-    files = sorted(file.name for file in folder.iterdir() if file.is_file())
-    _check_formats(display_path(folder), files)
-    shards = set(_shards(files))
-    if INDEX in files:
-        for shard in sorted(_indexed(folder / INDEX)):
-            if shard not in shards:
-                raise IntegrityError(
-                    f"{display_path(folder / shard)} is missing, which {INDEX} names: "
-                    "fetch it again"
-                )
-    for shard in sorted(shards):
-        try:
-            with safe_open(folder / shard, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise IntegrityError(
-                f"{display_path(folder / shard)} is damaged or cut short ({error}): "
-                f"delete {display_path((folder / shard).resolve())} and fetch it again"
-            ) from None
-    return tuple(files)
-
-
-def _indexed(index: Path) -> set[str]:
-    try:
-        return set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError):
-        raise IntegrityError(f"{display_path(index)} cannot be read: fetch it again") from None
-
-
 # What the model is.
 
 
-def _text_config(source: Path | str, revision: str | None, name: str) -> PreTrainedConfig:
-    """Read the configuration of the text decoder."""
-    try:
-        with hub.refusals(str(source), revision):
-            plain, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-            kind = plain.get("model_type")
-            if "auto_map" in plain:
-                raise InputError(
-                    f"{name} brings code of its own (auto_map in config.json), which is not run: "
-                    "give a checkpoint of a class that transformers has itself"
-                )
-            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0][:150]
-        raise InputError(f"the config.json of {name} cannot be used: {reason}") from None
-    architectures = config.architectures or ()
-    text = config.get_text_config(decoder=True)
-    if (
-        config.is_encoder_decoder
-        or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING
-        or (architectures and not any(a.endswith(_DECODERS) for a in architectures))
-    ):
-        raise InputError(
-            f"{name} is a {kind} model ({', '.join(architectures) or 'no architecture named'}), "
-            "not a decoder: give a model that continues text"
-        )
-    text.dtype = text.dtype or config.dtype
-    return text
-
-
 def _context(context: int | None, config: PreTrainedConfig, name: str) -> int:
-    most = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    most = context_limit(config, name) or sys.maxsize
     if context is None:
         return min(CONTEXT, most)
     if isinstance(context, bool) or not isinstance(context, int) or not 2 <= context <= most:
@@ -425,21 +305,18 @@ def _context(context: int | None, config: PreTrainedConfig, name: str) -> int:
 
 def _dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> torch.dtype:
     if dtype == "auto":
-        return cast(torch.dtype | None, config.dtype) or torch.float32  # no word, once it is read
+        named = config.dtype or torch.float32
+        if named not in DTYPES.values():
+            raise InputError(f"the checkpoint is in {_word(named)}: choose dtype {_OR}")
+        return cast(torch.dtype, named)  # no word, once it is read
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
-        raise InputError(f"dtype={dtype!r}: choose auto, {', '.join(DTYPES)}")
+        raise InputError(f"dtype={dtype!r}: choose auto, {_OR}")
     return chosen
 
 
-def _word(dtype: torch.dtype) -> str:
+def _word(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the model without its parameters."""
-    with torch.device("meta"):
-        return _class_of(config)(config)
 
 
 def _parameters(model: PreTrainedModel) -> tuple[int, int]:
@@ -503,8 +380,8 @@ def _free_memory(device_map: str) -> int:
     free = get_max_memory()
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         return sum(free.values())
-    kind, _, place = str(device_map).partition(":")
-    key = "cpu" if kind == "cpu" else int(place or 0)
+    gpu = re.fullmatch(r"cuda(?::(\d{1,4}))?", str(device_map))
+    key = int(gpu[1] or 0) if gpu else device_map
     if key not in free:
         raise InputError(f"device_map={device_map!r}: there is no such device, use 'auto'")
     return int(free[key])

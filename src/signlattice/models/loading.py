@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from signlattice.errors import InputError, IntegrityError
 from signlattice.io import PROJECT, display_path
+from signlattice.models.checkpoint import (
+    SAMPLE,
+    check_files,
+    check_runs,
+    context_limit,
+    guarded,
+    read_config,
+    read_tokenizer,
+    read_weights,
+    skeleton,
+)
 from signlattice.models.minis import MINIS, _group_experts
 
 MODELS = PROJECT / "models"
@@ -63,9 +66,24 @@ class LoadedModel:
         return cast(int, next((mark for mark in marks if mark is not None), 0))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of each text, no special tokens added."""
+        """Return the token ids of each text, no special tokens added.
+
+        Raises ``InputError`` if one is beyond the model's vocabulary.
+        """
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
-        return cast(list[list[int]], encoded["input_ids"])
+        ids = cast(list[list[int]], encoded["input_ids"])
+        for row in ids:
+            self.check_ids(row)
+        return ids
+
+    def check_ids(self, ids: list[int]) -> None:
+        """Raise ``InputError`` if a token is beyond the model's vocabulary."""
+        rows = cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings
+        if ids and not 0 <= min(ids) <= max(ids) < rows:
+            raise InputError(
+                f"the tokenizer of {self.name} gives tokens up to {max(ids)}, its model knows "
+                f"{rows}: put the tokenizer that belongs to the weights into the folder"
+            )
 
 
 def weights_hash(folder: Path) -> str:
@@ -104,21 +122,37 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
             f"unknown model {str(name)!r}: choose one of {', '.join(MINIS)}, "
             "or give the folder of a transformers checkpoint"
         )
-    digest = weights_hash(folder)
-    if named and digest != (expected := expected_hash(folder)):
+    files = check_files(folder)
+    if named and (digest := weights_hash(folder)) != (expected := expected_hash(folder)):
         raise IntegrityError(
             f"the checkpoint of {name} hashes to {digest[:12]}…, its record says {expected[:12]}…: "
             f"restore it with `git checkout {display_path(folder)}`"
         )
-    with no_progress_bar():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
-    _group_experts(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 2048)
-    cast(nn.Module, model.eval()).to(device)
-    return LoadedModel(str(name), model, tokenizer, digest, context)
+    config = read_config(folder, None, str(name))
+    context = context_limit(config, str(name)) or 2048
+    skeleton(config, str(name), files)
+    loaded = read_checkpoint(str(name), folder, config, dtype=torch.float32, context=context)
+    with guarded(f"the config.json of {name} cannot be used"):
+        _group_experts(loaded.model)
+    cast(nn.Module, loaded.model).to(device)
+    return loaded
+
+
+def read_checkpoint(
+    name: str,
+    folder: Path,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    context: int,
+    device_map: str | None = None,
+) -> LoadedModel:
+    """Read the weights and the tokenizer of a folder whose files and configuration are checked."""
+    model = read_weights(folder, config, name, dtype, device_map)
+    loaded = LoadedModel(name, model, read_tokenizer(folder), weights_hash(folder), context)
+    loaded.check_ids([loaded.first_token])
+    check_runs(model, [loaded.first_token, *loaded.encode([SAMPLE])[0]][:context], name)
+    return loaded
 
 
 def expected_hash(folder: Path) -> str:
@@ -131,15 +165,3 @@ def expected_hash(folder: Path) -> str:
             f"{display_path(file)} does not name the checkpoint's hash: "
             f"restore it with `git checkout {display_path(folder)}`"
         ) from None
-
-
-@contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Silence transformers' bars: a mini loads in a blink, and a page would keep a dead widget."""
-    shown_before = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown_before:
-            logging.enable_progress_bar()

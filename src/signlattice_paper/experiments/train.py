@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from signlattice.data import corpus
 from signlattice.errors import InputError
 from signlattice.io import Progress, Scratch, no_progress
-from signlattice.models.loading import no_progress_bar, weights_hash
+from signlattice.models.checkpoint import quiet
+from signlattice.models.loading import weights_hash
 from signlattice.models.minis import ModelSpec
 
 
@@ -138,7 +139,7 @@ def save_checkpoint(trained: Trained, spec: ModelSpec, folder: Path) -> str:
     """
     building = folder.with_name(folder.name + ".part")
     shutil.rmtree(building, ignore_errors=True)
-    with no_progress_bar():
+    with quiet():
         trained.model.half().save_pretrained(building)
     trained.model.float()
     end = corpus.END_OF_DOCUMENT
