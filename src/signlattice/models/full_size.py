@@ -35,8 +35,10 @@ from signlattice import hub
 from signlattice.errors import InputError, IntegrityError
 from signlattice.io import display_path
 from signlattice.models import cost
+from signlattice.models.checkpoints import no_progress_bar, weights_hash
+from signlattice.models.gguf import check_converted, converted_folder
 from signlattice.models.hooks import attention_layers
-from signlattice.models.loading import LoadedModel, no_progress_bar, weights_hash
+from signlattice.models.loading import LoadedModel
 from signlattice.models.minis import REPOSITORIES
 from signlattice.rotations.config import LearnConfig
 
@@ -170,9 +172,9 @@ def preflight(
     Of a model on the hub only the configuration is fetched.
 
     Args:
-        name: one of the paper's models (`minis.PAPER_MODELS`), another name on the hub, or the
-            folder of a checkpoint.
-        revision: branch, tag or commit; it is resolved to a commit. Not for folders.
+        name: one of the paper's models (`minis.PAPER_MODELS`), a packaged model
+            (`gguf.PACKAGED_MODELS`), a name on the hub, or a folder or GGUF file of a model.
+        revision: branch, tag or commit; it is resolved to a commit. For names on the hub alone.
         dtype: "auto" is that of the checkpoint; "float32", "bfloat16", "float16" or a torch dtype.
         context: tokens of the windows that will be read; None is what the model reads, at most
             `CONTEXT`.
@@ -184,7 +186,8 @@ def preflight(
             little disk or memory, with the estimate.
         IntegrityError: a shard that is missing or damaged, in a folder or in the cache.
     """
-    source = Path(name) if Path(name).is_dir() else REPOSITORIES.get(name, name)
+    folder = Path(name) if Path(name).is_dir() else converted_folder(name)
+    source = folder or REPOSITORIES.get(name, name)
     if isinstance(source, Path):
         if revision is not None:
             raise InputError(
@@ -268,6 +271,7 @@ def _loaded(checked: Preflight, folder: Path, device_map: str) -> LoadedModel:
             "fetch the checkpoint again"
         )
     digest = weights_hash(folder)
+    check_converted(checked.name, folder, digest)
     return LoadedModel(checked.model_id, model.eval(), _tokenizer(folder), digest, checked.context)
 
 

@@ -6,10 +6,6 @@ record of its training, and a checkpoint that differs from its record is refused
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -22,10 +18,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from signlattice.errors import InputError, IntegrityError
 from signlattice.io import PROJECT, display_path
+from signlattice.models.checkpoints import check_hash, no_progress_bar, weights_hash
+from signlattice.models.gguf import PACKAGED_MODELS, check_converted, converted_folder
 from signlattice.models.minis import MINIS, _group_experts
 
 MODELS = PROJECT / "models"
@@ -68,23 +65,12 @@ class LoadedModel:
         return cast(list[list[int]], encoded["input_ids"])
 
 
-def weights_hash(folder: Path) -> str:
-    """Compute SHA-256 over the weights of a checkpoint, ``model*.safetensors``, by name."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise IntegrityError(f"no model*.safetensors in {folder}: not a checkpoint folder")
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
-    """Load a mini by name, or any decoder model from a checkpoint folder.
+    """Load a mini or a packaged model by name, or any decoder from its folder or GGUF file.
 
-    Raises ``InputError`` if there is neither, ``IntegrityError`` if a mini's checkpoint is missing
-    or is not the one its training record names. Loads safetensors only and no remote code.
+    Raises ``InputError`` if there is none, or a packaged model was not fetched (`gguf`);
+    ``IntegrityError`` if a mini's checkpoint is missing, or weights are not those that the file
+    beside them names. Loads safetensors only and no remote code.
 
     Example:
         >>> from signlattice import load_model
@@ -92,24 +78,21 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
         'olmoe'
     """
     named = str(name) in MINIS
-    folder = MODELS / str(name) if named else Path(name)
+    folder = MODELS / str(name) if named else converted_folder(name) or Path(name)
     if not folder.is_dir() or not (folder / "config.json").is_file():
         if named:
             raise IntegrityError(
-                f"no checkpoint of {name} in {display_path(folder)}: "
-                f"restore it with `git checkout {display_path(folder)}` "
+                f"no checkpoint of {name} in {display_path(folder)}: {_restore(folder)} "
                 f"or train it with `make lab MODEL={name}`"
             )
         raise InputError(
-            f"unknown model {str(name)!r}: choose one of {', '.join(MINIS)}, "
-            "or give the folder of a transformers checkpoint"
+            f"unknown model {str(name)!r}: choose one of {', '.join((*MINIS, *PACKAGED_MODELS))}, "
+            "or give the folder of a transformers checkpoint, or a GGUF file"
         )
     digest = weights_hash(folder)
-    if named and digest != (expected := expected_hash(folder)):
-        raise IntegrityError(
-            f"the checkpoint of {name} hashes to {digest[:12]}…, its record says {expected[:12]}…: "
-            f"restore it with `git checkout {display_path(folder)}`"
-        )
+    if named:
+        check_hash(str(name), folder / "training.json", digest, _restore(folder))
+    check_converted(name, folder, digest)
     with no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
@@ -121,25 +104,5 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     return LoadedModel(str(name), model, tokenizer, digest, context)
 
 
-def expected_hash(folder: Path) -> str:
-    """Return the hash that training recorded. Raises ``IntegrityError`` if it is absent."""
-    file = folder / "training.json"
-    try:
-        return json.loads(file.read_text())["weights_hash"]
-    except (OSError, ValueError, KeyError):
-        raise IntegrityError(
-            f"{display_path(file)} does not name the checkpoint's hash: "
-            f"restore it with `git checkout {display_path(folder)}`"
-        ) from None
-
-
-@contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Silence transformers' bars: a mini loads in a blink, and a page would keep a dead widget."""
-    shown_before = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown_before:
-            logging.enable_progress_bar()
+def _restore(folder: Path) -> str:
+    return f"restore it with `git checkout {display_path(folder)}`"

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from signlattice.data import corpus
 from signlattice.errors import InputError
 from signlattice.io import Progress, Scratch, no_progress
-from signlattice.models.loading import no_progress_bar, weights_hash
+from signlattice.models.checkpoints import no_progress_bar, weights_hash
 from signlattice.models.minis import ModelSpec
 
 
