@@ -41,7 +41,7 @@ from signlattice.models.gguf import (
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import MODELS, LoadedModel, load_model
 from signlattice.models.minis import MINIS
-from signlattice.models.passages import passages, spread
+from signlattice.models.passages import describe_windows, passages, spread
 from signlattice.quantizers.codec import KeyCodec
 
 Result = tuple[dict, list[str]]
@@ -84,12 +84,18 @@ def learn(options: argparse.Namespace) -> Result | None:
         text = read_text(name)
         try:
             with _bar(options, n_parts(loaded, config)) as bar:
+                began = time.perf_counter()
 
                 def tell(part: str) -> None:
                     bar.set_postfix_str(part, refresh=False)
-                    bar.update()
+                    bar.update(int(bar.n) + 1 - bar.n)  # a capture has come near it
 
-                codec = learn_codec_shared(workers, loaded, text, config, parts, tell)
+                def reading(done: int, total: int) -> None:
+                    rate = done / (time.perf_counter() - began)
+                    bar.set_postfix_str(f"capturing, {rate:.0f} tokens/s", refresh=False)
+                    bar.update(0.999 * done / total - bar.n)
+
+                codec = learn_codec_shared(workers, loaded, text, config, parts, tell, reading)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"what is done is kept in {display_path(parts)}; "
@@ -157,9 +163,12 @@ def measure(options: argparse.Namespace) -> Result:
     """Run ``signlattice measure``: what a codec does to held-out keys, layer by layer."""
     loaded, codec, text = _with_codec(options)
     pieces = passages(loaded, text.evaluation, 4)
+    if len(pieces) < options.passages:
+        pieces = passages(loaded, text.evaluation)
     pieces = spread(pieces, options.passages)
     n = len(pieces)
-    _say(options, f"measuring on {n} passages")
+    windows = describe_windows(pieces, options.passages)
+    _say(options, f"measuring on {windows}")
     found = measure_codec(loaded, codec, pieces, _batch_size(options))
     rows = [
         {
@@ -192,7 +201,7 @@ def measure(options: argparse.Namespace) -> Result:
     lines = facts(
         [
             ("model", loaded.name),
-            ("text", f"{text.name}, held out: {document['tokens']} tokens of {n} passages"),
+            ("text", f"{text.name}, held out: {document['tokens']} tokens of {windows}"),
         ]
     )
     lines += ["", *table([*rows, {"layer": "mean"} | mean], columns)]
@@ -244,6 +253,8 @@ def evaluate(options: argparse.Namespace) -> Result:
         "context": loaded.context,
         "tokens": exact["tokens"],
         "documents": exact["documents"],
+        "windows": exact["windows"],
+        "joined": exact["joined"],
         "step": options.step,
         "rows": rows,
     }
@@ -275,6 +286,7 @@ def evaluate(options: argparse.Namespace) -> Result:
                 f"{text.name}, held out: {exact['tokens']} tokens "
                 f"of {exact['documents']} documents",
             ),
+            ("windows", describe_windows(judge.pieces, options.passages)),
         ]
     )
     lines += ["", *table(gaps, columns), ""]

@@ -68,10 +68,10 @@ HUB_TEXTS = {
     "c4": HubText("allenai/c4", "en", "train", "validation"),
 }
 
-PACKAGED_TEXTS: dict[str, Callable[[], tuple[Document, ...]]] = {
-    "corpus": corpus.read_corpus,
-    "prose": prose.read_prose,
-    "wiki": wiki.read_wiki,
+PACKAGED_TEXTS: dict[str, Callable[[Split], Iterable[Document]]] = {
+    "corpus": lambda side: corpus.documents(side),
+    "prose": lambda side: (each for each in prose.read_prose() if each.split == side),
+    "wiki": lambda side: (each for each in wiki.read_wiki() if each.split == side),
 }
 """Texts out of pinned packages, checked by their hashes: source code, docstrings, articles."""
 
@@ -120,8 +120,7 @@ def read_text(
         return _kept(str(name), limits, revision, cache or Path(constants.HF_HOME) / "signlattice")
     sides: Mapping[Split, Iterable[Document]]
     if name in PACKAGED_TEXTS:
-        documents = PACKAGED_TEXTS[str(name)]()
-        sides = {side: [each for each in documents if each.split == side] for side in limits}
+        sides = {side: PACKAGED_TEXTS[str(name)](side) for side in limits}
     else:
         sides = _own(Path(name))
     return _text(str(name), str(name), {side: _up_to(sides[side], n) for side, n in limits.items()})

@@ -7,6 +7,7 @@ record of its training, and a checkpoint that differs from its record is refused
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -58,6 +59,17 @@ class LoadedModel:
         """Token that begins a text: the tokenizer's beginning of text, or else its end of text."""
         marks = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         return cast(int, next((mark for mark in marks if mark is not None), 0))
+
+    @cached_property
+    def begins_windows(self) -> bool:
+        """Whether each window begins with `first_token`, not the first of a document alone.
+
+        So it is where the tokenizer itself puts that token before any text, as Gemma's and Llama's
+        do: such a model has never read a text without it.
+        """
+        ids = cast(list[int], self.tokenizer("a", verbose=False)["input_ids"])
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and len(ids) > 0 and ids[0] == bos
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text, no special tokens added."""
