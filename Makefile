@@ -33,7 +33,7 @@ STAMP    := .venv/.installed
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 BENCHES  := $(sort $(wildcard benchmarks/bench_*.py))
 
-.PHONY: help book html pdf records check-records lab estimate lint test test-all test-gpu test-browser cross-compile twice bench clean
+.PHONY: help book html pdf records check-records lab gemma estimate lint test test-all test-gpu test-browser cross-compile twice bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -63,6 +63,10 @@ pdf: $(STAMP) ## print the built book with Chromium: _build/signlattice.pdf
 
 lab: $(STAMP) ## the heavy notebooks: make lab MODEL=<mini> [LAB=ablation]
 	$(BIN)/signlattice-paper run $(foreach lab,$(LAB),$(call quoted,book/lab/$(lab).ipynb)) $(LAB_OPTIONS)
+
+gemma: $(STAMP) ## fetch the pretrained model Gemma 3 270M and the text wiki, once
+	$(BIN)/signlattice fetch gemma-3-270m
+	$(BIN)/signlattice fetch wiki
 
 estimate: $(STAMP) ## what a full-size model takes: make estimate MODEL=<name or path>
 	$(BIN)/signlattice estimate $(call quoted,$(MODEL)) $(if $(REVISION),--revision $(call quoted,$(REVISION))) $(if $(CONTEXT),--context $(call quoted,$(CONTEXT)))

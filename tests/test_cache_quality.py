@@ -22,12 +22,12 @@ from signlattice.evaluation.through_cache import (
     Judge,
     QualityConfig,
     cached_losses,
-    full_windows,
     gap_percent,
     needles,
     retrieval,
 )
 from signlattice.models.loading import load_model
+from signlattice.models.passages import full_windows
 from signlattice.quantizers.basis import LatticeConfig
 from signlattice.rotations.config import LearnConfig
 from signlattice_paper.experiments import caches

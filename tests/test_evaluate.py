@@ -12,11 +12,11 @@ from signlattice.data.corpus import Document
 from signlattice.errors import InputError, IntegrityError
 from signlattice.evaluation.bootstrap import bootstrap
 from signlattice.evaluation.heads import fit_temperature, head_quality
+from signlattice.evaluation.logits import exact_states
 from signlattice.evaluation.perplexity import (
     bigram_bits_per_byte,
     bits_per_byte,
     gap_ratio,
-    next_token_logits,
     perplexity,
     perplexity_gap,
     token_losses,
@@ -82,7 +82,7 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(loaded, pieces):
 def test_token_losses_are_those_of_a_model_that_reads_decoded_keys(loaded, pieces):
     """The same figures by another road: decode the captured keys, attend to them by hand."""
     codec = codec_for(loaded)
-    coded = token_losses(loaded, pieces, codec, next_token_logits(loaded, pieces))
+    coded = token_losses(loaded, pieces, codec, exact_states(loaded, pieces))
     assert (coded.nll != token_losses(loaded, pieces).nll).all()
     assert (coded.kl > 0).all() and (coded.agree <= coded.n_tokens).all()
     ids = pieces[0].ids[None]

@@ -26,9 +26,9 @@ from signlattice.errors import InputError, IntegrityError
 from signlattice.hub import Repository, Unreachable
 from signlattice.models import checkpoint as checkpoint_module
 from signlattice.models import full_size
+from signlattice.models.checkpoint import weights_hash
 from signlattice.models.full_size import load_full, preflight, record_name
 from signlattice.models.hooks import attention_layers
-from signlattice.models.loading import weights_hash
 from signlattice.models.minis import REPOSITORIES
 
 SHA = "c0ffee" + "0" * 34

@@ -8,7 +8,8 @@ import torch
 
 from signlattice.errors import InputError, IntegrityError
 from signlattice.models import loading, minis
-from signlattice.models.loading import load_model, weights_hash
+from signlattice.models.checkpoint import weights_hash
+from signlattice.models.loading import load_model
 from signlattice.models.minis import OLMOE_MINI, spec
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from signlattice import __version__
 from signlattice.data import corpus
+from signlattice.data.corpus import Document
 from signlattice.data.texts import Text
 from signlattice.distributed.capture import capture_parts, split_batches
 from signlattice.distributed.workers import Workers
@@ -27,6 +28,9 @@ from signlattice.quantizers.codec import Calibration, KeyCodec
 from signlattice.quantizers.scales import SCALE_RULES, ScaleRule
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.config import LearnConfig
+
+OnCapture = Callable[[int, int], object]
+"""Called with the tokens that this process has read, and all that it will read."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,13 @@ def learn_codec(
     config: CalibrationConfig = CalibrationConfig(),
     scratch: Path | None = None,
     progress: Progress | None = None,
+    on_capture: OnCapture | None = None,
 ) -> KeyCodec:
     """Learn a codec of ``loaded`` on the calibration side of ``text``; β is of the other side.
 
-    What is learned is as a file of eight bits holds it. With ``scratch``, a folder, keys go to disk
+    What is learned is as a file of eight bits holds it. ``progress`` is told each part that is done
+    (`n_parts`), ``on_capture`` the tokens that are read and those that there are, while the first
+    of them is under way. With ``scratch``, a folder, keys go to disk
     and layers that are done are kept there: a run that was interrupted goes on where it was.
 
     Raises ``InputError`` as `coded_layers`, and on a text too short for the head sizes.
@@ -124,7 +131,7 @@ def learn_codec(
         >>> sorted(codec.layers)
         [0, 1, 2, 3]
     """
-    codec = learn_codec_shared(Workers(), loaded, text, config, scratch, progress)
+    codec = learn_codec_shared(Workers(), loaded, text, config, scratch, progress, on_capture)
     assert codec is not None  # a process alone leads
     return codec
 
@@ -136,6 +143,7 @@ def learn_codec_shared(
     config: CalibrationConfig = CalibrationConfig(),
     scratch: Path | None = None,
     progress: Progress | None = None,
+    on_capture: OnCapture | None = None,
 ) -> KeyCodec | None:
     """Learn as `learn_codec` does, passages and layers shared out among ``workers``.
 
@@ -151,7 +159,7 @@ def learn_codec_shared(
     if scratch is not None:
         scratch = scratch / _identity(loaded, text, config)
     fit, judged = _passages(loaded, text, layers, config)
-    bank = _captured(loaded, fit, config, scratch, workers)
+    bank = _captured(loaded, fit, config, scratch, workers, on_capture)
     tell("captured")
     codes = learn_layers(loaded, bank, config, scratch, tell, workers)
     if not workers.leads:
@@ -255,7 +263,7 @@ def _passages(
 ) -> tuple[list[Passage], list[Passage]]:
     """Take as many passages of both sides as are needed, from all over the text."""
     widest = max(layer.head_dim for layer in layers.values())
-    fit = take_tokens(passages(loaded, text.calibration, 4), config.keys_per_dim * widest)
+    fit = _enough(loaded, text.calibration, config.keys_per_dim * widest)
     n_tokens = sum(len(piece.ids) for piece in fit)
     least = registry.quantizer(config.code).least_keys_per_dim
     if config.keys_per_dim < least:
@@ -267,7 +275,15 @@ def _passages(
             f"the calibration side of {text.name} has {n_tokens} tokens: "
             f"give at least {least * widest}, {least} for each coordinate of a head"
         )
-    return fit, take_tokens(passages(loaded, text.evaluation, 4), config.n_held_out)
+    return fit, _enough(loaded, text.evaluation, config.n_held_out)
+
+
+def _enough(loaded: LoadedModel, documents: Sequence[Document], n_tokens: int) -> list[Passage]:
+    """Take windows of all documents, four of each unless that is short of ``n_tokens``."""
+    pieces = passages(loaded, documents, 4)
+    if sum(len(piece.ids) for piece in pieces) < n_tokens:
+        pieces = passages(loaded, documents)
+    return take_tokens(pieces, n_tokens)
 
 
 def _captured(
@@ -276,12 +292,22 @@ def _captured(
     config: CalibrationConfig,
     scratch: Path | None,
     workers: Workers,
+    on_capture: OnCapture | None,
 ) -> StateBank:
     size = config.batch_size
+    total, done = sum(len(piece.ids) for piece in fit) // workers.count, 0
+
+    def count(n_tokens: int) -> None:
+        nonlocal done
+        done += n_tokens
+        if on_capture is not None:
+            on_capture(min(done, total), total)
+
     if scratch is None:
-        return capture_passages(loaded, fit, batch_size=size)
+        return capture_passages(loaded, fit, batch_size=size, progress=count)
     parts = split_batches(fit, size)
-    return capture_parts(loaded, parts, scratch / "keys", workers, batch_size=size)
+    folder = scratch / "keys"
+    return capture_parts(loaded, parts, folder, workers, batch_size=size, on_tokens=count)
 
 
 def _readers(loaded: LoadedModel) -> dict[int, list[int]]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -52,6 +53,28 @@ def project_folder() -> Path:
 
 PROJECT = project_folder()
 """Holds ``models/`` and ``results/``; in a checkout ``book/``, ``claims.yml`` and tests, too."""
+
+CACHE_VARIABLE = "SIGNLATTICE_CACHE"
+"""Environment variable that names another folder for what is fetched and converted."""
+
+
+def cache_folder() -> Path:
+    """Name the folder that keeps what is fetched and converted; it need not be there yet.
+
+    It is the one that ``SIGNLATTICE_CACHE`` names, else ``signlattice`` in ``XDG_CACHE_HOME``, else
+    in the platform's folder for the caches of a user.
+    """
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named).expanduser().absolute()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        root = Path(shared).expanduser()
+    elif sys.platform == "darwin":
+        root = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        root = Path.home() / ".cache"
+    return root.absolute() / "signlattice"
 
 
 def require_checkout(path: Path) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 
 from signlattice.errors import InputError
 from signlattice.io import PROJECT, require_checkout
-from signlattice.models.loading import weights_hash
+from signlattice.models.checkpoint import weights_hash
 from signlattice_paper import notebooks, records
 from signlattice_paper.claims import load_claims
 from signlattice_paper.records import RunRecord

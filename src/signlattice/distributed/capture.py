@@ -11,6 +11,7 @@ from signlattice.models.capture import (
     StateKind,
     capture_passages,
     join_banks,
+    no_tokens,
     open_bank,
 )
 from signlattice.models.loading import LoadedModel
@@ -43,11 +44,13 @@ def capture_parts(
     states: Collection[StateKind] = ("keys", "queries"),
     batch_size: int = BATCH,
     progress: Callable[[], object] | None = None,
+    on_tokens: Callable[[int], object] = no_tokens,
 ) -> StateBank:
     """Capture each part to a folder of its own in ``folder``, and open them as one bank, in order.
 
     All ``workers`` call this, and each captures its share. A part that an earlier run finished is
-    not captured again, however many processes that run had; ``progress`` is called for the others.
+    not captured again, however many processes that run had; ``progress`` is called for the others,
+    and ``on_tokens`` for all, as their tokens are read or found.
 
     Raises ``IntegrityError`` if a part is damaged.
     """
@@ -60,8 +63,11 @@ def capture_parts(
                 states=states,
                 folder=folders[number],
                 batch_size=batch_size,
+                progress=on_tokens,
             )
             if progress is not None:
                 progress()
+        else:
+            on_tokens(sum(len(piece.ids) for piece in parts[number]))
     workers.barrier()
     return join_banks(list(map(open_bank, folders)))

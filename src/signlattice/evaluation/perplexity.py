@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from signlattice.data.corpus import Document
 from signlattice.errors import InputError
 from signlattice.evaluation.bootstrap import Interval, bootstrap
+from signlattice.evaluation.logits import ExactStates, hidden_states, token_metrics
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import BATCH, Passage, batches
 from signlattice.models.quantized_attention import Codes, QueryCode, quantized_attention
@@ -40,7 +41,7 @@ def token_losses(
     loaded: LoadedModel,
     pieces: Sequence[Passage],
     codec: KeyCodec | None = None,
-    exact_logits: Sequence[Tensor] | None = None,
+    exact: ExactStates | None = None,
     *,
     keys: Codes | None = None,
     values: Codes | None = None,
@@ -53,11 +54,11 @@ def token_losses(
         loaded: the model.
         pieces: passages, at most as long as its context.
         codec: keys are seen through its layers.
-        exact_logits: of each passage, from `next_token_logits`; adds KL and agreement.
+        exact: of each passage, from `logits.exact_states`; adds KL and agreement.
         keys: quantizers of keys, in the place of a codec.
         values: quantizers of values, see `quantized_attention`.
         queries: what quantizes queries, see `quantized_attention`.
-        batch_size: passages read at once; their logits are what takes memory.
+        batch_size: passages read at once.
 
     Raises:
         InputError: if both ``codec`` and ``keys`` are given, or as `quantized_attention`.
@@ -71,38 +72,25 @@ def token_losses(
         keys = codec.layers
     nll, kl, agree = (np.zeros(len(pieces)) for _ in range(3))
     n_tokens = np.array([len(piece.ids) - 1 for piece in pieces])
-    n_read = 0
+    n_read, device = 0, loaded.model.device
     with quantized_attention(loaded.model, keys, values, queries) as count:
         for chosen, ids, mask in batches(pieces, batch_size):
             n_read += ids.numel()
-            logits = _logits(loaded, ids, mask)
+            ids, mask = ids.to(device), mask.to(device)
+            options = {"attention_mask": mask, "use_cache": False}
+            states = hidden_states(loaded.model, ids, **options)[:, :-1]
+            beside = None
+            if exact is not None:
+                beside = pad_sequence([exact[i] for i in chosen], batch_first=True).to(device)
+            found = token_metrics(loaded.model, states, ids[:, 1:], beside)
             for row, index in enumerate(chosen):
-                target = pieces[index].ids[1:].to(logits.device)
-                log_p = logits[row, : len(target)].log_softmax(-1)
-                nll[index] = -log_p.gather(-1, target[:, None]).sum().item()
-                if exact_logits is not None:
-                    exact = exact_logits[index].to(logits.device).log_softmax(-1)
-                    kl[index] = (exact.exp() * (exact - log_p)).sum().item()
-                    agree[index] = (exact.argmax(-1) == log_p.argmax(-1)).sum().item()
+                n = n_tokens[index]
+                nll[index] = found.nll[row, :n].sum().item()
+                if exact is not None:
+                    kl[index] = found.kl[row, :n].sum().item()
+                    agree[index] = found.agree[row, :n].sum().item()
     count.check(n_read)
     return TokenLosses(tuple(pieces), nll, n_tokens, kl, agree, count.compressed)
-
-
-@torch.no_grad()
-def next_token_logits(loaded: LoadedModel, pieces: Sequence[Passage]) -> list[Tensor]:
-    """Next-token logits [T - 1, vocabulary] of each passage with exact keys, in memory."""
-    found: dict[int, Tensor] = {}
-    for chosen, ids, mask in batches(pieces):
-        logits = _logits(loaded, ids, mask).cpu()
-        for row, index in enumerate(chosen):
-            found[index] = logits[row, : len(pieces[index].ids) - 1].clone()
-    return [found[index] for index in range(len(pieces))]
-
-
-def _logits(loaded: LoadedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    device = next(loaded.model.parameters()).device
-    output = loaded.model(ids.to(device), attention_mask=mask.to(device), use_cache=False)
-    return output.logits.float()
 
 
 def perplexity(losses: TokenLosses) -> Interval:

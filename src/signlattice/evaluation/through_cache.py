@@ -20,9 +20,15 @@ from signlattice.cache.sign_key_cache import CacheConfig, CacheStats, SignKeyCac
 from signlattice.data.corpus import Document
 from signlattice.errors import InputError
 from signlattice.evaluation.bootstrap import Interval, bootstrap
+from signlattice.evaluation.logits import (
+    ExactStates,
+    hidden_states,
+    logit_pieces,
+    token_metrics,
+)
 from signlattice.evaluation.perplexity import TokenLosses, perplexity
 from signlattice.models.loading import LoadedModel
-from signlattice.models.passages import Passage, batches, passages, spread
+from signlattice.models.passages import Passage, batches, full_windows
 from signlattice.quantizers.codec import KeyCodec
 
 Row = dict[str, str | int | float | bool | None]
@@ -38,21 +44,11 @@ class JudgedCache(Protocol):
 
 
 NewCache = Callable[[], JudgedCache]
-Exact = dict[tuple[int, ...], Tensor]
-"""Log probabilities of exact attention [n, T, vocabulary], by the windows of a batch."""
-
-KEPT = 2**29
-"""Bytes up to which a `Judge` keeps the exact log probabilities, to compute them once."""
-
 NEEDLE = 16
 """Tokens of a needle: the first half is its cue, the other half is asked for."""
 
 DEPTHS = (0.1, 0.5, 0.9)
 """Where in the context a needle lies, as a share of it."""
-
-
-JOINED = 16
-"""Short documents that are read as one."""
 
 
 @dataclass(frozen=True)
@@ -108,32 +104,6 @@ class Needles:
     answer: Tensor
 
 
-def full_windows(loaded: LoadedModel, documents: Sequence[Document], n: int) -> list[Passage]:
-    """Return at most ``n`` windows as long as the context, of as many documents as possible.
-
-    Where no document is that long, neighbours are read as one. Raises ``InputError`` if all of them
-    together are too short.
-    """
-    whole: list[Passage] = []
-    for per_document, read in ((1, documents), (None, documents), (None, _joined(documents))):
-        found = passages(loaded, read, per_document)
-        whole = [piece for piece in found if len(piece.ids) == loaded.context]
-        if len(whole) >= n or (whole and per_document is None):
-            break
-    if not whole:
-        raise InputError(
-            f"the text does not fill the context of {loaded.context} tokens: "
-            "give more of it, or a shorter context"
-        )
-    return spread(whole, n)
-
-
-def _joined(documents: Sequence[Document]) -> list[Document]:
-    """Join `JOINED` neighbours into one document, by the name of the first."""
-    groups = (documents[i : i + JOINED] for i in range(0, len(documents), JOINED))
-    return [replace(group[0], text="\n".join(each.text for each in group)) for group in groups]
-
-
 @torch.no_grad()
 def cached_losses(
     loaded: LoadedModel,
@@ -141,7 +111,7 @@ def cached_losses(
     new_cache: NewCache | None,
     config: QualityConfig = QualityConfig(),
     progress: Callable[[int], object] | None = None,
-    known: Exact | None = None,
+    known: ExactStates | None = None,
 ) -> Losses:
     """Compute teacher-forced losses of windows of one length through new caches, or without (None).
 
@@ -153,24 +123,27 @@ def cached_losses(
     n_packed, stats = 0, None
     for chosen, ids, _ in batches(pieces, config.batch_size):
         ids = ids.to(loaded.model.device)
-        batch = tuple(chosen)
-        exact = None if known is None else known.get(batch)
-        if exact is None:
-            exact = loaded.model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        if known is not None:
-            known[batch] = exact
-        log_p = exact
-        if new_cache is not None:
+        model = loaded.model
+        if known is not None and chosen[0] in known:
+            exact = torch.stack([known[index] for index in chosen]).to(ids.device)
+        else:
+            exact = hidden_states(model, ids, use_cache=False)[:, :-1]
+        if known is not None and chosen[0] not in known:
+            for index, states in zip(chosen, exact):
+                known[index] = states
+        if new_cache is None:
+            found_here = token_metrics(model, exact, ids[:, 1:])
+        else:
             cache = new_cache()
-            log_p = read_through(loaded, ids, cache, config.step)[:, :-1].float().log_softmax(-1)
+            states = states_through(loaded, ids, cache, config.step)[:, :-1]
+            found_here = token_metrics(model, states, ids[:, 1:], exact)
             stats = cache.stats()
             n_packed += stats.n_packed
-        nll = -log_p.gather(-1, ids[:, 1:, None])[..., 0]
-        kl = (exact.exp() * (exact - log_p)).sum(-1)
-        agree = (exact.argmax(-1) == log_p.argmax(-1)).float()
-        for name, first in (("whole", 0), ("end", nll.shape[1] - _end(nll.shape[1]))):
-            for total, per_token in zip(found[name], (nll, kl, agree)):
-                total[chosen] = per_token[:, first:].sum(-1).double().cpu().numpy()
+        per_token = found_here.nll, found_here.kl, found_here.agree
+        n_predicted = ids.shape[1] - 1
+        for name, first in (("whole", 0), ("end", n_predicted - _end(n_predicted))):
+            for total, values in zip(found[name], per_token):
+                total[chosen] = values[:, first:].sum(-1).double().cpu().numpy()
         if progress is not None:
             progress(len(chosen))
     if new_cache is not None and not n_packed:
@@ -196,12 +169,14 @@ def _end(n: int) -> int:
     return max(1, n // 4)
 
 
-def read_through(
+def states_through(
     loaded: LoadedModel, ids: Tensor, cache: JudgedCache, step: int | None = None
 ) -> Tensor:
-    """Compute logits [B, T, vocabulary] of ids [B, T] through a cache, ``step`` tokens a call."""
+    """Compute hidden states [B, T, h] of ids [B, T] through a cache, ``step`` tokens a call."""
     parts = ids.split(step or ids.shape[1], 1)
-    return torch.cat([loaded.model(part, past_key_values=cache).logits for part in parts], 1)
+    return torch.cat(
+        [hidden_states(loaded.model, part, past_key_values=cache) for part in parts], 1
+    )
 
 
 def needles(
@@ -242,10 +217,12 @@ def retrieval(
     for part, wanted in zip(ids.split(batch_size), answer.split(batch_size)):
         part = part.to(loaded.model.device)
         if new_cache is None:
-            logits = loaded.model(part, use_cache=False).logits
+            states = hidden_states(loaded.model, part, use_cache=False)
         else:
-            logits = read_through(loaded, part, new_cache(), step)
-        guess = logits[:, -wanted.shape[1] - 1 : -1].argmax(-1).cpu()
+            states = states_through(loaded, part, new_cache(), step)
+        asked = states[:, -wanted.shape[1] - 1 : -1]
+        guesses = [logits.argmax(-1) for _, logits in logit_pieces(loaded.model, asked)]
+        guess = torch.cat(guesses, 1).cpu()
         right += float((guess == wanted).float().mean(1).sum())
     return right / len(ids)
 
@@ -285,9 +262,7 @@ class Judge:
         self.loaded = loaded
         self.config = config
         self.pieces = full_windows(loaded, documents, config.n_passages)
-        n_tokens = sum(len(piece.ids) for piece in self.pieces)
-        vocabulary = loaded.model.config.get_text_config(decoder=True).vocab_size
-        self._known: Exact | None = {} if 4 * n_tokens * vocabulary <= KEPT else None
+        self._known = ExactStates()
         self.exact = cached_losses(loaded, self.pieces, None, config, known=self._known)
         hay = self.pieces[: config.n_needles]
         straw = full_windows(loaded, others, config.n_needles)
@@ -303,6 +278,8 @@ class Judge:
             "end_perplexity": end.value,
             "tokens": int(self.exact.whole.n_tokens.sum()),
             "documents": ppl.n,
+            "windows": len(self.pieces),
+            "joined": sum(piece.joined for piece in self.pieces),
             **self._retrieved(None),
             "without": self._share(self.needles[DEPTHS[0]].absent, None),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,10 @@ Stage = Literal["post_rope", "pre_rope"]
 Scope = Literal["head", "layer"]
 StateKind = Literal["keys", "queries", "values"]
 STATE_KINDS: tuple[StateKind, ...] = get_args(StateKind)
+
+
+def no_tokens(n_tokens: int) -> None:
+    """Ignore that tokens were read: the progress of a capture that nobody watches."""
 
 
 @dataclass
@@ -331,12 +335,14 @@ def capture_passages(
     layers: Collection[int] | None = None,
     folder: Path | None = None,
     batch_size: int = BATCH,
+    progress: Callable[[int], object] = no_tokens,
 ) -> StateBank:
     """Capture states, after RoPE, of ``loaded`` on some passages, in memory or in a ``folder``.
 
-    Arguments are those of `capture`; ``batch_size`` passages are read at once. In a folder states
-    are in the precision of the model. Without queries less is computed: layers that read the keys
-    of others may skip all tokens but the last.
+    Arguments are those of `capture`; ``batch_size`` passages are read at once, and ``progress`` is
+    told how many tokens they had. In a folder states are in the precision of the model. No logits
+    are computed but the last token's; without queries, layers that read the keys of others may skip
+    all tokens but that one, too.
     """
     model = loaded.model
     dtype = torch.float32 if folder is None else model.dtype
@@ -346,6 +352,8 @@ def capture_passages(
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 use_cache=False,
-                logits_to_keep=0 if "queries" in states else 1,
+                # a number lets layers skip tokens, a list of places does not
+                logits_to_keep=torch.tensor([-1]) if "queries" in states else 1,
             )
+            progress(int(mask.sum()))
     return bank

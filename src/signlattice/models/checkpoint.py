@@ -8,6 +8,7 @@ text decoder alone is read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,9 @@ from transformers.utils import logging
 from signlattice import hub
 from signlattice.errors import InputError, IntegrityError
 from signlattice.io import display_path
+
+BLOCK = 1 << 20
+"""Bytes that are hashed at once."""
 
 INDEX = "model.safetensors.index.json"
 SAMPLE = "def add(a, b):\n    return a + b"
@@ -282,6 +286,42 @@ def check_runs(model: PreTrainedModel, ids: list[int], name: str) -> None:
         raise InputError(
             f"{name} gives no finite logits in {_word(model.dtype)}: its weights are damaged, "
             "its config.json is another's, or it needs dtype='float32'"
+        )
+
+
+def weights_hash(folder: Path) -> str:
+    """Compute SHA-256 over the weights of a checkpoint, ``model*.safetensors``, by name."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise IntegrityError(f"no model*.safetensors in {folder}: not a checkpoint folder")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def noted_hash(file: Path, remedy: str) -> str:
+    """Return the hash of the weights that ``file`` names, which was written beside them.
+
+    Raises ``IntegrityError``, which ends in ``remedy``, if it is absent.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["weights_hash"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise IntegrityError(
+            f"{display_path(file)} does not name the checkpoint's hash: {remedy}"
+        ) from None
+
+
+def check_hash(name: str, file: Path, found: str, remedy: str) -> None:
+    """Raise ``IntegrityError``, which ends in ``remedy``, if ``file`` names another hash."""
+    if found != (expected := noted_hash(file, remedy)):
+        raise IntegrityError(
+            f"the checkpoint of {name} hashes to {found[:12]}…, its record says {expected[:12]}…: "
+            f"{remedy}"
         )
 
 

@@ -32,7 +32,9 @@ from signlattice.models.checkpoint import (
     read_config,
     shards,
     skeleton,
+    weights_hash,
 )
+from signlattice.models.gguf import check_converted, converted_folder
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel, read_checkpoint
 from signlattice.models.minis import REPOSITORIES
@@ -161,9 +163,9 @@ def preflight(
     Of a model on the hub only the configuration is fetched.
 
     Args:
-        name: one of the paper's models (`minis.PAPER_MODELS`), another name on the hub, or the
-            folder of a checkpoint.
-        revision: branch, tag or commit; it is resolved to a commit. Not for folders.
+        name: one of the paper's models (`minis.PAPER_MODELS`), a packaged model
+            (`gguf.PACKAGED_MODELS`), a name on the hub, or a folder or GGUF file of a model.
+        revision: branch, tag or commit; it is resolved to a commit. For names on the hub alone.
         dtype: "auto" is that of the checkpoint; "float32", "bfloat16", "float16" or a torch dtype.
         context: tokens of the windows that will be read; None is what the model reads, at most
             `CONTEXT`.
@@ -178,7 +180,8 @@ def preflight(
     if not isinstance(name, (str, os.PathLike)) or not str(name):
         raise InputError(f"model {name!r}: give a name on the hub or a folder")
     name = str(name)
-    source = Path(name) if os.path.isdir(name) else REPOSITORIES.get(name, name)
+    folder = Path(name) if os.path.isdir(name) else converted_folder(name)
+    source = folder or REPOSITORIES.get(name, name)
     if isinstance(source, Path):
         if revision is not None:
             raise InputError(
@@ -241,9 +244,12 @@ def load_full(
     )
     folder = checked.folder or _fetched(checked)
     check_files(folder)
+    digest = weights_hash(folder)
+    check_converted(checked.name, folder, digest)
     return read_checkpoint(
         checked.model_id,
         folder,
+        digest,
         checked.config,
         dtype=checked.dtype,
         context=checked.context,

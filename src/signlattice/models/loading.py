@@ -6,9 +6,8 @@ record of its training, and a checkpoint that differs from its record is refused
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +20,7 @@ from signlattice.io import PROJECT, display_path
 from signlattice.models.checkpoint import (
     SAMPLE,
     check_files,
+    check_hash,
     check_runs,
     context_limit,
     guarded,
@@ -28,7 +28,9 @@ from signlattice.models.checkpoint import (
     read_tokenizer,
     read_weights,
     skeleton,
+    weights_hash,
 )
+from signlattice.models.gguf import PACKAGED_MODELS, check_converted, converted_folder
 from signlattice.models.minis import MINIS, _group_experts
 
 MODELS = PROJECT / "models"
@@ -65,6 +67,17 @@ class LoadedModel:
         marks = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         return cast(int, next((mark for mark in marks if mark is not None), 0))
 
+    @cached_property
+    def begins_windows(self) -> bool:
+        """Whether each window begins with `first_token`, not the first of a document alone.
+
+        So it is where the tokenizer itself puts that token before any text, as Gemma's and Llama's
+        do: such a model has never read a text without it.
+        """
+        ids = cast(list[int], self.tokenizer("a", verbose=False)["input_ids"])
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and len(ids) > 0 and ids[0] == bos
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text, no special tokens added.
 
@@ -86,23 +99,12 @@ class LoadedModel:
             )
 
 
-def weights_hash(folder: Path) -> str:
-    """Compute SHA-256 over the weights of a checkpoint, ``model*.safetensors``, by name."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise IntegrityError(f"no model*.safetensors in {folder}: not a checkpoint folder")
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
-    """Load a mini by name, or any decoder model from a checkpoint folder.
+    """Load a mini or a packaged model by name, or any decoder from its folder or GGUF file.
 
-    Raises ``InputError`` if there is neither, ``IntegrityError`` if a mini's checkpoint is missing
-    or is not the one its training record names. Loads safetensors only and no remote code.
+    Raises ``InputError`` if there is none, or a packaged model was not fetched (`gguf`);
+    ``IntegrityError`` if a mini's checkpoint is missing, or weights are not those that the file
+    beside them names. Loads safetensors only and no remote code.
 
     Example:
         >>> from signlattice import load_model
@@ -110,28 +112,29 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
         'olmoe'
     """
     named = str(name) in MINIS
-    folder = MODELS / str(name) if named else Path(name)
+    folder = MODELS / str(name) if named else converted_folder(name) or Path(name)
+    remedy = f"restore it with `git checkout {display_path(folder)}`"
     if not folder.is_dir() or not (folder / "config.json").is_file():
         if named:
             raise IntegrityError(
-                f"no checkpoint of {name} in {display_path(folder)}: "
-                f"restore it with `git checkout {display_path(folder)}` "
+                f"no checkpoint of {name} in {display_path(folder)}: {remedy} "
                 f"or train it with `make lab MODEL={name}`"
             )
         raise InputError(
-            f"unknown model {str(name)!r}: choose one of {', '.join(MINIS)}, "
-            "or give the folder of a transformers checkpoint"
+            f"unknown model {str(name)!r}: choose one of {', '.join((*MINIS, *PACKAGED_MODELS))}, "
+            "or give the folder of a transformers checkpoint, or a GGUF file"
         )
     files = check_files(folder)
-    if named and (digest := weights_hash(folder)) != (expected := expected_hash(folder)):
-        raise IntegrityError(
-            f"the checkpoint of {name} hashes to {digest[:12]}…, its record says {expected[:12]}…: "
-            f"restore it with `git checkout {display_path(folder)}`"
-        )
+    digest = weights_hash(folder)
+    if named:
+        check_hash(str(name), folder / "training.json", digest, remedy)
+    check_converted(name, folder, digest)
     config = read_config(folder, None, str(name))
     context = context_limit(config, str(name)) or 2048
     skeleton(config, str(name), files)
-    loaded = read_checkpoint(str(name), folder, config, dtype=torch.float32, context=context)
+    loaded = read_checkpoint(
+        str(name), folder, digest, config, dtype=torch.float32, context=context
+    )
     with guarded(f"the config.json of {name} cannot be used"):
         _group_experts(loaded.model)
     cast(nn.Module, loaded.model).to(device)
@@ -141,27 +144,16 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
 def read_checkpoint(
     name: str,
     folder: Path,
+    digest: str,
     config: PreTrainedConfig,
     *,
     dtype: torch.dtype,
     context: int,
     device_map: str | None = None,
 ) -> LoadedModel:
-    """Read the weights and the tokenizer of a folder whose files and configuration are checked."""
+    """Read weights, of such a digest, and tokenizer of a folder that is checked so far."""
     model = read_weights(folder, config, name, dtype, device_map)
-    loaded = LoadedModel(name, model, read_tokenizer(folder), weights_hash(folder), context)
+    loaded = LoadedModel(name, model, read_tokenizer(folder), digest, context)
     loaded.check_ids([loaded.first_token])
     check_runs(model, [loaded.first_token, *loaded.encode([SAMPLE])[0]][:context], name)
     return loaded
-
-
-def expected_hash(folder: Path) -> str:
-    """Return the hash that training recorded. Raises ``IntegrityError`` if it is absent."""
-    file = folder / "training.json"
-    try:
-        return json.loads(file.read_text())["weights_hash"]
-    except (OSError, ValueError, KeyError):
-        raise IntegrityError(
-            f"{display_path(file)} does not name the checkpoint's hash: "
-            f"restore it with `git checkout {display_path(folder)}`"
-        ) from None

@@ -18,7 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.linalg import eigh
 from torch import Tensor
 
 from signlattice import kernels
@@ -28,6 +30,13 @@ from signlattice.kernels import Impl
 
 Progress = Callable[[int, float], object]
 """Called after each round, with the share of the keys' energy in the metric that it lost."""
+
+
+KEYS_AT_ONCE = 4096
+"""Keys over which products are summed in fp32."""
+
+VECTORS_AT_ONCE = 16
+"""Vectors of the first basis after which what they leave of the keys is written."""
 
 
 @dataclass(frozen=True)
@@ -118,25 +127,33 @@ def learn_basis(
     energy = (x @ metric * x).sum((1, 2)).clamp_min(tiny)
     basis = _halving_basis(x, root, n)
     ridge = torch.eye(n, dtype=x.dtype, device=x.device)
+    # the search takes fp32, and so are the products over all keys: a basis is kept in eight bits
+    narrow, weighted = x.float(), (x @ metric).float()
     for number in range(config.rounds):
-        weighted = x @ metric
-        correlations = weighted @ basis.mT
+        correlations = weighted @ basis.float().mT
         gram = basis @ metric @ basis.mT
         words, along, length = kernels.nearest_signs(
-            correlations[None].float(), gram.float(), impl=config.impl
+            correlations[None], gram.float(), impl=config.impl
         )
         # of least error; 0 where the keys of a head are all one, and its lattice is a point
-        scale = (along / length.clamp_min(torch.finfo(length.dtype).tiny))[0].double()
-        lost = 1 - (scale * along[0]).sum(-1) / energy
-        signs = unpack_signs(words)[0].double() * scale[..., None]
-        moment = signs.mT @ signs
+        scale = (along / length.clamp_min(torch.finfo(length.dtype).tiny))[0]
+        lost = 1 - (scale.double() * along[0]).sum(-1) / energy
+        signs = unpack_signs(words)[0] * scale[..., None]
+        moment, products = _over_keys(signs, signs), _over_keys(signs, narrow)
         size = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         size = torch.where(size > 0, size, 1.0)
-        basis = torch.linalg.solve(moment + 1e-6 * size * ridge, signs.mT @ x)
+        basis = torch.linalg.solve(moment + 1e-6 * size * ridge, products)
         basis = _sorted(basis, metric)
         if progress is not None:
             progress(number, float(lost.mean()))
     return basis.float()
+
+
+def _over_keys(a: Tensor, b: Tensor) -> Tensor:
+    """Compute aᵀb over the keys of a [H, N, n] and b [H, N, m] in fp32, summed up in fp64."""
+    pairs = zip(a.split(KEYS_AT_ONCE, 1), b.split(KEYS_AT_ONCE, 1))
+    products = [(x.mT @ y).double() for x, y in pairs]
+    return torch.stack(products).sum(0)
 
 
 def _halving_basis(x: Tensor, root: Tensor, n: int) -> Tensor:
@@ -145,16 +162,43 @@ def _halving_basis(x: Tensor, root: Tensor, n: int) -> Tensor:
     A sign along it takes off the mean size there, so that a direction in which keys are wide comes
     up again and again, each time with a vector of about half the length. ``n``: vectors in all;
     ``root``: the metric's Cholesky factor.
+
+    What a vector takes off is of rank one, in the keys as in their second moment: keys are gone
+    through twice for each, and are written once for `VECTORS_AT_ONCE`.
     """
     left = x @ root  # the metric of this space is the identity
-    found = []
-    for _ in range(n):
-        axis = torch.linalg.eigh(left.mT @ left).eigenvectors[..., -1:]  # [H, D, 1]
-        along = left @ axis
-        size = along.abs().mean(1, keepdim=True)
-        left = left - torch.where(along >= 0, size, -size) * axis.mT
-        found.append((size * axis)[..., 0])
+    moment = left.mT @ left
+    found: list[Tensor] = []
+    while len(found) < n:
+        axes: list[Tensor] = []
+        steps: list[Tensor] = []
+        for _ in range(min(VECTORS_AT_ONCE, n - len(found))):
+            axis = _widest(moment)  # [H, D, 1]
+            along = left @ axis
+            for other, step in zip(axes, steps):
+                along -= step * (other.mT @ axis)
+            size = along.abs().mean(1, keepdim=True)
+            step = torch.where(along >= 0, size, -size)
+            product = left.mT @ step  # of what is left with the step
+            for other, earlier in zip(axes, steps):
+                product -= other * (earlier.mT @ step)
+            outer = product @ axis.mT
+            moment = moment - outer - outer.mT + (step.mT @ step) * (axis @ axis.mT)
+            axes.append(axis)
+            steps.append(step)
+            found.append((size * axis)[..., 0])
+        left -= torch.cat(steps, -1) @ torch.cat(axes, -1).mT
     return torch.linalg.solve_triangular(root, torch.stack(found, 1), upper=False, left=False)
+
+
+def _widest(moment: Tensor) -> Tensor:
+    """Compute the eigenvector [H, D, 1] of the largest eigenvalue of each moment [H, D, D]."""
+    last = moment.shape[-1] - 1
+    vectors = [
+        eigh(each, subset_by_index=[last, last], check_finite=False)[1]
+        for each in moment.cpu().numpy()
+    ]
+    return torch.from_numpy(np.stack(vectors)).to(moment)
 
 
 def _sorted(basis: Tensor, metric: Tensor) -> Tensor:

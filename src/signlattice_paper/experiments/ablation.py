@@ -15,9 +15,9 @@ from signlattice.alignment import elliptical_ceiling
 from signlattice.data import corpus
 from signlattice.errors import InputError
 from signlattice.evaluation.heads import fit_temperature, head_quality
+from signlattice.evaluation.logits import ExactStates, exact_states
 from signlattice.evaluation.perplexity import (
     TokenLosses,
-    next_token_logits,
     perplexity,
     perplexity_gap,
     token_losses,
@@ -106,7 +106,7 @@ class AblationLab(Lab[AblationConfig, Case]):
     def measure(self, case: Case) -> Tables:
         """Measure a case and return the rows that it adds to each table."""
         codec = self.codec(case)
-        losses = token_losses(self.loaded, self.passages, codec, self._exact_logits)
+        losses = token_losses(self.loaded, self.passages, codec, self._exact_states)
         arrays = {name: getattr(losses, name).tolist() for name in ("nll", "kl", "agree")}
         per_passage = [dict(zip(arrays, each)) for each in zip(*arrays.values(), strict=True)]
         return {"rows": [self._row(case, codec, losses)], "losses": per_passage}
@@ -150,8 +150,8 @@ class AblationLab(Lab[AblationConfig, Case]):
         return passages(self.loaded, self.text.evaluation, self.config.windows)
 
     @cached_property
-    def _exact_logits(self) -> list[Tensor]:
-        return next_token_logits(self.loaded, self.passages)
+    def _exact_states(self) -> ExactStates:
+        return exact_states(self.loaded, self.passages)
 
     @cached_property
     def _calibration_passages(self) -> list[Passage]:

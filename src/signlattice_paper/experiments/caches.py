@@ -14,7 +14,8 @@ import torch
 
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
 from signlattice.calibration import CalibrationConfig, coded_layers
-from signlattice.evaluation.through_cache import Judge, QualityConfig, read_through
+from signlattice.evaluation.logits import token_metrics
+from signlattice.evaluation.through_cache import Judge, QualityConfig, states_through
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.quantizers.codec import KeyCodec
@@ -204,17 +205,17 @@ def _calls(judge: Judge, codec: KeyCodec, config: CacheLabConfig) -> Row:
     found, stats = [], []
     for step in (None, 1):
         held = SignKeyCache(judge.loaded, codec, cache)
-        logits = read_through(judge.loaded, ids, held, step)
-        found.append(logits[:, :-1].float().log_softmax(-1))
+        found.append(states_through(judge.loaded, ids, held, step)[:, :-1])
         stats.append(held.stats())
-    once, stepwise = found
-    losses = [-p.gather(-1, ids[:, 1:, None]).mean().item() for p in found]
+    once = token_metrics(judge.loaded.model, found[0], ids[:, 1:])
+    stepwise = token_metrics(judge.loaded.model, found[1], ids[:, 1:], found[0])
+    losses = [metrics.nll.mean().item() for metrics in (once, stepwise)]
     return {
         "tokens": ids[:, 1:].numel(),
         "loss_at_once": losses[0],
         "loss_token_by_token": losses[1],
-        "kl": (once.exp() * (once - stepwise)).sum(-1).mean().item(),
-        "same_choice": (once.argmax(-1) == stepwise.argmax(-1)).float().mean().item(),
+        "kl": stepwise.kl.mean().item(),
+        "same_choice": stepwise.agree.mean().item(),
         "n_packed_at_once": stats[0].n_packed,
         "n_packed_token_by_token": stats[1].n_packed,
         "bytes": stats[1].n_bytes,

@@ -18,17 +18,17 @@ from torch import Tensor
 from signlattice.calibration import CalibrationConfig, learn_codec
 from signlattice.data.texts import Text
 from signlattice.errors import InputError, IntegrityError
+from signlattice.evaluation.logits import ExactStates, exact_states
 from signlattice.evaluation.perplexity import (
     TokenLosses,
-    next_token_logits,
     perplexity,
     token_losses,
 )
-from signlattice.evaluation.through_cache import full_windows, gap_percent
+from signlattice.evaluation.through_cache import gap_percent
 from signlattice.io import Scratch
 from signlattice.models.hooks import AttentionLayer, attention_layers
 from signlattice.models.loading import MODELS, LoadedModel
-from signlattice.models.passages import spread
+from signlattice.models.passages import full_windows, spread
 from signlattice.models.quantized_attention import Codes, QueryCode
 from signlattice.models.states import LayerStates, compressible_layers, read_states
 from signlattice.quantizers.basis import LatticeConfig, query_metric
@@ -119,8 +119,8 @@ class Comparison:
         return token_losses(self.loaded, pieces)
 
     @cached_property
-    def _exact_logits(self) -> list[Tensor]:
-        return next_token_logits(self.loaded, self.exact.pieces)
+    def _exact_states(self) -> ExactStates:
+        return exact_states(self.loaded, self.exact.pieces)
 
     @cached_property
     def held_out(self) -> list[dict[int, LayerStates]]:
@@ -137,6 +137,8 @@ class Comparison:
             "high": ppl.high,
             "tokens": int(self.exact.n_tokens.sum()),
             "documents": ppl.n,
+            "windows": len(self.exact.pieces),
+            "joined": sum(piece.joined for piece in self.exact.pieces),
         }
 
     def row(
@@ -154,11 +156,11 @@ class Comparison:
         """
 
         def measured() -> Row:
-            pieces, logits = self.exact.pieces, self._exact_logits
+            pieces, exact = self.exact.pieces, self._exact_states
             losses = token_losses(
                 self.loaded,
                 pieces,
-                exact_logits=logits,
+                exact=exact,
                 keys=keys,
                 values=values,
                 queries=queries,

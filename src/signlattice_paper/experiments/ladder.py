@@ -20,8 +20,9 @@ from signlattice.cache.simulated import Codes, SimulatedCache
 from signlattice.cache.storage import KeyFormat, ValueFormat
 from signlattice.calibration import CalibrationConfig, coded_layers
 from signlattice.errors import InputError
-from signlattice.evaluation.through_cache import Judge, NewCache, QualityConfig, full_windows
+from signlattice.evaluation.through_cache import Judge, NewCache, QualityConfig
 from signlattice.models.loading import LoadedModel
+from signlattice.models.passages import full_windows
 from signlattice.models.states import LayerStates, compressible_layers, read_states
 from signlattice.quantizers import registry
 from signlattice.quantizers.base import Quantizer

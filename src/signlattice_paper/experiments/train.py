@@ -19,8 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from signlattice.data import corpus
 from signlattice.errors import InputError
 from signlattice.io import Progress, Scratch, no_progress
-from signlattice.models.checkpoint import quiet
-from signlattice.models.loading import weights_hash
+from signlattice.models.checkpoint import quiet, weights_hash
 from signlattice.models.minis import ModelSpec
 
 
