@@ -200,8 +200,9 @@ def elliptical_ceiling(eigenvalues: Tensor | np.ndarray | Sequence[float]) -> fl
     1/d each, and Jensen's inequality does the rest.
 
     Args:
-        eigenvalues: [d] eigenvalues of the keys' covariance, any order and scale, not negative.
-            Values below zero by rounding (1e-6 of the largest) count as zero.
+        eigenvalues: [d] eigenvalues of the keys' scatter, any order and scale, not negative: those
+            of the covariance if a key's length is independent of its direction, of Tyler's scatter
+            otherwise. Values below zero by rounding (1e-6 of the largest) count as zero.
 
     Returns:
         The ceiling, in (sqrt(2/pi), 1], with an error below 1e-10.

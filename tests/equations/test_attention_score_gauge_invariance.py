@@ -76,6 +76,21 @@ def test_a_qk_norm_gain_does_not_let_it_through():
     assert gap(scores(R @ W_Q, R @ W_K, gains=ones), scores(W_Q, W_K, gains=ones)) < 1e-13
 
 
+def test_a_rotation_among_coordinates_of_one_product_of_gains_passes_and_no_other():
+    """Both gains differ from coordinate to coordinate; their products take three values."""
+    product = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)[torch.arange(D) % 3]
+    gains = (GAIN_Q, product / GAIN_Q)
+    inside = torch.zeros(D, D, dtype=torch.float64)
+    for value in product.unique():
+        place = (product == value).nonzero().squeeze(-1)
+        inside[place[:, None], place] = torch.linalg.qr(gaussian(len(place), len(place), seed=7)).Q
+    reference = scores(W_Q, W_K, gains=gains)
+    assert gap(scores(inside @ W_Q, inside @ W_K, gains=gains), reference) < 1e-13
+    across = inside.clone()
+    across[[0, 1]] = across[[1, 0]]  # two coordinates of different products change places
+    assert gap(scores(across @ W_Q, across @ W_K, gains=gains), reference) > 0.01
+
+
 @pytest.mark.parametrize("rotation", [R, srht(D, 0, dtype=torch.float64)])
 def test_applied_to_both_after_everything_it_is_exact(rotation):
     setting = {"gains": (GAIN_Q, GAIN_K), "positions": True}

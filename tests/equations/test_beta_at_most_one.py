@@ -5,8 +5,6 @@ Holds, by Cauchy-Schwarz, for both quantities.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -32,8 +30,13 @@ def test_one_is_reached_exactly_when_all_magnitudes_are_equal(magnitudes, seed):
     assert beta(signs) == 1 and moment_ratio(signs) == 1
 
 
-@pytest.mark.parametrize("d", [2, 20, 128, 2048])
-def test_the_smallest_value_is_that_of_one_spike(d):
-    spike = torch.zeros(d, dtype=torch.float64)
-    spike[d // 2] = -3
-    assert cosine(spike).item() == pytest.approx(1 / math.sqrt(d))
+@given(arrays(np.float64, st.integers(1, 12), elements=st.integers(-4, 4).map(float)))
+@settings(deadline=None)
+def test_cosine_is_least_exactly_for_a_single_coordinate(values):
+    values[0] = 3
+    y = torch.from_numpy(values)
+    # d c^2 - 1 is the sum of the mixed terms |y_i||y_j|, none of them negative, over |y|^2
+    mixed = np.abs(values).sum() ** 2 - (values**2).sum()
+    excess = len(y) * cosine(y).item() ** 2 - 1
+    assert excess == pytest.approx(mixed / (values**2).sum(), abs=1e-12)
+    assert (np.count_nonzero(values) == 1) == (mixed == 0)

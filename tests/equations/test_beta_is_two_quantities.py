@@ -11,6 +11,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from signlattice.alignment import (
     GAUSSIAN_BETA,
@@ -48,6 +50,20 @@ def test_for_independent_coordinates_the_ratio_tends_to_the_cosine_squared(c):
     assert beta(keys) == pytest.approx(c, abs=4e-3)
     assert moment_ratio(keys) == pytest.approx(c**2, abs=4e-3)
     assert density(c).moment_ratio == pytest.approx(c**2)
+
+
+@given(st.integers(0, 10**6), st.floats(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_moment_ratio_is_the_weighted_mean_of_the_cosines_and_at_most_their_mean_square(
+    seed, spread
+):
+    generator = torch.Generator().manual_seed(seed)
+    keys, length = torch.randn(9, 5, generator=generator), torch.randn(9, 1, generator=generator)
+    keys = (keys.double() ** 3) * (spread * length.double()).exp()
+    c, n = cosine(keys), keys.norm(dim=-1)
+    ratio = ((n * c).mean() ** 2 / n.square().mean()).item()
+    assert moment_ratio(keys) == pytest.approx(ratio)
+    assert ratio <= c.square().mean().item() + 1e-12
 
 
 def test_unequal_norms_move_the_ratio_and_leave_the_cosine(gaussian_keys):

@@ -13,7 +13,7 @@ import math
 import pytest
 import torch
 
-from signlattice.alignment import beta
+from signlattice.alignment import beta, cosine
 from signlattice.rotations.fixed import haar
 
 
@@ -51,6 +51,32 @@ def test_one_minus_beta_is_one_minus_cos_theta_until_the_first_flip(d):
         assert 1 - beta(turned) == pytest.approx(theta**2 / 2, rel=theta**2 / 10 + 1e-6)
     turned = keys @ torch.matrix_exp(2 * first_flip * omega).T
     assert beta(turned) > math.cos(2 * first_flip)
+
+
+@pytest.mark.parametrize("d", [3, 16, 200])
+def test_no_sign_changes_within_arcsin_of_one_over_root_d_and_one_does_beyond(d):
+    generator = torch.Generator().manual_seed(d)
+    corner, angle = lattice_keys(1, d)[0] / math.sqrt(d), math.asin(1 / math.sqrt(d))
+    worst = torch.zeros(d, dtype=torch.float64)
+    worst[0] = -corner[0].sign()  # straight at the plane where the first coordinate is zero
+    others = torch.randn(500, d, generator=generator, dtype=torch.float64)
+    across = torch.cat([worst[None], others])
+    across = across - (across @ corner)[:, None] * corner
+    across = torch.nn.functional.normalize(across, dim=-1)
+    for share, flips in ((1 - 1e-9, False), (1 + 1e-9, True)):
+        turned = math.cos(share * angle) * corner + math.sin(share * angle) * across
+        assert bool((turned[0] * corner < 0).any()) is flips
+        assert (turned[1:] * corner > 0).all()
+        assert (cosine(turned) >= math.cos(share * angle) - 1e-12).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_minus_beta_is_at_most_half_the_mean_square_angle(seed):
+    keys, rotation = lattice_keys(200, 16, seed), haar(16, seed, dtype=torch.float64)
+    cos = (keys @ rotation.T * keys).sum(-1) / 16
+    c = cosine(keys @ rotation.T)
+    assert (c >= cos - 1e-12).all()
+    assert (1 - c).mean() <= (1 - cos).mean() <= cos.arccos().square().mean() / 2
 
 
 @pytest.mark.parametrize("d", [64, 128])

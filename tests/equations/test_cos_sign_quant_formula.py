@@ -6,6 +6,7 @@ zero coordinate.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -31,6 +32,17 @@ def test_formula_with_zeros_counted_as_positive(values):
     formula = (y.abs().sum() / (math.sqrt(len(y)) * y.norm())).item()
     assert cosine_between(y, sign) == pytest.approx(formula)
     assert cosine(y).item() == pytest.approx(formula)
+
+
+@given(arrays(np.float64, st.integers(1, 9), elements=st.integers(-5, 5).map(float)))
+@settings(max_examples=50, deadline=None)
+def test_cosine_is_that_of_the_closest_of_all_sign_vectors(values):
+    y = torch.from_numpy(values)
+    y[0] = 1
+    corners = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=len(y))), dtype=torch.float64)
+    assert cosine(y).item() == pytest.approx(
+        (corners @ y).max().item() / len(y) ** 0.5 / y.norm().item()
+    )
 
 
 def test_formula_fails_where_the_sign_of_zero_is_zero():

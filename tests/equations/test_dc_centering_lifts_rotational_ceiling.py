@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import integrate, stats
 
 from signlattice.alignment import (
+    GAUSSIAN_BETA,
     beta,
     elliptical_ceiling,
     folded_normal_beta,
@@ -71,6 +74,25 @@ def test_in_expectation_the_uncentred_supremum_is_the_larger(noise, eta, uncentr
     for rotation in (haar(D, 1, dtype=torch.float64), pca_hadamard(centred, dtype=torch.float64)):
         assert beta(centred @ rotation.T) == pytest.approx(haar_beta(D), abs=2e-3)
     assert uncentred > rank_ceiling(D - 1) + 0.02
+
+
+@given(eta=st.floats(1e-6, 1e4))
+@settings(max_examples=60, deadline=None)
+def test_folded_normal_beta_is_the_integral_and_above_the_floor(eta):
+    a = math.sqrt(eta)
+    magnitude = a + 2 * integrate.quad(lambda x: (x - a) * stats.norm.pdf(x), a, a + 40)[0]
+    assert folded_normal_beta(eta) == pytest.approx(magnitude / math.sqrt(1 + eta), abs=1e-9)
+    # f - g of the proof starts as 3 eta^2 / 24 times the floor, so rounding decides below 1e-6
+    assert GAUSSIAN_BETA < folded_normal_beta(eta) < 1 or eta < 1e-3
+    assert 1 - folded_normal_beta(eta) < 1 / eta
+
+
+def test_the_integrand_of_the_proof_changes_its_sign_once_and_its_integral_stays_positive():
+    x = np.geomspace(1e-3, 30, 4000)
+    integrand = np.exp(-(x**2) / 2) - (1 + x**2) ** -1.5
+    assert np.count_nonzero(np.diff(np.sign(integrand))) == 1 and integrand[0] > 0
+    whole = integrate.quad(lambda x: math.exp(-x * x / 2) - (1 + x * x) ** -1.5, 0, math.inf)[0]
+    assert whole == pytest.approx(math.sqrt(math.pi / 2) - 1)
 
 
 @given(seed=st.integers(0, 10**6), eta=st.floats(0.01, 30), spread=st.floats(0.1, 3))

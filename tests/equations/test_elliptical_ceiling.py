@@ -7,6 +7,8 @@ beta above the ceiling of a key's own covariance therefore shows structure that 
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -63,6 +65,21 @@ def test_isotropic_keys_of_low_rank(rank, value):
     assert elliptical_ceiling(spectrum) == pytest.approx(rank_ceiling(rank), abs=1e-10)
     keys = elliptical_keys(spectrum, seed=rank)
     assert beta(keys @ pca_hadamard(keys, dtype=torch.float64).T) == pytest.approx(value, abs=3e-3)
+
+
+def test_where_lengths_depend_on_directions_it_takes_tylers_scatter_and_not_the_covariance():
+    """Keys |u_2| A u in the plane: an isotropic covariance, and a beta above a round cloud's."""
+    scatter = torch.tensor([0.75, 0.25], dtype=torch.float64)
+    angle = math.pi * (torch.arange(N, dtype=torch.float64) + 0.5) / N  # half of the circle will do
+    u = torch.stack([angle.cos(), angle.sin()], 1)
+    keys = u * scatter.sqrt() * u[:, 1:].abs()
+    covariance = keys.T @ keys / N
+    torch.testing.assert_close(covariance, 3 / 32 * torch.eye(2, dtype=torch.float64))
+    tyler = 2 * (keys / (keys.square() / scatter).sum(-1, keepdim=True)).T @ keys / N
+    torch.testing.assert_close(tyler, torch.diag(scatter))
+    diagonal = torch.tensor([[1, 1], [1, -1]], dtype=torch.float64) / math.sqrt(2)
+    assert beta(keys @ diagonal) == pytest.approx(elliptical_ceiling(scatter), abs=1e-6)
+    assert beta(keys @ diagonal) > elliptical_ceiling(torch.ones(2)) + 0.008
 
 
 def test_lattice_structure_goes_above_it():

@@ -41,5 +41,10 @@ def test_the_floor_is_approached_from_above():
     values = [haar_beta(d) for d in (1, 2, 4, 16, 64, 256, 1024, 10**6)]
     assert values == sorted(values, reverse=True) and values[0] == pytest.approx(1)
     assert values[-1] > GAUSSIAN_BETA
-    for d in (64, 128, 256, 2048):
-        assert haar_beta(d) / GAUSSIAN_BETA - 1 == pytest.approx(1 / (4 * d), rel=0.01)
+
+
+@pytest.mark.parametrize("d", [2, 3, 4, 7, 16, 64, 128, 256, 2048, 10**5])
+def test_haar_beta_lies_between_its_bounds_and_has_its_expansion(d):
+    ratio = haar_beta(d) / GAUSSIAN_BETA
+    assert 1 < ratio < math.sqrt(d / (d - 1))
+    assert abs(ratio - 1 - 1 / (4 * d)) < 1 / (16 * d**2)

@@ -7,6 +7,7 @@ that leave it where it is, and both do better than any rotation does on the cent
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -37,6 +38,22 @@ def test_some_rotation_puts_any_single_key_on_the_lattice(seed):
     assert orthogonality_defect(rotation) < 1e-12
     assert beta(rotation @ key) == pytest.approx(1, abs=1e-12)
     assert (rotation @ e - e).norm() > 1  # and it does not fix the mean direction
+
+
+@pytest.mark.parametrize("d", [2, 3, 4])
+def test_of_signed_permutations_a_share_of_two_to_the_one_minus_d_fixes_the_mean_direction(d):
+    """With R every PR is as good; those with PRe = +-e are counted, for an R that keeps e."""
+    signed = [
+        torch.diag(torch.tensor(signs)) @ torch.eye(d)[list(order)]
+        for signs in itertools.product((-1.0, 1.0), repeat=d)
+        for order in itertools.permutations(range(d))
+    ]
+    e = torch.ones(d)
+    kept = sum(bool((p @ e).sum().abs() == d) for p in signed)
+    assert kept == 2 * math.factorial(d) and kept / len(signed) == 2 ** (1 - d)
+    y = torch.randn(7, d, generator=torch.Generator().manual_seed(d))
+    for p in signed:
+        torch.testing.assert_close(cosine(y @ p.T), cosine(y))
 
 
 def test_fixing_the_mean_direction_earns_nothing():

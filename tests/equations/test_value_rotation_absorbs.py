@@ -1,9 +1,10 @@
 """A rotation of the values can always be absorbed by the weights, unlike one of the keys (S8).
 
-Values enter attention linearly, with no position and no norm after their projection: R in W_V and
-its transpose in W_O leave the output as it was, whatever the attention weights. With one-bit values
-the same weights serve: what is stored is the signs of R v, and what goes through W_O R^T is what
-would have come of R^T times the code.
+Values enter attention linearly, with no position after their projection: R in W_V and its transpose
+in W_O leave the output as it was, whatever the attention weights, also through a norm without
+gains. With one-bit values the same weights serve: what is stored is the signs of R v, and what goes
+through W_O R^T is what would have come of R^T times the code. Where keys and values share a matrix,
+R would rotate the keys, behind which a gain or rotary positions wait: it is absorbed once untied.
 """
 
 from __future__ import annotations
@@ -35,6 +36,30 @@ def test_absorbed_it_changes_no_output():
     torch.testing.assert_close(
         WEIGHTS @ (X @ (R @ W_V).T) @ (W_O @ R.T).T, WEIGHTS @ (X @ W_V.T) @ W_O.T
     )
+
+
+def normalised(v):
+    return v / v.square().mean(-1, keepdim=True).sqrt()
+
+
+def test_absorbed_through_a_norm_without_gains_it_changes_no_output():
+    torch.testing.assert_close(
+        WEIGHTS @ normalised(X @ (R @ W_V).T) @ (W_O @ R.T).T,
+        WEIGHTS @ normalised(X @ W_V.T) @ W_O.T,
+    )
+
+
+def test_a_matrix_shared_with_the_keys_absorbs_it_only_after_it_is_untied():
+    queries, gain = gaussian(7, D, seed=5), gaussian(D, seed=6).exp()
+
+    def output(keys_by, values_by, w_o):
+        weights = (queries @ (gain * normalised(X @ keys_by.T)).T / D**0.5).softmax(-1)
+        return weights @ normalised(X @ values_by.T) @ w_o.T
+
+    exact = output(W_V, W_V, W_O)
+    torch.testing.assert_close(output(W_V, R @ W_V, W_O @ R.T), exact)
+    tied = output(R @ W_V, R @ W_V, W_O @ R.T)
+    assert (tied - exact).norm() > 0.1 * exact.norm()
 
 
 def test_absorbed_around_the_code_it_is_the_rotated_code():
