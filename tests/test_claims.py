@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from signlattice.alignment import moment_ratio
 from signlattice.errors import InputError, IntegrityError
+from signlattice.memory import FP16, PAPER, KVShape, crossover_length
 from signlattice_paper import claims, records
 from signlattice_paper.claims import Claim, load_claims
 from signlattice_paper.records import Metric
@@ -59,10 +62,41 @@ def test_uncentred_betas_by_subtraction_stay_below_nine_tenths() -> None:
     assert max(uncentred) < value["uncentred"] - 0.03
 
 
-def test_the_largest_dimension_needs_the_fewest_steps() -> None:
-    """S6's title says that steps grow with d; its own figures fall, and the smallest d stalls."""
+def test_tempo_falls_with_the_dimension_in_the_papers_own_figures() -> None:
+    """Claim 20: the largest dimension needs the fewest steps, and the smallest stalls."""
     value = CLAIMS["tempo-scales"].paper_value
     assert value["2048"] < value["512"] and value["stalls_at"] < value["target"]
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+def test_one_scale_for_all_keys_loses_one_minus_the_moment_ratio(power: float) -> None:
+    """Claims 4 and 10: of symmetric coordinates of one law, whatever the law is."""
+    drawn = torch.randn(500, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    keys = drawn.sign() * drawn.abs() ** power
+    code = keys.sign() * keys.abs().mean()
+    lost = (keys - code).square().sum() / keys.square().sum()
+    assert lost.item() == pytest.approx(1 - moment_ratio(keys), rel=1e-9)
+
+
+def test_the_cache_outgrows_the_weights_where_the_ledger_says() -> None:
+    """Claim 32: lengths and batches of its finding, and a hybrid of windows beside it."""
+    olmoe, weights, context = KVShape(16, 16, 128), 2 * 6_919_000_000, 4096
+    length = crossover_length(weights, olmoe)
+    finding = CLAIMS["cache-dominates"].finding
+    assert f"about {round(length / 1000)} thousand tokens" in finding
+    assert f"{round(length / context)} times the model's own context" in finding
+    for batch, tokens in ((26, context), (13, 8192)):
+        assert f"{batch} " in finding.split("context;")[1]
+        assert crossover_length(weights, olmoe, batch=batch) <= tokens
+        assert crossover_length(weights, olmoe, batch=batch - 1) > tokens
+    hybrid = KVShape(25, 8, 256, sliding_window=1024), KVShape(5, 2, 512)
+    assert crossover_length(2 * 26_000_000_000, hybrid) > 10 * length
+
+
+def test_a_mean_per_token_is_less_than_a_hundredth_of_the_cache() -> None:
+    """Claim 26: at heads of 128 coordinates, beside sixteen-bit values."""
+    stored = PAPER.bits_per_key(128) + FP16.bits_per_value(128)
+    assert 0 < PAPER.mean_bits / stored < 0.01
 
 
 def test_boxes_say_what_a_reader_needs() -> None:
@@ -133,7 +167,7 @@ def test_a_verdict_marks_its_place_and_links_what_it_rests_on() -> None:
     claim = CLAIMS["perplexity-gap-ratio"]
     box = claims.verdict_box(claim).data
     assert f'<span id="verdict-{claim.number}"></span>' in box
-    assert f"](/{claim.check})" in box and "](#record-ablation-olmoe-mini)" in box
+    assert f"](/{claim.check})" in box and "](#record-architectures-olmoe-mini)" in box
 
 
 def entry(**changes) -> dict:

@@ -22,6 +22,10 @@ CLOSELY = ("olmoe-mini",)
 """The minis that all labs look at; of the others there are the tables of `architectures`."""
 
 
+LEANS = ("olmoe-mini", "gemma4-e2b-mini")
+"""Minis that lean on their global layers: what is done to the keys of the others hardly shows."""
+
+
 @pytest.fixture(params=CLOSELY)
 def name(request) -> str:
     return request.param
@@ -83,11 +87,76 @@ def test_on_every_architecture_learning_finds_what_covariance_does_not_explain(t
     assert learned_beta(tables_of, "token_mean") > worst_null
 
 
+def test_held_out_beta_is_far_above_the_floor_and_once_in_the_cited_range():
+    """Claim 38: with the paper's centering, above the SRHT and the ceiling in every head."""
+    low, high = load_claims()["learned-beta-range"].paper_value
+    within = []
+    for model in minis.MINIS:
+        record = records.read("architectures", model)
+        where = dict(scope="head", centering="dc")
+        for row in tables.select(record.table("heads"), **where):
+            assert row["learned"] > max(row["srht"], row["ceiling"])
+        found = learned_beta(record, "dc")
+        assert found > learned_beta(record, "dc", "srht") + 0.06 and found < high
+        within += [model] if found >= low else []
+    assert within == ["gemma4-e2b-mini"]
+
+
+def test_without_centering_learning_clears_the_srht_by_far(tables_of):
+    """Claim 40: held out, as far as with centering, and further than noise gets in sample."""
+    bare, centred = (learned_beta(tables_of, centering) for centering in ("none", "dc"))
+    lift = bare - learned_beta(tables_of, "none", "srht")
+    assert lift > 0.06 and bare == pytest.approx(centred, abs=0.001)
+    assert bare > max(row["in_sample"] for row in tables_of.table("null"))
+
+
+def test_the_papers_trainer_clears_the_srht_without_centering(ablation):
+    """Claim 40: the solver named gradient comes within a hundredth of ours."""
+    found = rows(ablation, centering="none", scale="mse", temperature=False)
+    assert found["gradient"]["beta"] > found["annealed"]["beta"] - 0.01
+    assert found["gradient"]["beta"] > found["srht"]["beta"] + 0.05
+
+
 def test_on_no_architecture_is_the_gap_ratio_near_the_cited_one(tables_of):
-    """Claim 31."""
+    """Claim 31: with the paper's centering and scale among others, and never below one."""
     cited = load_claims()["perplexity-gap-ratio"].paper_value
     found = [row for row in tables_of.table("ratios") if row["ratio"] is not None]
-    assert found and all(row["high"] < cited / 4 for row in found)
+    assert {("dc", "mse")} < {(row["centering"], row["scale"]) for row in found}
+    assert all(1 < row["low"] < row["high"] < cited / 10 for row in found)
+
+
+def gaps_of(record: records.RunRecord) -> dict[tuple[str, str, str], float]:
+    """Perplexity gaps of the first seed by rotation, centering and scale."""
+    found = tables.select(record.table("gaps"), seed=0)
+    return {(row["rotation"], row["centering"], row["scale"]): row["gap"] for row in found}
+
+
+def test_centering_is_not_where_the_gain_is(tables_of):
+    """Claim 18: the paper's centering narrows the gap by less than a learned rotation does."""
+    gap = gaps_of(tables_of)
+    for scale in ("mse", "unbiased"):
+        by_rotation = gap["srht", "none", scale] / gap["learned", "none", scale]
+        for rotation in ("srht", "learned"):
+            assert gap[rotation, "none", scale] / gap[rotation, "dc", scale] < by_rotation
+
+
+def test_a_static_mean_is_worth_a_rotation_on_the_small_e2b():
+    """Claim 18: another centering than the paper's, with the scale of least error."""
+    gap = gaps_of(records.read("architectures", "gemma4-e2b-mini"))
+    by_mean = gap["learned", "none", "mse"] / gap["learned", "token_mean", "mse"]
+    by_rotation = gap["srht", "none", "mse"] / gap["learned", "none", "mse"]
+    assert by_mean == pytest.approx(by_rotation, rel=0.2)
+
+
+def test_the_scale_narrows_the_gap_more_than_the_rotation_on_olmoe_alone(mini, tables_of):
+    """Claim 18: on the three Gemma-4 minis the scale changes little and the rotation more."""
+    gap = gaps_of(tables_of)
+    for centering in ("none", "dc", "token_mean"):
+        for rotation, scale in (("srht", "mse"), ("learned", "unbiased")):  # one start, one end
+            by_scale = gap[rotation, centering, "mse"] / gap[rotation, centering, "unbiased"]
+            by_rotation = gap["srht", centering, scale] / gap["learned", centering, scale]
+            assert (by_scale > by_rotation) == (mini == "olmoe-mini")
+            assert by_scale > 2 if mini == "olmoe-mini" else 0.9 < by_scale < 1.2
 
 
 def test_on_every_architecture_the_hessian_has_both_signs_before_learning(tables_of):
@@ -144,19 +213,8 @@ def test_a_running_model_does_not_see_a_static_offset_of_its_keys(name):
     assert changed["static"] < 1e-3 and changed["dc"] > 0.1
 
 
-def test_centering_is_not_where_the_gain_is(ablation):
-    """Claim 18: scale and rotation each narrow the gap by more than either centering does."""
-    start = rows(ablation, centering="none", scale="mse", temperature=False)
-    scaled = rows(ablation, centering="none", scale="unbiased", temperature=False)
-    by_rotation = start["srht"]["gap"] / start["annealed"]["gap"]
-    by_scale = start["annealed"]["gap"] / scaled["annealed"]["gap"]
-    for centering in ("dc", "token_mean"):
-        centred = rows(ablation, centering=centering, scale="mse", temperature=False)
-        assert start["annealed"]["gap"] / centred["annealed"]["gap"] < min(by_rotation, by_scale)
-
-
 def test_a_higher_beta_can_be_a_worse_code(ablation):
-    """Claim 4: PCA-Hadamard has more beta than the SRHT in every head's mean, and a larger gap."""
+    """Claim 4, olmoe-mini: PCA-Hadamard has more beta than the SRHT, and a larger gap."""
     for scale in ("mse", "norm", "unbiased"):
         found = rows(ablation, centering="token_mean", scale=scale, temperature=False)
         pca, srht = found["pca_hadamard"], found["srht"]
@@ -168,13 +226,8 @@ def test_a_learned_rotation_narrows_the_gap(ablation):
     assert ablation.metric("gap_ratio").low > 1
 
 
-def test_the_ratio_is_not_the_cited_one(ablation):
-    """Claim 31: nothing near the cited ratio is found here."""
-    assert ablation.metric("gap_ratio").high < load_claims()["perplexity-gap-ratio"].paper_value
-
-
 def test_equal_beta_does_not_mean_equal_quality(ablation):
-    """Claim 4: the scale rule changes the gap by a large factor at exactly the same beta."""
+    """Claim 4, olmoe-mini: the scale rule changes the gap greatly at exactly the same beta."""
     unbiased, mse = (
         rows(ablation, centering="token_mean", scale=s, temperature=False)["srht"]
         for s in ("unbiased", "mse")
@@ -249,6 +302,16 @@ def test_the_least_error_of_the_output_is_not_the_least_gap(scores):
     assert gap["mse"] > gap["unbiased"]
 
 
+def test_sparse_heads_are_not_the_ones_that_bear_signs(scores):
+    """Claim 42: among sixteen heads a rank correlation below .5 cannot be told from none."""
+    attended = {(r["layer"], r["head"]): r["effective_keys"] for r in scores.table("outputs")}
+    for rotation in ("srht", "learned_keys"):
+        heads = tables.select(scores.table("heads"), rotation=rotation, side="keys")
+        pairs = [(attended[row["layer"], row["head"]], row["attention_kl"]) for row in heads]
+        ranks = torch.tensor(pairs).argsort(0).argsort(0).double()
+        assert len(pairs) == 16 and torch.corrcoef(ranks.T)[0, 1].abs() < 0.5
+
+
 # Convergence
 
 
@@ -257,7 +320,7 @@ def convergence_runs(name: str, **wanted) -> list[records.Row]:
 
 
 def test_tempo_follows_keys_per_dimension(name):
-    """Claim 20: of N keys, more dimensions pass the mark sooner; at one N/d all pass alike."""
+    """Claim 20: of N keys, noise of more dimensions passes the mark sooner; at one N/d alike."""
     noise = convergence_runs(name, kind="noise", solver="gradient")
     same_n = sorted(tables.select(noise, n_keys=1024), key=lambda row: row["d"])
     steps = [row["to_target"] or math.inf for row in same_n]
@@ -362,13 +425,42 @@ def test_one_bit_keys_with_an_eighth_whole_lose_two_per_cent_at_most(mini, cache
     row = tables.select(caches, **DEFAULT)[0]
     assert row["key_bits"] <= 1.3 and row["n_packed"] > 0
     assert row["window"] + row["sinks"] <= minis.MINIS[mini].context / 8
-    assert row["gap_high"] <= 2
+    assert row["gap_high"] <= 2 and row["effective_bits"] < 5.5
+
+
+def test_plain_four_bits_without_a_window_do_as_well_on_olmoe_and_not_on_e2b():
+    """Use it, bits and losses both at 512 tokens: the default has no lead where every layer counts.
+
+    With two-bit values it is the lightest of those that lose so little, on both.
+    """
+    for name in LEANS:
+        kept = tables.select(
+            records.read("cache", name).table("caches"), exempt="[]", sliding="whole"
+        )
+        ours = tables.select(kept, **DEFAULT)[0]
+        small = tables.select(kept, **DEFAULT | {"values": "int2"})[0]
+        plain = tables.select(kept, codec="", keys="int4", values="int4", window=0)[0]
+        assert small["effective_bits"] < plain["effective_bits"] < ours["effective_bits"]
+        if name == "olmoe-mini":
+            assert plain["gap"] < ours["gap"] and plain["gap_high"] > ours["gap_low"]
+        else:
+            assert plain["gap_low"] > 2 * ours["gap_high"]
+        others = [row for row in kept if not row["codec"] and row["gap"] <= small["gap"]]
+        assert min(row["effective_bits"] for row in others) > small["effective_bits"] + 0.5
 
 
 def test_the_defaults_are_those_of_the_table():
     config = CacheConfig()
     chosen = config.value_format, config.window, config.sinks
     assert chosen == (DEFAULT["values"], DEFAULT["window"], DEFAULT["sinks"])
+
+
+def test_one_bit_does_not_ask_for_keys_near_a_cube(mini, caches):
+    """Claim 37: at the same bits, by perplexity and by the divergence of the next token."""
+    ours = tables.select(caches, **DEFAULT)[0]
+    turned = tables.select(caches, **DEFAULT | {"codec": "rotation"})[0]
+    assert ours["bits"] == turned["bits"]
+    assert ours["gap"] < turned["gap"] and ours["kl"] < turned["kl"] / 3
 
 
 def test_a_lattice_loses_less_than_a_rotation_and_two_bits(caches):
@@ -418,10 +510,6 @@ def test_the_shipped_lattice_is_the_one_of_the_record(mini):
 # What the paper leaves open
 
 
-LEANS = ("olmoe-mini", "gemma4-e2b-mini")
-"""Minis that lean on their global layers: what is done to the keys of the others hardly shows."""
-
-
 @pytest.fixture(params=LEANS)
 def leaning(request) -> str:
     return request.param
@@ -431,14 +519,15 @@ def ladder_entries(name: str) -> dict[str, records.Row]:
     return {row["name"]: row for row in records.read("ladder", name).table("ladder")}
 
 
-def test_below_four_bits_no_rung_loses_as_little_as_the_lattice(leaning):
-    """The ladder: with two-bit values it is lighter than all that come near it."""
+def test_below_six_bits_no_other_rung_loses_as_little_as_the_lattice(leaning):
+    """The ladder, bits and losses both at 512 tokens: of the rungs that stand on it, no others."""
     found = ladder_entries(leaning)
     ours = found.pop("lattice, V 2")
     del found["lattice, V 4"]
-    others = [row for row in found.values() if row["bits_8192"] < 4]
-    assert len(others) > 10 and min(row["gap"] for row in others) > ours["gap"]
-    lighter = [row for row in others if row["bits_8192"] <= ours["bits_8192"] + 0.5]
+    others = [row for row in found.values() if row["bits_512"] < 6]
+    assert ours["bits_512"] < 4 and len(others) > 10
+    assert min(row["gap"] for row in others) > ours["gap"]
+    lighter = [row for row in others if row["bits_512"] <= ours["bits_512"] + 0.5]
     assert min(row["gap_low"] for row in lighter) > ours["gap_high"]
 
 
@@ -450,10 +539,10 @@ def test_from_four_bits_on_others_lose_less_than_the_lattice():
 
 
 def test_the_papers_code_is_no_rung_to_stop_at(leaning):
-    """Product quantisation of both sides at half the bits loses less."""
+    """Product quantisation of both sides loses less at fewer bits, both at 512 tokens."""
     found = ladder_entries(leaning)
     turned, product = found["learned rotation, V 4"], found["PQ-1"]
-    assert not turned["pareto"] and product["bits_8192"] < 0.6 * turned["bits_8192"]
+    assert product["bits_512"] < 0.7 * turned["bits_512"]
     assert product["gap"] < turned["gap"]
 
 

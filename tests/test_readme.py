@@ -83,26 +83,32 @@ def test_three_commands_go_from_a_model_to_a_judgement(tmp_path: Path) -> None:
 
 
 def test_what_is_said_of_caches_is_in_their_records() -> None:
+    """Losses in the rows, and in the heading the bits of the same caches at the same length."""
     section = re.search(r"caches: begin -->(.*)<!-- caches: end", README, re.DOTALL).group(1)
+    (heading,) = re.findall(r"^\| model \| (.+) \|$", section, re.MULTILINE)
     lines = re.findall(r"^\| `([\w-]+)` \| (.+) \|$", section, re.MULTILINE)
     assert [name for name, _ in lines] == list(four_models.PAIRS.values())
+    signs = {"keys": "sign", "rule": "unbiased", "window": 60, "sinks": 4}
+    wanted = [
+        signs | {"codec": codec, "values": values}
+        for codec, values in (("lattice", "int4"), ("lattice", "int2"), ("rotation", "int4"))
+    ]
+    wanted += [
+        {"codec": "", "keys": fmt, "values": fmt, "window": window}
+        for fmt, window in (("int2", 60), ("int4", 60), ("int4", 0), ("fp8", 0))
+    ]
+    bits = []
     for name, line in lines:
-        rows = [
-            row
-            for row in records.read("cache", name).table("caches")
-            if row["exempt"] == "[]" and row["sliding"] == "whole" and row["window"] in (0, 60)
-        ]
-        ours = tables.select(
-            rows, codec="lattice", rule="unbiased", values="int4", window=60, sinks=4
-        )[0]
-        turned = tables.select(rows, codec="rotation", values="int4", window=60)[0]
-        alike = [
-            tables.select(rows, codec="", keys=fmt, values=fmt, window=window)[0]
-            for fmt, window in (("int2", 60), ("int4", 60), ("fp8", 0))
-        ]
-        gaps = [f"{row['gap']:z.2f}" for row in (turned, *alike)]
+        kept = tables.select(
+            records.read("cache", name).table("caches"), exempt="[]", sliding="whole"
+        )
+        ours, *others = (tables.select(kept, **where)[0] for where in wanted)
         interval = f"{ours['gap']:.2f} ({ours['gap_low']:.2f} to {ours['gap_high']:.2f})"
-        assert line.split(" | ") == [interval, *gaps]
+        assert line.split(" | ") == [interval, *(f"{row['gap']:z.2f}" for row in others)]
+        bits.append([row["effective_bits"] for row in (ours, *others)])
+    told = [re.findall(r"\d+\.\d", head.partition(": ")[2]) for head in heading.split(" | ")]
+    for head, column in zip(told, zip(*bits, strict=True), strict=True):
+        assert head == sorted({f"{least:.1f}" for least in (min(column), max(column))})
 
 
 def test_the_results_are_those_of_the_record() -> None:
@@ -120,8 +126,54 @@ def test_the_results_are_those_of_the_record() -> None:
             [gap[name, "mse", False], gap[name, "unbiased", False], gap[name, "unbiased", True]]
         ]
     ]
-    ratio = record.metric("gap_ratio")
-    ceiling = tables.select(record.table("ceilings"), centering="token_mean")[0]["mean"]
-    assert f"ceiling {ceiling:.3f}" in section
-    assert f"by {ratio.value:.2f} (interval {ratio.low:.2f} to {ratio.high:.2f}" in section
     assert f"perplexity {record.metric('perplexity').value:.2f}" in re.sub(r"\s+", " ", section)
+
+
+def test_what_is_said_of_four_models_is_in_their_records() -> None:
+    """Ranges over all of them, of the bullets below the table."""
+    section = re.search(r"results: begin -->(.*)<!-- results: end", README, re.DOTALL).group(1)
+    section = re.sub(r"\s+", " ", section)
+    four = four_models.minis()
+    learned = [
+        {row["centering"]: row for row in rows}
+        for record in four.values()
+        for rows in [tables.select(record.table("beta"), scope="head", rotation="learned")]
+    ]
+    of_dc = [row["dc"]["beta"] for row in learned]
+    ceilings = [row["dc"]["ceiling"] for row in learned]
+    assert f"{min(of_dc):.3f} to {max(of_dc):.3f} with the paper's centering" in section
+    assert f"could have {min(ceilings):.3f} to {max(ceilings):.3f}" in section
+    within = [name for name, beta in zip(four, of_dc, strict=True) if 0.919 <= beta <= 0.965]
+    assert within == re.findall(r"One of the four, `([\w-]+)`", section)
+    lift = max(abs(row["dc"]["beta"] - row["none"]["beta"]) for row in learned)
+    assert f"by {lift:.4f} at most" in section
+    ratios = {name: tables.select(r.table("ratios"), seed=0) for name, r in four.items()}
+    of_paper = [
+        tables.select(rows, centering="dc", scale="mse")[0]["ratio"] for rows in ratios.values()
+    ]
+    every = [row["ratio"] for rows in ratios.values() for row in rows]
+    for found in (of_paper, every):
+        assert f"by {min(found):.2f} to {max(found):.2f}" in section
+    for name in ("olmoe", "gemma4"):
+        by_rotation = [r["ratio"] for n in four if n.startswith(name) for r in ratios[n]]
+        by_scale = [
+            tables.select(gaps, **where, scale="mse")[0]["gap"]
+            / tables.select(gaps, **where, scale="unbiased")[0]["gap"]
+            for n, record in four.items()
+            if n.startswith(name)
+            for gaps in [tables.select(record.table("gaps"), seed=0)]
+            for rotation in ("srht", "learned")
+            for centering in ("none", "dc", "token_mean")
+            for where in [{"rotation": rotation, "centering": centering}]
+        ]
+        for found in (by_scale, by_rotation):
+            assert f"{min(found):.2f} to {max(found):.2f}" in section
+
+
+def test_the_sizes_of_the_minis_are_those_of_their_records() -> None:
+    sizes = [
+        records.read("train", name).metric("n_parameters").value / 1e6
+        for name in four_models.PAIRS.values()
+    ]
+    assert f"with {min(sizes):.1f} to {max(sizes):.1f} million parameters" in README
+    assert f"`olmoe-mini` ({sizes[0]:.1f} million parameters" in README

@@ -84,7 +84,8 @@ def test_the_matrix_ties_theorem_claim_chapter_test_and_verdict() -> None:
 
 def test_the_box_names_verdict_test_claim_and_chapter() -> None:
     box = theorem_box(LOADED["dc-ceiling"]).data
-    assert box.startswith("> **`dc_centering_lifts_rotational_ceiling`: false.**")
+    verdict = CLAIMS["dc-lifts-ceiling"].verdict
+    assert box.startswith(f"> **`dc_centering_lifts_rotational_ceiling`: {verdict}.**")
     assert "[claim 16](/book/verdicts.ipynb#ledger-16) and [claim 17]" in box
     assert "S5" in box and "test_dc_centering" in box
     assert theorem_box(LOADED["ceiling"]).data.startswith("> **proved.**")

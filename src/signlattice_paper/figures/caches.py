@@ -22,30 +22,40 @@ _FAMILIES = (
 )
 
 
+_BITS = {
+    "bits": ("bits per coordinate, keys and values", (2, 3, 5, 9)),
+    "effective_bits": ("bits per coordinate at 512 tokens", (3, 5, 7, 9)),
+}
+
+
 @styled
-def fig_tradeoff(records: Mapping[str, RunRecord], window: int, bar: float = 2.0) -> Figure:
+def fig_tradeoff(
+    records: Mapping[str, RunRecord], window: int, bar: float = 2.0, bits: str = "bits"
+) -> Figure:
     """Perplexity lost against bits per coordinate, a panel per model.
 
-    Filled: the window and the sinks are kept whole; open: nothing is. A line joins the formats of
-    one family with the window. ``bar``: per cent that are drawn as a dotted line.
+    Filled: the window and the sinks are kept in 16 bits; open: there are none. A line joins the
+    formats of one family with the window. ``bar``: per cent that are drawn as a dotted line;
+    ``bits``: of a coordinate beyond the window, or "effective_bits" of the cache that was judged.
     """
+    label, ticks = _BITS[bits]
     figure, axes_of = panels(records)
     for axes, (model, record) in zip(axes_of, records.items()):
         rows = [row for row in record.table("caches") if _plain(row)]
         axes.axhline(bar, color=COLOURS["black"], ls=":", lw=1.2, label=f"{bar:g} %")
-        for label, colour, marker, where in _FAMILIES:
+        for name, colour, marker, where in _FAMILIES:
             family = [row for row in select(rows, **where) if _alike(row)]
-            with_window = sorted(select(family, window=window), key=lambda row: row["bits"])
-            _points(axes, with_window, colour, marker, label, line="-")
-            _points(axes, select(family, window=0), colour, marker, None, open_=True)
+            with_window = sorted(select(family, window=window), key=lambda row: row[bits])
+            _points(axes, with_window, bits, colour, marker, name, line="-")
+            _points(axes, select(family, window=0), bits, colour, marker, None, open_=True)
         eight = select(rows, keys="fp8", values="fp8")
-        _points(axes, select(eight, window=window), "black", "D", "FP8")
-        _points(axes, select(eight, window=0), "black", "D", None, open_=True)
+        _points(axes, select(eight, window=window), bits, "black", "D", "FP8")
+        _points(axes, select(eight, window=0), bits, "black", "D", None, open_=True)
         axes.set(yscale="log", xscale="log", title=model)
-        axes.set_xticks([2, 3, 5, 9], ["2", "3", "5", "9"])
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_yticks([_LEAST, 0.1, 1, 10], [f"≤ {_LEAST}", "0.1", "1", "10"])
         axes.minorticks_off()
-    return labelled(figure, axes_of, "bits per coordinate, keys and values", "perplexity lost, %")
+    return labelled(figure, axes_of, label, "perplexity lost, %")
 
 
 @styled
@@ -114,6 +124,7 @@ def _alike(row: Row) -> bool:
 def _points(
     axes,
     rows: Sequence[Row],
+    bits: str,
     colour: str,
     marker: str,
     label: str | None,
@@ -122,7 +133,7 @@ def _points(
     open_: bool = False,
 ) -> None:
     axes.plot(
-        [row["bits"] for row in rows],
+        [row[bits] for row in rows],
         [max(row["gap"], _LEAST) for row in rows],
         marker=marker,
         ls=line,

@@ -101,7 +101,7 @@ def fig_gauges(record: RunRecord) -> Figure:
 
 @styled
 def fig_gauge_gap(records: Mapping[str, RunRecord], rule: str = "unbiased") -> Figure:
-    """Perplexity lost by gauge, with intervals over documents, a panel per model; nothing whole."""
+    """Perplexity lost by gauge, with intervals over documents, a panel per model; no window."""
     figure, axes_of = panels(records)
     figure.set_size_inches(7.2, 3.3 * ((len(records) + 1) // 2) + 0.9)
     for axes, (model, record) in zip(axes_of, records.items()):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 from matplotlib.ticker import NullLocator
 
@@ -32,37 +33,47 @@ _FAMILIES = {
 }
 
 
+_BITS = {
+    "bits_512": ("bits per coordinate at 512 tokens", (3, 4, 5, 7, 10)),
+    "bits_8192": ("bits per coordinate at 8192 tokens", (1.5, 2, 3, 4, 6, 8)),
+}
+
+
 @styled
-def fig_ladder(records: Mapping[str, RunRecord], bar: float = 2.0) -> Figure:
+def fig_ladder(
+    records: Mapping[str, RunRecord], bar: float = 2.0, bits: str = "bits_8192"
+) -> Figure:
     """Perplexity lost against bits per coordinate with everything counted, a panel per model.
 
-    Bars are intervals over documents. The grey steps join the rungs than which none is both lighter
-    and better. ``bar``: per cent that are drawn as a dotted line.
+    Bars are intervals over documents. The grey steps join the points that no other point beats on
+    both axes. ``bar``: per cent that are drawn as a dotted line; ``bits``: at which length.
     """
+    label, ticks = _BITS[bits]
     figure, axes_of = panels(records)
     figure.set_figheight(figure.get_figheight() + 1.1)  # for the families above
     for axes, (model, record) in zip(axes_of, records.items()):
         rows = record.table("ladder")
-        _steps(axes, [row for row in rows if row["pareto"]])
+        _steps(axes, rows, bits)
         axes.axhline(bar, color=COLOURS["black"], ls=":", lw=1.2, label=f"{bar:g} %")
         for family, (colour, marker) in _FAMILIES.items():
-            _points(axes, [r for r in rows if r["family"] == family], colour, marker, family)
+            of_family = [row for row in rows if row["family"] == family]
+            _points(axes, of_family, bits, colour, marker, family)
         axes.set(xscale="log", yscale="log", title=model, ylim=(0.6 * _LEAST, 1.6 * _MOST))
-        axes.set_xticks([1.5, 2, 3, 4, 6, 8, 16], ["1.5", "2", "3", "4", "6", "8", "16"])
-        ticks = [_LEAST, 0.1, 1, 10, _MOST]
-        axes.set_yticks(ticks, [f"≤ {_LEAST}", "0.1", "1", "10", f"≥ {_MOST}"])
+        axes.set_xticks([*ticks, 16], [f"{tick:g}" for tick in (*ticks, 16)])
+        losses = [_LEAST, 0.1, 1, 10, _MOST]
+        axes.set_yticks(losses, [f"≤ {_LEAST}", "0.1", "1", "10", f"≥ {_MOST}"])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_minor_locator(NullLocator())
-    return labelled(figure, axes_of, "bits per coordinate at 8192 tokens", "perplexity lost, %")
+    return labelled(figure, axes_of, label, "perplexity lost, %")
 
 
-def _points(axes, rows: Sequence[Row], colour: str, marker: str, label: str) -> None:
+def _points(axes, rows: Sequence[Row], bits: str, colour: str, marker: str, label: str) -> None:
     """Rungs of a family with their intervals; all labels are there, or legends would differ."""
     gaps = [_drawn(row["gap"]) for row in rows]
     low = [gap - _drawn(row["gap_low"]) for row, gap in zip(rows, gaps)]
     high = [_drawn(row["gap_high"]) - gap for row, gap in zip(rows, gaps)]
     axes.errorbar(
-        [row["bits_8192"] for row in rows],
+        [row[bits] for row in rows],
         gaps,
         (low, high) if rows else None,
         ls="",
@@ -78,11 +89,11 @@ def _points(axes, rows: Sequence[Row], colour: str, marker: str, label: str) -> 
     )
 
 
-def _steps(axes, rows: Sequence[Row]) -> None:
-    best = sorted(rows, key=lambda row: row["bits_8192"])
+def _steps(axes, rows: Sequence[Row], bits: str) -> None:
+    light = sorted(rows, key=lambda row: row[bits])
     axes.step(
-        [row["bits_8192"] for row in best],
-        [_drawn(row["gap"]) for row in best],
+        [row[bits] for row in light],
+        list(accumulate((_drawn(row["gap"]) for row in light), min)),
         where="post",
         color=COLOURS["grey"],
         lw=1.2,

@@ -19,16 +19,21 @@ _CODES = {
 _BARS = (("vermilion", "--"), ("black", ":"))
 
 
+_NEARNESS = {"rotation": "β", "lattice": "metric cosine"}
+"""How near keys come to their code: a rotation's by the angle, a lattice's as queries see it."""
+
+
 @styled
 def fig_calibration(record: RunRecord) -> Figure:
-    """Perplexity lost, and how near keys come to their lattice, against keys per coordinate.
+    """Perplexity lost, and how near keys come to their code, against keys per coordinate.
 
-    Below: filled on held-out keys, open on the keys that were learned from, dashed what
-    learning makes of as much noise, on the noise itself. A lattice of too few keys lies below.
+    Below, a panel for each of the two cosines: filled on held-out keys, open on the keys that were
+    learned from, dashed what learning makes of as much noise, on the noise itself.
     """
-    figure = Figure(figsize=(6.4, 6.0))
-    above, below = figure.subplots(2, sharex=True)
-    for code, (label, colour, marker) in _CODES.items():
+    figure = Figure(figsize=(6.4, 7.6))
+    above, *below = figure.subplots(3, sharex=True)
+    for axes, (code, name) in zip(below, _NEARNESS.items()):
+        label, colour, marker = _CODES[code]
         rows = select(record.table("calibration"), code=code)
         x = [int(row["setting"]) for row in rows]
         style = {"color": COLOURS[colour], "marker": marker, "ms": 5}
@@ -37,23 +42,18 @@ def fig_calibration(record: RunRecord) -> Figure:
             for name in ("gap", "gap_low", "gap_high", "beta", "beta_in_sample", "null_in_sample")
         )
         above.errorbar(x, gap, (gap - low, high - gap), capsize=2, label=label, **style)
-        below.plot(x, beta, **style)
-        below.plot(x, in_sample, lw=1, markerfacecolor="white", **style)
-        below.plot(x, null, ls="--", lw=1.2, color=COLOURS[colour])
+        axes.plot(x, beta, label="held out", **style)
+        axes.plot(x, in_sample, lw=1, markerfacecolor="white", label="in sample", **style)
+        axes.plot(x, null, ls="--", lw=1.2, color=COLOURS[colour], label="in sample, of noise")
+        axes.set(ylabel=f"{name}, {label.removeprefix('learned ')}", ylim=(0.75, 1))
+        axes.legend()
     above.set(xscale="log", yscale="log", ylabel="perplexity lost, %")
     above.set_xticks(x, map(str, x))
     above.yaxis.set_major_formatter("{x:g}")
     above.yaxis.set_major_locator(LogLocator())
     above.minorticks_off()
     above.legend()
-    for label, line in (
-        ("held out", {"marker": "o"}),
-        ("in sample", {"marker": "o", "markerfacecolor": "white", "lw": 1}),
-        ("in sample, of noise", {"ls": "--", "lw": 1.2}),
-    ):
-        below.plot([], [], color=COLOURS["grey"], ms=5, label=label, **line)
-    below.set(ylabel="β", ylim=(0.75, 1), xlabel="calibration keys per coordinate of a head")
-    below.legend()
+    axes.set_xlabel("calibration keys per coordinate of a head")
     return figure
 
 
