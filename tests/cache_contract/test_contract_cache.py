@@ -11,7 +11,7 @@ import pytest
 import torch
 from contract_cases import ALL, EXACT, ONE, assert_same, generated, ours, read, theirs
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.cache_utils import Cache
 
 from cache_cases import DEVICES, codec_for, difference, new_cache, tiny, tokens
@@ -377,3 +377,34 @@ def test_threads_read_one_model_with_caches_of_both_kinds():
     for thread in threads:
         thread.join()
     assert not failed and model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("whole_graph", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
+def test_compile_of_a_decode_step_breaks_the_graph_or_says_so(whole_graph):
+    model = tiny("llama")
+    cache, expected = new_cache(model), new_cache(model)
+    for each in (cache, expected):
+        read(model, IDS, each)
+    torch.compiler.reset()  # of what another test compiled
+    step = torch.compile(model, fullgraph=whole_graph, backend="eager")
+    if whole_graph:
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="use torch.compile without fullgr"):
+            read(step, IDS[:, :1], cache)
+        assert cache.get_seq_length() == 26
+    assert (
+        difference(
+            read(model if whole_graph else step, IDS[:, :1], cache),
+            read(model, IDS[:, :1], expected),
+        )
+        < EXACT
+    )
+
+
+def test_compile_of_a_static_cache_is_one_graph_while_another_cache_is_open():
+    model = tiny("llama")
+    expected = read(model, IDS, theirs(model))
+    with new_cache(model):
+        static = StaticCache(config=model.config, max_cache_len=32)
+        torch.compiler.reset()
+        step = torch.compile(model, fullgraph=True, backend="eager")
+        assert difference(read(step, IDS, static), expected) < EXACT

@@ -80,6 +80,7 @@ class AttachedCache(Cache):
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
