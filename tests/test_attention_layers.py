@@ -15,7 +15,13 @@ from transformers import (
 
 from signlattice.errors import InputError
 from signlattice.models.capture import capture
-from signlattice.models.hooks import AttentionLayer, attention_hook, attention_layers
+from signlattice.models.hooks import (
+    AttentionCall,
+    AttentionLayer,
+    attention_hook,
+    attention_layers,
+    cacheable,
+)
 
 IDS = torch.randint(1, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 SMALL = dict(
@@ -188,3 +194,42 @@ def test_attention_layers_refuse_a_model_that_is_no_decoder():
     )
     with pytest.raises(InputError, match="BertModel has no decoder attention"):
         attention_layers(bert)
+
+
+def test_attention_call_honours_what_is_passed_and_not_what_the_module_says():
+    """OPT scales its queries itself: its calls pass 1, its modules say 1/sqrt(D)."""
+    config = AutoConfig.for_model("opt", **SMALL, ffn_dim=64, word_embed_proj_dim=64)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert {module.scaling for module in model.modules() if hasattr(module, "scaling")} == {0.25}
+    assert {layer.scaling for layer in attention_layers(model).values()} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"indices": torch.zeros(1)}, "passes indices"),
+        ({"dropout": 0.1}, "drops 0.1 of its weights"),
+        ({"is_causal": False}, "attends to later tokens"),
+    ],
+)
+def test_attention_call_refuses_what_a_cache_does_not_know(arguments, message):
+    with pytest.raises(InputError, match=message):
+        AttentionCall.of(torch.nn.Identity(), torch.zeros(1, 2, 3, 8), None, arguments)
+
+
+def test_attention_call_reads_every_argument_that_it_knows():
+    query, bias = torch.zeros(1, 2, 1, 16), torch.ones(1, 2, 1, 1)
+    arguments = {"softcap": 3.0, "s_aux": torch.ones(2), "position_bias": bias}
+    call = AttentionCall.of(
+        torch.nn.Identity(), query, None, arguments | {"sliding_window": 4, "dropout": 0.0}
+    )
+    assert (call.scaling, call.softcap, call.bias) == (0.25, 3.0, bias)
+    assert call.sinks.shape == (1, 2, 1, 1)
+
+
+def test_cacheable_names_why_keys_cannot_be_held():
+    sizes = SMALL | {"num_key_value_heads": 4, "head_dim": 8}
+    latent = dict(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8)
+    config = AutoConfig.for_model("deepseek_v2", **sizes, **latent, v_head_dim=8)
+    with pytest.raises(InputError, match="holds latents that keys are computed from"):
+        cacheable(attention_layers(AutoModelForCausalLM.from_config(config)))

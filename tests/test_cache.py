@@ -138,6 +138,36 @@ def test_whole_formats_are_a_dynamic_cache(name):
     assert torch.equal(generate(model, ids, whole(model)), generate(model, ids, dynamic(model)))
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("form", ["bool", "least", "inf"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_whole_formats_under_a_mask_of_four_axes_are_a_dynamic_cache(name, form, per_head):
+    """Float masks also add biases; queries see of later and earlier tokens what the mask shows."""
+    model, ids = tiny(name), tokens(2, 10)
+    if form == "bool" and model.config._attn_implementation == "eager":
+        pytest.skip("eager attention adds masks: there are no bool ones")
+    generator = torch.Generator().manual_seed(0)
+    shape = 2, 4 if per_head else 1, 10, 10
+    mask = (torch.rand(shape, generator=generator) > 0.3) | torch.eye(10, dtype=torch.bool)
+    if form != "bool":
+        hidden = -torch.inf if form == "inf" else torch.finfo(torch.float32).min
+        mask = torch.where(mask, torch.randn(shape, generator=generator), hidden)
+
+    def logits(cache) -> Tensor:
+        ends = (6, 7, 9, 10)
+        parts = [slice(first, end) for first, end in zip((0, *ends), ends)]
+        found = [
+            model(
+                ids[:, part], past_key_values=cache, attention_mask=mask[:, :, part, : part.stop]
+            ).logits
+            for part in parts
+        ]
+        return torch.cat(found, 1)
+
+    expected = logits(dynamic(model))
+    assert difference(logits(whole(model)), expected) < EXACT
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_window_that_holds_all_is_a_dynamic_cache(name):
     model, ids = tiny(name), tokens(2, 40)

@@ -50,7 +50,6 @@ class Case:
     starts: tuple[int, ...] = (0, 0)
     n: int = 80
     device: str = "cpu"
-    masks: bool = True  # a causal one is left out, as transformers does where it is all there is
     chunked: bool = False  # sliding is the length of chunks that a query does not see beyond
     form: str = "bool"  # of the mask: else hidden by "inf" or the dtype's "least"
     holes: float = 0.0  # share of earlier tokens that a query does not see
@@ -194,7 +193,7 @@ def run(case: Case, x: Tokens, sizes: tuple[int, ...], layer: PackedLayer | None
     at, outputs = layer.n_tokens, []
     sinks = None if case.logits is None else case.logits.view(1, -1, 1, 1)
     call = AttentionCall(0.3, case.softcap, sinks)
-    masked = any(case.starts) or (case.sliding is not None and case.masks)
+    masked = any(case.starts) or case.sliding is not None
     masked |= case.form != "bool" or case.holes > 0 or case.later or case.biased
     for size in (*sizes, x.query.shape[2] - at - sum(sizes)):
         if not size:
@@ -301,7 +300,6 @@ def test_a_query_sees_the_same_token_by_token(case):
         Case(sinks=90),
         Case(sliding=24, sinks=0),
         Case(sliding=24, sinks=0, window=24),
-        Case(sliding=24, sinks=0, masks=False),
         Case("lattice", sliding=10, sinks=0, window=0, values="int2"),
         Case(sliding=1, sinks=0, window=1),
         Case(sliding=24, sinks=0, centering="none", softcap=2.0, starts=(0, 70)),

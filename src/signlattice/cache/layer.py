@@ -618,7 +618,7 @@ class PackedKV:
         window = layer.format.window
         lowest, highest = n - n_new + rows.start, n - n_new + rows.stop - 1
         i = torch.arange(lowest, highest + 1, device=query.device)
-        first_seen, end_seen = self._span(lowest, highest, rows, seen)
+        first_seen, end_seen = self._span(highest, rows, seen, n_new)
         oldest_whole = n - self.keys.shape[2]
         end_packed = max(highest - window + 1, min(oldest_whole, end_seen))
         end_packed = max(min(end_packed, end_seen), first_seen)
@@ -659,12 +659,13 @@ class PackedKV:
             call,
         )
 
-    def _span(self, lowest: int, highest: int, rows: slice, seen: Seen) -> tuple[int, int]:
+    def _span(self, highest: int, rows: slice, seen: Seen, n_new: int) -> tuple[int, int]:
         """Return the first token and the end of those that some queries see."""
         if seen.spans is not None:
             return seen.spans[rows.start // BLOCK]
-        window = self.layer.layer.window
-        first = self.first if window is None else max(self.first, lowest - window + 1)
+        # without a mask the cache decides: what transformers' sliding layer holds beside new tokens
+        window, before = self.layer.layer.window, self.n_tokens - n_new
+        first = 0 if window is None else max(0, before - (window - 1))
         return first, highest + 1
 
     def _shown(
@@ -674,12 +675,9 @@ class PackedKV:
 
         Both [B, 1 or Hq, T, n]; the second is None where nothing is added.
         """
-        window = self.layer.layer.window
 
         def causal(j: Tensor) -> Tensor:
-            j = j.expand(batch, -1)[:, None, None]
-            near = True if window is None else j > i[:, None] - window
-            return (j <= i[:, None]) & near
+            return j.expand(batch, -1)[:, None, None] <= i[:, None]
 
         def column_of(matrix: Tensor, j: Tensor) -> Tensor:
             first = self.n_tokens - matrix.shape[-1]
