@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -237,8 +239,8 @@ def test_any_checkpoint_and_any_text_walk_the_whole_way(
     for command in (
         learn,
         ("inspect", file),
-        ("measure", llama_folder, file, "--passages", 4),
-        ("evaluate", llama_folder, file, "--window", 8, "--passages", 2, "--step", 32),
+        ("measure", llama_folder, file, "--text", own_text, "--passages", 4),
+        ("evaluate", llama_folder, file, "--text", own_text, "--window", 8, "--passages", 2),
         ("generate", llama_folder, file, "def f", "--window", 2, "--max-new-tokens", 5),
         ("bench", "--tokens", 64, "--heads", 1, "--head-dim", 64, "--rounds", 1),
     ):
@@ -316,6 +318,29 @@ def test_a_missing_codec_is_told_before_a_model_is_loaded(capsys, tmp_path):
 
 def test_a_codec_of_another_model_is_told(learned, capsys):
     assert "fit one for this model" in told(capsys, "measure", "olmoe-mini", learned)
+
+
+def test_a_codec_chooses_no_text_and_sends_nothing_to_a_terminal(learned, capsys, tmp_path):
+    own = KeyCodec.load(learned)
+    file = tmp_path / "codec.safetensors"
+    for text in ("/", "c4", str(tmp_path / "pipe"), "\x1b]0;title\x07"):
+        replace(own, provenance=own.provenance | {"text": text}).save(file, bits=8)
+        for command in ("measure", "evaluate"):
+            err = told(capsys, command, MODEL, file)
+            assert "name the text to read with --text" in err and "\x1b" not in err
+        assert main(["inspect", str(file)]) == 0
+        assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_pipe_is_no_codec(capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a device or a pipe" in told(capsys, "inspect", tmp_path / "pipe")
+    assert "name too long" in told(capsys, "inspect", "n" * 5000)
+
+
+def test_bench_refuses_what_does_not_fit_the_memory(capsys):
+    err = told(capsys, "bench", "--device", "cpu", "--tokens", "999999999999")
+    assert "--tokens 999999999999: keys and values of" in err and "use fewer" in err
 
 
 def test_a_truncated_codec_is_told(learned, capsys, tmp_path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -232,3 +233,19 @@ def test_a_kept_text_that_was_damaged_is_told(c4, commits, tmp_path, damage):
     file.write_text(damage(file.read_text()))
     with pytest.raises(IntegrityError, match="is damaged: delete it"):
         read_text("c4", **options)
+
+
+def test_read_text_refuses_blanks_pipes_and_paths_that_no_system_has(tmp_path):
+    (tmp_path / "blank.txt").write_text(" \n\t" * LEAST_BYTES)
+    os.mkfifo(tmp_path / "pipe")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.txt")
+    for name, told in (
+        ("blank.txt", "is empty"),
+        ("pipe", "unknown text"),
+        ("folder", "no .txt file in"),
+        ("n" * 5000, "cannot read .*[Ff]ile name too long"),
+    ):
+        with pytest.raises(InputError, match=told):
+            read_text(tmp_path / name)

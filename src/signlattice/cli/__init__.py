@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from signlattice import __version__
+from signlattice.cli.show import visible
 from signlattice.errors import InputError
 from signlattice.quantizers import registry
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     reconfigure(errors="replace")  # a terminal that knows no β
             return _main(argv)
         except InputError as error:
-            print(f"signlattice: {error}", file=sys.stderr)
+            print(visible(f"signlattice: {error}"), file=sys.stderr)
             return 1
         except KeyboardInterrupt as interrupt:
             told = ("signlattice: interrupted", *map(str, interrupt.args))
@@ -65,7 +66,7 @@ def _main(argv: Sequence[str] | None) -> int:
         if options.json:
             print(json.dumps(document, indent=1, allow_nan=False))
         else:
-            print("\n".join(lines))
+            print(visible("\n".join(lines), keep="\n\t"))
     return 0
 
 
@@ -128,6 +129,8 @@ def _run(options: argparse.Namespace) -> tuple[dict, list[str]] | None:
 
     try:
         return getattr(commands, options.command)(options)
+    except OSError as error:  # of a place where none was foreseen
+        raise InputError(str(error)) from None
     except commands.OutOfMemory:
         fewer = "--tokens or --batch" if options.command == "bench" else "--batch-size or --context"
         raise InputError(f"the device has too little memory for this: lower {fewer}") from None
@@ -240,7 +243,7 @@ def _measure(commands: argparse._SubParsersAction) -> None:
         "signlattice measure olmoe-mini codec.safetensors",
     )
     _add_model(command, codec=True)
-    _add_text(command, "that of the codec")
+    _add_text(command, "corpus for a small model of ours, else wikitext")
     command.add_argument(
         "--passages",
         metavar="N",
@@ -258,7 +261,7 @@ def _evaluate(commands: argparse._SubParsersAction) -> None:
         "signlattice evaluate olmoe-mini codec.safetensors --values int8,int4 --window 64",
     )
     _add_model(command, codec=True)
-    _add_text(command, "that of the codec")
+    _add_text(command, "corpus for a small model of ours, else wikitext")
     command.add_argument(
         "--values",
         metavar="LIST",

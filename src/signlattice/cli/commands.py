@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -424,6 +425,13 @@ def bench(options: argparse.Namespace) -> Result:
         DecodeCase(tokens, options.head_dim, options.heads, options.group, options.batch)
         for tokens in options.tokens
     )
+    coordinates = options.batch * options.heads * options.head_dim * max(options.tokens)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device == "cpu" and 4 * coordinates > memory:  # keys and values in 16 bits
+        raise InputError(
+            f"--tokens {max(options.tokens)}: keys and values of {4 * coordinates / 1e9:.3g} GB, "
+            f"with {memory / 1e9:.3g} GB of memory here; use fewer"
+        )
     with _bar(options, len(cases) * options.rounds) as bar:
         rows = decode_rows(
             cases,
@@ -542,10 +550,16 @@ def fetch(options: argparse.Namespace) -> Result:
 def _with_codec(options: argparse.Namespace) -> tuple[LoadedModel, KeyCodec, Text]:
     """Load model, codec and text; check first what is quickly checked."""
     codec = KeyCodec.load(options.codec)
+    default = _default_text(options.model)
+    learned_on = codec.provenance.get("text", default)
+    if options.text is None and learned_on != default:  # a file does not choose what is read
+        raise InputError(
+            f"the codec says that it was learned on the text {learned_on!r}: "
+            "name the text to read with --text"
+        )
     loaded = _load(options)
     codec.check_model(loaded.weights_hash)
-    name = options.text or codec.provenance.get("text", _default_text(options.model))
-    return loaded, codec, read_text(name)
+    return loaded, codec, read_text(options.text or default)
 
 
 def _default_text(model: str) -> str:
@@ -608,6 +622,8 @@ def _cache_config(
 
 def _prompt(prompt: str) -> str:
     try:
+        if prompt == "-" and sys.stdin is None:
+            raise InputError("PROMPT is -, but stdin is closed: give the text itself")
         if prompt == "-":
             prompt = sys.stdin.buffer.read().decode()
         prompt.encode()

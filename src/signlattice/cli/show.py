@@ -50,6 +50,14 @@ def size(n_bytes: float) -> str:
     raise AssertionError
 
 
+def visible(text: str, keep: str = "") -> str:
+    """Escape what a terminal would act on, or not show: control characters and their like."""
+    return "".join(
+        c if c in keep or c.isprintable() else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
+
+
 def plain(value: Any) -> Any:
     """Convert a value for JSON: arrays to lists, and numbers that are not finite to None."""
     if isinstance(value, Mapping):

@@ -222,21 +222,13 @@ def _articles(rows: Iterable[str], heading: str | None) -> Iterator[str]:
 
 
 def _own(path: Path) -> dict[Split, list[Document]]:
-    if path.is_dir():
-        files = sorted(path.rglob("*.txt"))
-        if not files:
-            raise InputError(f"no .txt file in {display_path(path)}: give UTF-8 text files")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise InputError(
-            f"unknown text {str(path)!r}: choose one of {', '.join(PACKAGED_TEXTS)}, "
-            f"{', '.join(HUB_TEXTS)}, "
-            "or give a file or a folder of .txt files"
-        )
+    try:
+        files = _text_files(path)
+    except OSError as error:
+        raise InputError(f"cannot read {display_path(path)}: {error.strerror}") from None
     pieces = [(file, n, piece) for file in files for n, piece in enumerate(_pieces(_decoded(file)))]
     total = sum(len(piece.encode()) for *_, piece in pieces)
-    if not total:
+    if not any(piece.strip() for *_, piece in pieces):
         raise InputError(
             f"{display_path(path)} is empty: give at least {LEAST_BYTES} bytes of text"
         )
@@ -247,6 +239,22 @@ def _own(path: Path) -> dict[Split, list[Document]]:
             "128 tokens per coordinate of a head are enough"
         )
     return _divided(pieces, total)
+
+
+def _text_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        next(path.iterdir(), None)  # a folder that cannot be entered says so
+        files = sorted(file for file in path.rglob("*.txt") if file.is_file())
+        if not files:
+            raise InputError(f"no .txt file in {display_path(path)}: give UTF-8 text files")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise InputError(
+            f"unknown text {str(path)!r}: choose one of {', '.join(PACKAGED_TEXTS)}, "
+            f"{', '.join(HUB_TEXTS)}, or give a file or a folder of .txt files"
+        )
+    return files
 
 
 def _divided(pieces: list[tuple[Path, int, str]], total: int) -> dict[Split, list[Document]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from signlattice.errors import InputError, IntegrityError
 from signlattice.hub import refusals
-from signlattice.io import content_hash, display_path, write_tensors
+from signlattice.io import check_target, content_hash, display_path, write_tensors
 from signlattice.quantizers import registry
 from signlattice.quantizers.base import StoredQuantizer
 
@@ -251,6 +251,7 @@ def _write(path: Path, header: dict, tensors: Mapping[str, Tensor]) -> None:
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """Read header and tensors of a file, both as they were written."""
+    check_target(path)  # opening a pipe would wait
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("signlattice", "null"))
