@@ -50,12 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:
-        print(f"signlattice: {error}", file=sys.stderr)
+        print(f"signlattice: {_visible(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print(": ".join(("signlattice: interrupted", *map(str, interrupt.args))), file=sys.stderr)
         return 130
     return 0
+
+
+def _visible(text: str) -> str:
+    """Write out what a terminal would obey: a name that is told may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _run(options: argparse.Namespace) -> tuple[dict, list[str]] | None:
