@@ -33,7 +33,7 @@ STAMP    := .venv/.installed
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 BENCHES  := $(sort $(wildcard benchmarks/bench_*.py))
 
-.PHONY: help book html pdf records check-records lab gemma estimate lint test test-all test-gpu test-browser cross-compile twice bench clean
+.PHONY: help book html pdf records check-records lab gemma estimate lint test test-all test-gpu test-browser cross-compile twice bench probe clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -110,6 +110,9 @@ lint: $(STAMP) ## style, types, and who imports whom: what the hooks before a co
 
 bench: $(STAMP) ## time the solvers, and the kernels on the device at hand
 	@set -e; for bench in $(BENCHES); do echo "== $$bench"; $(BIN)/python $$bench; done
+
+probe: $(STAMP) ## try many inputs at the edges, by kind, in less than five minutes
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/probe.py
 
 clean: ## remove what a build leaves; the environment goes with: rm -r .venv
 	rm -rf _build build .pytest_cache .hypothesis .ruff_cache .import_linter_cache

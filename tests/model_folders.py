@@ -234,7 +234,10 @@ def _weights() -> Iterator[tuple[str, Damage]]:
     yield "a weight is transposed and cut", tensors(lambda h: h.update({first: h[first][:7].mT}))
     yield "a weight has no axis", tensors(lambda h: h.update({first: torch.tensor(1.0)}))
     yield "a weight has integers", tensors(lambda h: h.update({first: h[first].to(torch.int8)}))
-    yield "a weight has complex numbers", tensors(lambda h: h.update({first: h[first] + 0j}))
+    yield (
+        "a weight has complex numbers",
+        tensors(lambda h: h.update({first: h[first].float() + 0j})),
+    )
     yield "a weight is NaN", tensors(lambda held: held[first].fill_(float("nan")))
     yield "a weight is infinite", tensors(lambda held: held[first].fill_(float("inf")))
     yield "a weight is huge", tensors(lambda held: held[first].fill_(3e38))
