@@ -12,7 +12,7 @@ import pytest
 
 from signlattice.alignment import beta
 from signlattice.data.texts import read_text
-from signlattice.errors import InputError
+from signlattice.errors import InputError, IntegrityError
 from signlattice.evaluation.perplexity import token_losses
 from signlattice.models.capture import capture_passages
 from signlattice.models.gguf import GEMMA_3_270M, fetch_model
@@ -30,6 +30,8 @@ def gemma() -> LoadedModel:
     try:
         fetch_model(GEMMA_3_270M.name)
         read_text("wiki")
+    except IntegrityError:
+        raise
     except InputError as error:
         pytest.skip(f"THE REAL MODEL IS NOT TESTED: {error}")
     return replace(load_model(GEMMA_3_270M.name), context=CONTEXT)

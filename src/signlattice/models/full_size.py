@@ -45,6 +45,9 @@ from signlattice.rotations.config import LearnConfig
 CONTEXT = 2048
 """Tokens of a window, unless another number is asked for or the model reads fewer."""
 
+LOGIT_BYTES = 2**30
+"""Bytes of logits that an evaluation holds at once, at most: it computes them in pieces."""
+
 INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"}
@@ -71,7 +74,7 @@ class Preflight:
         parameters: of the text decoder.
         active: of those, the ones that are multiplied with in every token.
         dtype: of the loaded weights.
-        memory_bytes: of the weights, and of the logits of one window.
+        memory_bytes: of the weights, and of the logits of a window, or of a piece of it.
         context: tokens of a window.
         keys: groups of like layers that have keys of their own: (layers, KV heads, head size).
     """
@@ -203,7 +206,8 @@ def preflight(
     chosen = _dtype(dtype, config)
     skeleton = _skeleton(config)
     parameters, active = _parameters(skeleton)
-    memory = parameters * chosen.itemsize + context * config.vocab_size * (chosen.itemsize + 4)
+    logits = context * config.vocab_size * (chosen.itemsize + 4)
+    memory = parameters * chosen.itemsize + min(logits, LOGIT_BYTES)
     _check_disk(name, to_fetch)
     _check_memory(name, memory, chosen, device_map)
     return Preflight(
