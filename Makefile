@@ -43,7 +43,7 @@ help: ## this list
 	@echo
 	@echo $(call quoted,  MODEL=$(MODEL)   LAB="$(strip $(LAB))"   PYTHON=$(PYTHON))
 	@echo
-	@echo "A model of full size, by its name on the hub or its folder; TEXT is wikitext, c4 or a file:"
+	@echo "A model of full size, by its name on the hub or its folder; TEXT is wiki, prose, wikitext, c4 or a file:"
 	@echo "  make lab MODEL=OLMoE-1B-7B PROFILE=full [TEXT=…] [CONTEXT=…] [REVISION=…]"
 
 book: $(STAMP) ## execute the chapters and build the book: _build/html/index.html

@@ -173,6 +173,15 @@ def test_attention_layers_without_groups_have_as_many_heads_as_queries():
     assert attention_layers(model) == {0: AttentionLayer(0, 0, 2, 2, 8, 8**-0.5)}
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_log_weights_of_some_queries_are_rows_of_all(window):
+    layer = AttentionLayer(0, 0, 1, 1, 4, 0.5, window)
+    products = torch.randn(2, 7, 7)
+    torch.testing.assert_close(
+        layer.log_weights(products[:, 2:5], 2), layer.log_weights(products)[:, 2:5]
+    )
+
+
 def test_log_weights_of_a_window_are_those_of_that_many_tokens():
     layer = AttentionLayer(0, 0, 1, 1, 8, 1.0, window=3)
     weights = layer.log_weights(torch.zeros(6, 6)).exp()

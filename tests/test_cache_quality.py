@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from conftest import documents
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
@@ -27,7 +29,7 @@ from signlattice.evaluation.through_cache import (
     retrieval,
 )
 from signlattice.models.loading import load_model
-from signlattice.models.passages import full_windows
+from signlattice.models.passages import describe_windows, full_windows, passages
 from signlattice.quantizers.basis import LatticeConfig
 from signlattice.rotations.config import LearnConfig
 from signlattice_paper.experiments import caches
@@ -101,12 +103,47 @@ def test_a_gap_is_the_ratio_of_perplexities(loaded, pieces):
     assert gap_percent(worse, exact).value == pytest.approx(100 * (ratio - 1))
 
 
-def test_short_documents_are_read_as_one(loaded):
-    short = tuple(Document("p", f"{i}.py", f"x{i} = {i}\n" * 4, "evaluation") for i in range(64))
-    found = full_windows(loaded, short, 5)
-    assert found and all(len(piece.ids) == CONTEXT for piece in found)
+def a_text(n_documents: int, lines: int) -> tuple[Document, ...]:
+    return tuple(
+        Document("p", f"{i}.py", f"x{i} = {i}\n" * lines, "evaluation") for i in range(n_documents)
+    )
+
+
+@pytest.mark.parametrize("lines, crossing", [(4, "all"), (30, "some"), (400, "none")])
+def test_full_windows_are_as_many_as_the_text_holds(loaded, lines, crossing):
+    documents = a_text(8, lines)
+    found = full_windows(loaded, documents, 1000 if crossing != "none" else 12)
+    assert all(len(piece.ids) == CONTEXT for piece in found)
+    n_tokens = sum(map(len, loaded.encode([each.text for each in documents])))
+    # each joined window has a token in front, and the last stretch fills none
+    assert len(found) == 12 if crossing == "none" else len(found) >= n_tokens // CONTEXT - 1
+    assert {piece.joined for piece in found} == {
+        "all": {True},
+        "some": {False, True},
+        "none": {False},
+    }[crossing]
+    said = describe_windows(found, 1000)
+    assert said.startswith(f"{len(found)} windows") and "of 1000 asked for" in said
+    assert ("across documents" in said) == (crossing != "none")
+
+
+def test_full_windows_refuse_a_text_that_fills_none(loaded):
     with pytest.raises(InputError, match="does not fill the context of 72"):
-        full_windows(loaded, short[:1], 5)
+        full_windows(loaded, a_text(1, 4), 5)
+
+
+def test_passages_begin_with_a_token_that_the_tokenizer_puts_before_any_text(loaded):
+    (document,) = a_text(1, 60)
+    bos = loaded.tokenizer.bos_token_id
+    assert [p.ids[0] == bos for p in passages(loaded, [document])][:2] == [True, False]
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", bos)]
+    )
+    found = passages(replace(loaded, tokenizer=tokenizer), [document])
+    assert len(found) > 2 and all(piece.ids[0] == bos for piece in found)
+    ids = [i for piece in found for i in piece.ids[1:].tolist()]
+    assert ids == loaded.encode([document.text])[0]  # nothing lost
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])

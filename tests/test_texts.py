@@ -106,8 +106,8 @@ def test_a_file_that_is_no_text_is_told(tmp_path, content, told):
 
 
 def test_what_is_not_there_is_told(tmp_path):
-    with pytest.raises(InputError, match="unknown text 'wiki': choose one of corpus, wikitext, c4"):
-        read_text("wiki")
+    with pytest.raises(InputError, match="'news': choose one of corpus, prose, wiki, wikitext"):
+        read_text("news")
     with pytest.raises(InputError, match="no .txt file in"):
         read_text(tmp_path)
     with pytest.raises(InputError, match="evaluation_bytes=0"):

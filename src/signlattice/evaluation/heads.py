@@ -15,6 +15,9 @@ from signlattice.models.hooks import AttentionLayer
 from signlattice.quantizers.base import StoredQuantizer
 from signlattice.quantizers.sign import SignQuantizer
 
+QUERIES_AT_ONCE = 1024
+"""Queries of a sequence whose weights are in memory at once."""
+
 
 @dataclass(frozen=True)
 class HeadQuality:
@@ -45,13 +48,16 @@ def head_quality(codec: StoredQuantizer, bank: StateBank, layer: AttentionLayer)
         decoded = replace(codec, temperature=None).reconstruct(keys[None])[0]
     kl, top1, n_queries = torch.zeros(codec.n_heads), torch.zeros(codec.n_heads), 0
     for query, key in bank.sequences(layer.index):
-        exact = layer.log_weights(_scores(query, key))
-        coded = layer.log_weights(codec.scores(query[None], codec.encode(key[None]))[0])
-        difference = (exact.exp() * (exact - coded).nan_to_num(0.0)).sum(-1)
-        same = (exact.argmax(-1) == coded.argmax(-1)).float()
+        codes = codec.encode(key[None])
         groups = (codec.n_heads, -1)
-        kl += difference.unflatten(0, groups).mean(1).sum(-1)
-        top1 += same.unflatten(0, groups).mean(1).sum(-1)
+        for first in range(0, query.shape[1], QUERIES_AT_ONCE):
+            some = query[:, first : first + QUERIES_AT_ONCE]
+            exact = layer.log_weights(_scores(some, key), first)
+            coded = layer.log_weights(codec.scores(some[None], codes)[0], first)
+            same = (exact.argmax(-1) == coded.argmax(-1)).float()
+            difference = (exact.exp() * (exact - coded).nan_to_num(0.0)).sum(-1)
+            kl += difference.unflatten(0, groups).mean(1).sum(-1)
+            top1 += same.unflatten(0, groups).mean(1).sum(-1)
         n_queries += query.shape[1]
     return HeadQuality(
         beta=_betas(codec, keys),

@@ -43,6 +43,9 @@ from signlattice.rotations.config import LearnConfig
 CONTEXT = 2048
 """Tokens of a window, unless another number is asked for or the model reads fewer."""
 
+LOGIT_BYTES = 2**30
+"""Bytes of logits that an evaluation holds at once, at most: it computes them in pieces."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OR = ", ".join(DTYPES)
 _GB = 1e9
@@ -62,7 +65,7 @@ class Preflight:
         parameters: of the text decoder.
         active: of those, the ones that are multiplied with in every token.
         dtype: of the loaded weights.
-        memory_bytes: of the weights, and of the logits of one window.
+        memory_bytes: of the weights, and of the logits of a window, or of a piece of it.
         context: tokens of a window.
         keys: groups of like layers that have keys of their own: (layers, KV heads, head size).
     """
@@ -198,7 +201,8 @@ def preflight(
     chosen = _dtype(dtype, config)
     model = skeleton(config, name, files)
     parameters, active = _parameters(model)
-    memory = parameters * chosen.itemsize + context * config.vocab_size * (chosen.itemsize + 4)
+    logits = context * config.vocab_size * (chosen.itemsize + 4)
+    memory = parameters * chosen.itemsize + min(logits, LOGIT_BYTES)
     _check_disk(name, to_fetch)
     _check_memory(name, memory, chosen, device_map)
     return Preflight(

@@ -163,29 +163,41 @@ class AttentionLayer:
         """Centering that costs the layer nothing: a static mean where softmax is blind to it."""
         return "token_mean" if self.mean_cancels else "none"
 
-    def log_weights(self, products: Tensor) -> Tensor:
-        """Compute log attention weights from inner products [..., T, T] of queries and keys.
+    def log_weights(self, products: Tensor, first: int = 0) -> Tensor:
+        """Compute log attention weights from inner products [..., t, T] of queries and keys.
 
-        The T queries and T keys are those of the same tokens. A sink logit is left out: the weights
-        are those among the tokens. Raises ``InputError`` on a layer with a bias by position.
+        The queries are those of ``t`` of the T tokens, from ``first`` on. A sink logit is left out:
+        the weights are those among the tokens. Raises ``InputError`` on a layer with a bias by
+        position.
         """
         if self.bias:
             raise InputError(f"layer {self.index} adds a bias by position: it cannot be measured")
         scores = products * self.scaling
         if self.softcap is not None:
             scores = self.softcap * (scores / self.softcap).tanh()
-        visible = self.visible(scores.shape[-1], scores.device)
+        n_queries, n_tokens = scores.shape[-2:]
+        visible = self.visible(n_tokens, scores.device, first, n_queries)
         return scores.masked_fill(~visible, -math.inf).log_softmax(-1)
 
-    def visible(self, n_tokens: int, device: torch.device | None = None) -> Tensor:
-        """Return which keys each query of T tokens sees, bool [T, T]: itself and those before."""
-        mask = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril()
+    def visible(
+        self,
+        n_tokens: int,
+        device: torch.device | None = None,
+        first: int = 0,
+        n_queries: int | None = None,
+    ) -> Tensor:
+        """Return which of T keys each query sees, bool [t, T]: its own token and those before.
+
+        The t queries, all unless ``n_queries`` says otherwise, begin at token ``first``.
+        """
+        n_queries = n_tokens - first if n_queries is None else n_queries
+        mask = torch.ones(n_queries, n_tokens, dtype=torch.bool, device=device).tril(first)
         if self.window is None:
             return mask
         if self.chunked:
             chunk = torch.arange(n_tokens, device=device) // self.window
-            return mask & (chunk[:, None] == chunk)
-        return mask.triu(1 - self.window)
+            return mask & (chunk[first : first + n_queries, None] == chunk)
+        return mask.triu(first + 1 - self.window)
 
 
 _HELD = ("full_attention", "sliding_attention", "chunked_attention")

