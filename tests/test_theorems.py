@@ -11,7 +11,7 @@ import yaml
 from signlattice.errors import InputError, IntegrityError
 from signlattice_paper import notebooks
 from signlattice_paper.claims import VERDICTS, load_claims
-from signlattice_paper.theorems import THEOREMS, Theorem, load_theorems, theorem_box, theorem_matrix
+from signlattice_paper.theorems import THEOREMS, Theorem, load_theorems, theorem_box, theorem_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = load_claims()
@@ -71,15 +71,27 @@ def test_the_page_says_that_no_formal_proof_was_had() -> None:
     assert "could not be had, and no proof assistant runs here" in PROSE
 
 
-def test_the_matrix_ties_theorem_claim_chapter_test_and_verdict() -> None:
-    lines = theorem_matrix(LOADED.values()).data.splitlines()
-    assert len(lines) == len(LOADED) + 2
-    row = next(line for line in lines if "(#theorems-srht)" in line)
-    assert "srht_<wbr>achieves_<wbr>isotropic_<wbr>floor</small> | false |" in row
-    assert "[9](/book/verdicts.ipynb#ledger-9)" in row
-    assert "(/book/s3_floor.ipynb)" in row
-    assert "(/tests/equations/test_srht_achieves_isotropic_floor.py)" in row
-    assert all(line.count("|") == 6 for line in lines)
+def test_theorem_tables_say_what_each_is_for_in_the_parts_of_the_page() -> None:
+    text = theorem_tables(LOADED.values()).data
+    parts = re.findall(r"^\*\*(.+)\*\*$", text, re.MULTILINE)
+    assert parts == list(dict.fromkeys(t.part for t in LOADED.values()))
+    assert parts == [
+        part for part in re.findall(r"^## (.+)$", PROSE, re.MULTILINE) if part in parts
+    ]
+    rows = {
+        row.split("](#theorems-")[1].split(")")[0]: row for row in text.splitlines() if "](#" in row
+    }
+    assert list(rows) == list(LOADED)
+    assert all(t.says in rows[t.id] and t.use in rows[t.id] for t in LOADED.values())
+    assert all(row.count("|") == 5 for row in rows.values())
+    assert "srht_<wbr>achieves_<wbr>isotropic_<wbr>floor: false</small>" in rows["srht"]
+    assert "(/tests/equations/test_srht_achieves_isotropic_floor.py)" in rows["srht"]
+
+
+@EACH
+def test_its_section_stands_in_its_part(theorem: Theorem) -> None:
+    before, _, _ = PROSE.partition(f"({theorem.target})=\n")
+    assert re.findall(r"^## (.+)$", before, re.MULTILINE)[-1] == theorem.part
 
 
 def test_the_box_names_verdict_test_claim_and_chapter() -> None:
@@ -96,7 +108,10 @@ def entry(**changes: object) -> dict:
         "id": "one",
         "origin": "ours",
         "name": None,
+        "part": "The floor",
         "title": "One",
+        "says": "It is one.",
+        "use": "To count.",
         "claims": ["gaussian-floor"],
         "chapters": ["s3"],
         "tests": ["test_a.py"],

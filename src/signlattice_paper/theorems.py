@@ -1,11 +1,12 @@
 """Theorems: which claims each bears on, where it is discussed, and which test checks it.
 
 Read from ``theorems.yml``. Statements and proofs are on the book's page *theorems*, which shows the
-boxes and the matrix made here; verdicts are those of ``claims.yml`` and are written nowhere else.
+boxes and the tables made here; verdicts are those of ``claims.yml`` and are written nowhere else.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,22 +24,23 @@ ORIGINS = ("paper", "ours")
 PROVED = "proved"
 """The verdict on a theorem of our own: its proof is on the page."""
 
-# On a narrow screen the table scrolls, rather than break the tests' names at every letter.
-_WIDE = '<span style="display: inline-block; min-width: 11em">'
-
 
 @dataclass(frozen=True)
 class Theorem:
     """One theorem, and what it is tied to.
 
-    ``name`` is the paper's for its formal proof, None for ours. ``claims`` are claims it bears on;
+    ``name`` is the paper's for its formal proof, None for ours. ``part`` is the page's part that it
+    stands in; ``says`` and ``use`` are a sentence each. ``claims`` are claims it bears on;
     ``chapters`` are first words of chapters (``s3``); ``tests`` are files in tests/equations.
     """
 
     id: str
     origin: str
     name: str | None
+    part: str
     title: str
+    says: str
+    use: str
     claims: tuple[Claim, ...]
     chapters: tuple[str, ...]
     tests: tuple[str, ...]
@@ -90,20 +92,21 @@ def theorem_box(theorem: Theorem) -> Markdown:
     return Markdown("> " + " ".join(parts))
 
 
-def theorem_matrix(theorems: Iterable[Theorem]) -> Markdown:
-    """Tabulate theorems with the paper's names, verdicts, claims, chapters and tests."""
-    lines = ["| theorem | verdict | claims | chapters | tests |", "|---" * 5 + "|"]
-    for theorem in theorems:
-        name = f"<br><small>{theorem.name.replace('_', '_<wbr>')}</small>" if theorem.name else ""
-        cells = (
-            f"[{theorem.title}](#{theorem.target}){name}",
-            theorem.verdict,
-            ", ".join(_claim(claim) for claim in theorem.claims),
-            ", ".join(_chapter(chapter) for chapter in theorem.chapters),
-            f"{_WIDE}{', '.join(_test(test) for test in theorem.tests)}</span>",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return Markdown("\n".join(lines))
+def theorem_tables(theorems: Iterable[Theorem]) -> Markdown:
+    """Tabulate what each theorem says, what it is for and its tests: a table for each part."""
+    lines: list[str] = []
+    for part, members in itertools.groupby(theorems, key=lambda theorem: theorem.part):
+        lines += ["", f"**{part}**", "", "| theorem | says | use | tests |", "|---" * 4 + "|"]
+        for theorem in members:
+            name = f"{theorem.name.replace('_', '_<wbr>')}: " if theorem.name else ""
+            cells = (
+                f"[{theorem.title}](#{theorem.target})<br><small>{name}{theorem.verdict}</small>",
+                theorem.says,
+                theorem.use,
+                ", ".join(_test(test) for test in theorem.tests),
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    return Markdown("\n".join(lines[1:]))
 
 
 def _joined(parts: Iterable[str]) -> str:
