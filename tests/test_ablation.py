@@ -36,7 +36,7 @@ def lab_of(loaded, folder, config=CONFIG):
     return AblationLab(loaded, read_text("corpus"), config, folder)
 
 
-def test_every_configuration_has_its_row(olmoe, tmp_path):
+def test_ablation_lab_has_a_row_for_every_configuration(olmoe, tmp_path):
     lab = lab_of(olmoe, tmp_path)
     rows = lab.run()["rows"]
     assert [Case(*(row[f.name] for f in dataclasses.fields(Case))) for row in rows] == lab.cases()
@@ -47,7 +47,7 @@ def test_every_configuration_has_its_row(olmoe, tmp_path):
     assert tempered.layers[0].temperature is not None
 
 
-def test_a_fitted_temperature_brings_attention_closer(olmoe, tmp_path):
+def test_ablation_lab_finds_attention_closer_with_a_fitted_temperature(olmoe, tmp_path):
     """Both columns are of other text than the temperature's, so on the whole, not in each row."""
     rows = lab_of(olmoe, tmp_path).run()["rows"]
     mean = {
@@ -57,7 +57,7 @@ def test_a_fitted_temperature_brings_attention_closer(olmoe, tmp_path):
     assert mean[True] < mean[False]
 
 
-def test_an_interrupted_run_goes_on_where_it_was(olmoe, tmp_path, monkeypatch):
+def test_ablation_lab_goes_on_where_an_interrupted_run_was(olmoe, tmp_path, monkeypatch):
     whole = lab_of(olmoe, tmp_path / "whole")
     tables = whole.run()
     done = []
@@ -82,7 +82,7 @@ def test_an_interrupted_run_goes_on_where_it_was(olmoe, tmp_path, monkeypatch):
         np.testing.assert_allclose(parts.losses(case).nll, losses.nll, rtol=1e-6)
 
 
-def test_another_configuration_does_not_read_what_this_one_left(olmoe, tmp_path):
+def test_ablation_lab_does_not_read_what_another_configuration_left(olmoe, tmp_path):
     config = dataclasses.replace(CONFIG, rotations=("srht",))
     lab_of(olmoe, tmp_path, config).run()
     lab_of(olmoe, tmp_path, dataclasses.replace(config, n_keys=80)).run()
@@ -90,14 +90,14 @@ def test_another_configuration_does_not_read_what_this_one_left(olmoe, tmp_path)
 
 
 @pytest.mark.parametrize("rotation", factory.ROTATIONS)
-def test_every_rotation_is_orthogonal_and_differs_between_heads(rotation):
+def test_rotate_heads_gives_orthogonal_rotations_that_differ_between_heads(rotation):
     keys = torch.randn(2, 4096, 16, generator=torch.Generator().manual_seed(0))
     first, second = rotate_heads(keys, rotation, seed=0)
     assert orthogonality_defect(first) < 1e-5
     assert rotation == "identity" or not torch.equal(first, second)
 
 
-def test_bad_settings_are_refused(olmoe, tmp_path):
+def test_ablation_config_refuses_bad_settings_and_the_lab_too_many_keys(olmoe, tmp_path):
     with pytest.raises(InputError, match=r"rotations: unknown \['haar'\]; choose from identity"):
         AblationConfig(rotations=("haar",))
     with pytest.raises(InputError, match="use 1 or more"):

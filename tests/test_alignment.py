@@ -83,7 +83,7 @@ def test_cosine_survives_extreme_magnitudes():
     assert cosine(y).tolist() == [1, 1]
 
 
-def test_leading_axes_are_kept_and_half_precision_is_widened():
+def test_cosine_keeps_leading_axes_and_widens_half_precision():
     y = gaussian(2, 3, 5, 64)
     assert cosine(y).shape == (2, 3, 5)
     assert cosine(y[0, 0, 0]).shape == ()
@@ -116,7 +116,7 @@ def test_moment_ratio_pools_all_coordinates(y):
     assert moment_ratio(y) <= 1 + 1e-12
 
 
-def test_gaussian_values():
+def test_beta_and_moment_ratio_have_known_values_for_gaussian_vectors():
     y = gaussian(4000, 256)
     assert beta(y) == pytest.approx(haar_beta(256), abs=2e-3)
     assert moment_ratio(y) == pytest.approx(GAUSSIAN_MOMENT_RATIO, abs=2e-3)
@@ -237,12 +237,12 @@ def test_relative_distortion():
         (torch.ones(2, 3, dtype=torch.complex64), "real"),
     ],
 )
-def test_undefined_input_is_refused(function, y, message):
+def test_cosine_beta_and_moment_ratio_refuse_undefined_input(function, y, message):
     with pytest.raises(InputError, match=message):
         function(y)
 
 
-def test_one_zero_vector_among_many_is_counted():
+def test_cosine_counts_one_zero_vector_among_many():
     y = torch.ones(5, 4)
     y[2] = 0
     with pytest.raises(InputError, match="1 vectors of zero norm"):
@@ -266,6 +266,6 @@ def test_one_zero_vector_among_many_is_counted():
         lambda: relative_distortion(torch.eye(3), torch.full((3, 3), math.nan)),
     ],
 )
-def test_bad_arguments_are_refused(call):
+def test_alignment_refuses_bad_arguments(call):
     with pytest.raises(InputError):
         call()

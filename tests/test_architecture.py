@@ -27,7 +27,7 @@ def test_module_names_say_what_they_hold() -> None:
     assert [path for path in SOURCES if re.search(r"_?v\d+$", path.stem)] == [], "the old is in git"
 
 
-def test_public_names_are_those_of_the_lazy_imports() -> None:
+def test_signlattice_public_names_are_those_of_the_lazy_imports() -> None:
     assert set(signlattice.__all__) == {*signlattice._EXPORTS, "__version__"}
     for name in signlattice.__all__:
         assert getattr(signlattice, name) is not None

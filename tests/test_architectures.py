@@ -84,7 +84,7 @@ def run(request, text, olmoe_folder, tmp_path_factory):
     return loaded, measure(loaded, text, CONFIG, folder, told.append), told
 
 
-def test_every_head_and_layer_has_its_rows(run):
+def test_measure_has_rows_for_every_head_and_layer(run):
     loaded, measured, told = run
     layers = [row for row in measured.tables["layers"] if row["index"] == row["source"]]
     heads = {(row["index"], head) for row in layers for head in range(row["n_heads"])}
@@ -97,7 +97,7 @@ def test_every_head_and_layer_has_its_rows(run):
     assert sum(not part.startswith("captured") for part in told) == n_parts(loaded, CONFIG)
 
 
-def test_learning_beats_what_is_not_learned_in_sample_and_the_null_is_noise(run):
+def test_measure_finds_learning_ahead_in_sample_and_the_null_to_be_noise(run):
     tables = run[1].tables
     for row in tables["heads"]:
         assert row["in_sample"] > row["srht"]
@@ -108,7 +108,7 @@ def test_learning_beats_what_is_not_learned_in_sample_and_the_null_is_noise(run)
         assert row["keys_per_dim"] == row["n_keys"] / row["d"]
 
 
-def test_means_and_spreads_are_those_of_the_heads(run):
+def test_measure_gives_the_means_and_spreads_of_the_heads(run):
     tables = run[1].tables
     for summary in tables["beta"]:
         chosen = [
@@ -123,7 +123,7 @@ def test_means_and_spreads_are_those_of_the_heads(run):
         assert (summary["lowest"], summary["highest"]) == (min(chosen), max(chosen))
 
 
-def test_lifts_are_differences_of_means(run):
+def test_measure_gives_lifts_that_are_differences_of_means(run):
     tables = run[1].tables
     beta = {(r["scope"], r["centering"], r["rotation"]): r["beta"] for r in tables["beta"]}
     assert len(tables["lifts"]) == 2 * 2 * 4
@@ -134,7 +134,7 @@ def test_lifts_are_differences_of_means(run):
         assert row["lowest"] <= row["lift"] <= row["highest"]
 
 
-def test_all_keys_go_through_the_code_also_those_that_layers_share(run, text):
+def test_measure_puts_all_keys_through_the_code_also_those_that_layers_share(run, text):
     loaded, measured, _ = run
     layers = measured.tables["layers"]
     assert sorted(measured.codec.layers) == sorted({row["source"] for row in layers})
@@ -143,7 +143,9 @@ def test_all_keys_go_through_the_code_also_those_that_layers_share(run, text):
     assert measured.n_compressed == fed * sum(row["n_heads"] for row in layers)
 
 
-def test_the_identity_on_the_lattice_costs_nothing(olmoe_folder, text, tmp_path, monkeypatch):
+def test_measure_finds_that_the_identity_on_the_lattice_costs_nothing(
+    olmoe_folder, text, tmp_path, monkeypatch
+):
     """Where keys are made signs of one length beforehand, the plainest code is exact."""
     loaded = short(olmoe_folder)
     for module in loaded.model.modules():
@@ -166,7 +168,7 @@ def whole(gemma48, text, tmp_path_factory):
     return measure(gemma48, text, CONFIG, scratch), scratch
 
 
-def test_an_interrupted_run_ends_with_the_same_tables(whole, gemma48, text, tmp_path):
+def test_measure_ends_with_the_same_tables_after_interruptions(whole, gemma48, text, tmp_path):
     measured, _ = whole
     n_told = 0
 
@@ -202,7 +204,7 @@ def test_prepare_by_two_processes_leaves_the_files_of_one(whole, gemma_folder, t
     assert {part.parent.name for part in shared.glob("keys/*/00000")} == {"calibration", "held_out"}
 
 
-def test_a_finished_part_is_not_made_again_and_a_damaged_one_is_named(
+def test_measure_does_not_make_a_finished_part_again_and_names_a_damaged_one(
     gemma48, text, tmp_path, monkeypatch
 ):
     measure(gemma48, text, CONFIG, tmp_path)
@@ -217,7 +219,7 @@ def test_a_finished_part_is_not_made_again_and_a_damaged_one_is_named(
         measure(gemma48, text, CONFIG, tmp_path)
 
 
-def test_a_capture_cut_short_is_made_again_and_a_damaged_shard_is_named(gemma48, text, tmp_path):
+def test_measure_makes_a_capture_cut_short_again_and_names_a_damaged_shard(gemma48, text, tmp_path):
     def stop(part):
         if part == "captured held_out":
             raise KeyboardInterrupt
@@ -237,7 +239,7 @@ def test_a_capture_cut_short_is_made_again_and_a_damaged_shard_is_named(gemma48,
         open_bank(part)
 
 
-def test_what_is_kept_depends_on_model_text_and_configuration(gemma48, olmoe48, text):
+def test_measure_keeps_its_parts_by_model_text_and_configuration(gemma48, olmoe48, text):
     fewer = dataclasses.replace(text, calibration=text.calibration[1:])
     runs = [
         (gemma48, text, CONFIG),
@@ -248,7 +250,7 @@ def test_what_is_kept_depends_on_model_text_and_configuration(gemma48, olmoe48, 
     assert len({architectures._identity(*run) for run in runs}) == 4
 
 
-def test_a_layer_whose_heads_have_no_hadamard_together_is_measured_by_heads(
+def test_measure_goes_by_heads_where_those_of_a_layer_have_no_hadamard_together(
     olmoe48, text, tmp_path, monkeypatch
 ):
     known = hadamard.supported_head_dim
@@ -257,7 +259,7 @@ def test_a_layer_whose_heads_have_no_hadamard_together_is_measured_by_heads(
     assert {row["scope"] for row in rows} == {"head"}
 
 
-def test_keys_run_short_without_harm_and_no_keys_are_told(gemma48, text, tmp_path):
+def test_measure_takes_fewer_keys_without_harm_and_tells_of_none(gemma48, text, tmp_path):
     less = dataclasses.replace(text, calibration=text.calibration[:1])
     tables = measure(gemma48, less, CONFIG, tmp_path).tables
     assert {row["n_keys"] for row in tables["null"]} == {96}  # two windows
@@ -266,7 +268,7 @@ def test_keys_run_short_without_harm_and_no_keys_are_told(gemma48, text, tmp_pat
         measure(gemma48, dataclasses.replace(text, calibration=(some,)), CONFIG, tmp_path)
 
 
-def test_too_little_disk_for_the_keys_is_told_before_they_are_captured(
+def test_measure_tells_of_too_little_disk_for_the_keys_before_it_captures_them(
     gemma48, text, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
@@ -278,14 +280,14 @@ def test_too_little_disk_for_the_keys_is_told_before_they_are_captured(
     assert told == []
 
 
-def test_keys_that_are_zero_in_a_head_are_left_out():
+def test_architectures_leaves_out_keys_that_are_zero_in_a_head():
     keys = torch.randn(2, 9, 4)
     keys[1, 3] = keys[:, 5] = 0
     left = architectures._nonzero(keys)
     assert torch.equal(left, keys[:, [0, 1, 2, 4, 6, 7, 8]])
 
 
-def test_what_does_not_cancel_is_said():
+def test_architectures_says_where_a_mean_does_not_cancel():
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from signlattice.models.hooks import attention_layers
@@ -306,7 +308,7 @@ def test_what_does_not_cancel_is_said():
     assert [row["mean_cancels"] for row in rows] == [False, False]
 
 
-def test_profiles_and_their_changes():
+def test_configured_knows_the_profiles_and_takes_changes_to_them():
     assert configured("mini") == ArchitectureConfig()
     full = configured("full", text="own.txt", context=512)
     assert (full.text, full.context, full.windows) == ("own.txt", 512, None)
@@ -317,6 +319,6 @@ def test_profiles_and_their_changes():
 @pytest.mark.parametrize(
     "change", [{"seeds": ()}, {"keys_per_dim": 0}, {"solver": "newton"}, {"batch_size": 0}]
 )
-def test_configurations_that_cannot_be_are_told(change):
+def test_architecture_config_tells_of_settings_that_cannot_be(change):
     with pytest.raises(InputError):
         dataclasses.replace(CONFIG, **change)

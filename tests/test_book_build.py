@@ -47,7 +47,7 @@ def test_theme_options_of_an_address(host: str, colab: bool) -> None:
     assert ("colab_url" in options["launch_buttons"]) is colab
 
 
-def test_the_environment_names_the_repository(
+def test_find_address_reads_the_repository_from_the_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(launch_buttons.VARIABLE, "git@github.com:owner/name.git")
@@ -82,7 +82,7 @@ def locked(content: bytes) -> offline_assets.Package:
     return replace(LOCKED[offline_assets.MATHJAX], integrity=f"sha512-{digest}")
 
 
-def test_scripts_come_from_a_cached_tarball_that_is_the_locked_one(tmp_path: Path) -> None:
+def test_gather_takes_scripts_from_a_cached_tarball_that_is_the_locked_one(tmp_path: Path) -> None:
     script = LOCKED[offline_assets.MATHJAX].script
     linked = b"draw();@import url('https://fonts.example/css');"
     tarball = packed({script: linked, "other.js": b"never();", "LICENSE": b"free"})
@@ -103,7 +103,7 @@ def test_unpack_adds_the_licence_that_a_tarball_lacks(name: str, tmp_path: Path)
     assert "Copyright" in licence and '"AS IS"' in licence
 
 
-def test_a_tarball_that_is_not_the_locked_one_stops_the_build_and_is_removed(
+def test_gather_stops_at_a_tarball_that_is_not_the_locked_one_and_removes_it(
     tmp_path: Path,
 ) -> None:
     package = LOCKED[offline_assets.MATHJAX]
@@ -113,7 +113,7 @@ def test_a_tarball_that_is_not_the_locked_one_stops_the_build_and_is_removed(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_npm_pages_load_the_same_versions_from_the_cdn_and_say_so(
+def test_offline_assets_without_npm_load_the_same_versions_from_the_cdn_and_say_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(offline_assets.shutil, "which", lambda name: None)
@@ -128,18 +128,18 @@ def test_without_npm_pages_load_the_same_versions_from_the_cdn_and_say_so(
     assert "cdn.jsdelivr.net" in offline_assets.note(LOCKED, local)
 
 
-def test_with_the_scripts_at_hand_no_setting_leads_outside() -> None:
+def test_script_settings_lead_nowhere_outside_with_the_scripts_at_hand() -> None:
     assert "://" not in str(offline_assets.script_settings(LOCKED, local=True))
 
 
-def test_the_lock_names_hashes_as_browsers_and_npm_write_them() -> None:
+def test_read_lock_gives_hashes_as_browsers_and_npm_write_them() -> None:
     for package in LOCKED.values():
         for value in (package.integrity, package.script_integrity):
             algorithm, _, digest = value.partition("-")
             assert len(base64.b64decode(digest)) == hashlib.new(algorithm).digest_size
 
 
-def test_claims_and_verdicts_get_their_classes() -> None:
+def test_mark_verdicts_gives_claims_and_verdicts_their_classes() -> None:
     box = "<blockquote>\n<div><p><strong>{}</strong> Words.</p></div></blockquote>"
     strong = ("Claim 4", "Verdict on claim 4: false.", "Verdict on claim 12: open.", "A saying")
     body = "".join(box.format(words) for words in strong)
@@ -148,7 +148,7 @@ def test_claims_and_verdicts_get_their_classes() -> None:
     assert kinds == [' class="claim"', ' class="verdict refuted"', ' class="verdict undecided"', ""]
 
 
-def test_every_verdict_has_a_tone_or_is_undecided() -> None:
+def test_book_repairs_has_a_tone_for_every_verdict_or_leaves_it_undecided() -> None:
     from signlattice_paper.claims import VERDICTS
 
     assert set(book_repairs.TONES) <= set(VERDICTS)

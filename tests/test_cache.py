@@ -99,7 +99,7 @@ def generate(model: PreTrainedModel, ids: Tensor, cache, n: int = 12, **options)
 
 @pytest.mark.parametrize("kind", ["rotation", "lattice"])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_do_not_depend_on_how_a_text_is_cut(name, kind):
+def test_sign_key_cache_logits_do_not_depend_on_how_a_text_is_cut(name, kind):
     model, ids = tiny(name), tokens(4, 72)
     expected = read(model, ids, new_cache(model, kind))
     for sizes in ((7, 50, 1), (1,) * 71):
@@ -110,7 +110,7 @@ def test_logits_do_not_depend_on_how_a_text_is_cut(name, kind):
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("window", [0, 1, 16, 64])
 @pytest.mark.parametrize("values", ["whole", "int8", "int4", "int2"])
-def test_logits_do_not_depend_on_the_kernels(values, window, sinks):
+def test_sign_key_cache_logits_do_not_depend_on_the_kernels(values, window, sinks):
     model, ids = tiny("llama"), tokens(4, 72)
     config = {"value_format": values, "window": window, "sinks": sinks}
     expected = read(model, ids, new_cache(model, impl="torch", **config))
@@ -120,7 +120,7 @@ def test_logits_do_not_depend_on_the_kernels(values, window, sinks):
 
 @pytest.mark.parametrize("kind", ["rotation", "lattice"])
 @pytest.mark.parametrize("name", MODELS)
-def test_without_window_and_sinks_it_is_one_bit_attention(name, kind):
+def test_sign_key_cache_without_window_and_sinks_is_one_bit_attention(name, kind):
     """The same by the road that measurements take, which has no cache."""
     model, ids = tiny(name), tokens(4, 40)
     cache = new_cache(model, kind, window=0, sinks=0, value_format="whole")
@@ -130,7 +130,7 @@ def test_without_window_and_sinks_it_is_one_bit_attention(name, kind):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_whole_formats_are_a_dynamic_cache(name):
+def test_sign_key_cache_of_whole_formats_is_a_dynamic_cache(name):
     model, ids = tiny(name), tokens(2, 60)
     expected = read(model, ids, dynamic(model), (40, 10, 1))
     got = read(model, ids, whole(model), (40, 10, 1))
@@ -169,7 +169,7 @@ def test_whole_formats_under_a_mask_of_four_axes_are_a_dynamic_cache(name, form,
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_window_that_holds_all_is_a_dynamic_cache(name):
+def test_sign_key_cache_whose_window_holds_all_is_a_dynamic_cache(name):
     model, ids = tiny(name), tokens(2, 40)
     expected = read(model, ids, dynamic(model), (30, 1, 1))
     cache = new_cache(model, window=40, sinks=0, value_format="int2")
@@ -178,7 +178,7 @@ def test_a_window_that_holds_all_is_a_dynamic_cache(name):
 
 
 @pytest.mark.parametrize("name", ["gemma4", "gemma2", "gpt_oss"])
-def test_sliding_layers_may_stay_whole(name):
+def test_sign_key_cache_may_leave_sliding_layers_whole(name):
     model, ids = tiny(name), tokens(4, 60)
     cache = new_cache(model, sliding="whole")
     sliding = {i for i, layer in attention_layers(model).items() if layer.window is not None}
@@ -190,7 +190,7 @@ def test_sliding_layers_may_stay_whole(name):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_models_in_half_precision(dtype, device):
+def test_sign_key_cache_serves_models_in_half_precision(dtype, device):
     """Half precision turns signs near zero, so logits are compared where nothing is packed, and
     else from afar: two roads to the same are nearer than those to packed and to whole keys."""
     model, ids = tiny("llama", device, dtype), tokens(4, 60, device=device)
@@ -205,7 +205,7 @@ def test_models_in_half_precision(dtype, device):
     assert most(*packed) < 0.1 < 0.5 < most(packed[0], expected)
 
 
-def test_what_is_whole_may_have_another_dtype():
+def test_sign_key_cache_may_hold_what_is_whole_in_another_dtype():
     model, ids = tiny("llama"), tokens(2, 60)
     half = whole(model, dtype=torch.float16, window=16)
     exact = read(model, ids, dynamic(model))
@@ -218,7 +218,7 @@ def test_what_is_whole_may_have_another_dtype():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma4", "mistral"])
-def test_layers_that_are_not_packed_may_have_another_dtype(name):
+def test_sign_key_cache_may_hold_layers_that_are_not_packed_in_another_dtype(name):
     """Exempt ones, and those that slide; what a window has left behind they forget, too."""
     model, ids = tiny(name), tokens(4, 200)
     kept = {} if name == "mistral" else {"sliding": "whole"}
@@ -250,7 +250,7 @@ def whole_bytes(model: PreTrainedModel, ids: Tensor) -> int:
 
 @pytest.mark.parametrize("sizes", [(), (7, 40, 1, 1), (1,) * 30])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_sequence_is_the_same_alone_and_padded_in_a_batch(name, sizes):
+def test_sign_key_cache_reads_a_sequence_alike_alone_and_padded_in_a_batch(name, sizes):
     model, ids, starts = tiny(name), tokens(9, 60), (0, 9, 31) * 3
     mask = (torch.arange(60) >= torch.tensor(starts)[:, None]).long()
     batch = read(model, ids * mask, new_cache(model), sizes, mask)
@@ -260,7 +260,7 @@ def test_a_sequence_is_the_same_alone_and_padded_in_a_batch(name, sizes):
 
 
 @pytest.mark.parametrize("name", GENERATING)
-def test_generation_from_a_padded_batch_is_that_of_each_prompt(name):
+def test_sign_key_cache_generates_from_a_padded_batch_as_from_each_prompt(name):
     model, ids, starts = tiny(name), tokens(3, 30), (0, 9, 21)
     mask = (torch.arange(30) >= torch.tensor(starts)[:, None]).long()
     got = generate(model, ids * mask, new_cache(model), attention_mask=mask)
@@ -274,7 +274,7 @@ def test_generation_from_a_padded_batch_is_that_of_each_prompt(name):
 
 @pytest.mark.parametrize("chunk", [None, 7])
 @pytest.mark.parametrize("name", GENERATING)
-def test_greedy_generation_takes_the_likeliest_token_each_time(name, chunk):
+def test_sign_key_cache_greedy_generation_takes_the_likeliest_token_each_time(name, chunk):
     model, ids = tiny(name), tokens(2, 30)
     cache, expected = new_cache(model), ids
     for _ in range(12):
@@ -285,7 +285,7 @@ def test_greedy_generation_takes_the_likeliest_token_each_time(name, chunk):
 
 
 @pytest.mark.parametrize("name", GENERATING)
-def test_sampling_draws_from_the_same_distribution(name):
+def test_sign_key_cache_sampling_draws_from_the_same_distribution(name):
     model, ids = tiny(name), tokens(2, 30)
 
     def sampled(cache, **options) -> Tensor:
@@ -299,7 +299,7 @@ def test_sampling_draws_from_the_same_distribution(name):
 
 
 @pytest.mark.parametrize("name", GENERATING)
-def test_beams(name):
+def test_sign_key_cache_serves_beam_search(name):
     model, ids = tiny(name), tokens(2, 30)
     mask = (torch.arange(30) >= torch.tensor([[0], [11]])).long()
 
@@ -315,7 +315,7 @@ def test_beams(name):
 
 
 @pytest.mark.parametrize("name", GENERATING)
-def test_a_conversation_goes_on_where_it_was(name):
+def test_sign_key_cache_goes_on_with_a_conversation_where_it_was(name):
     model, ids = tiny(name), tokens(2, 30)
     cache = new_cache(model)
     first = generate(model, ids, cache, 6)
@@ -353,7 +353,9 @@ SPECULATIONS = [
 
 
 @pytest.mark.parametrize(("name", "sliding", "drafts"), SPECULATIONS)
-def test_speculation_gives_the_tokens_of_greedy_generation(name, sliding, drafts, monkeypatch):
+def test_sign_key_cache_speculation_gives_the_tokens_of_greedy_generation(
+    name, sliding, drafts, monkeypatch
+):
     model, ids = tiny(name), tokens(1, 9).repeat(1, 4)  # a prompt whose n-grams come again
     config = {"sliding": sliding, "spare": CacheConfig().spare}
     cache, removed = new_cache(model, **config), []
@@ -364,7 +366,7 @@ def test_speculation_gives_the_tokens_of_greedy_generation(name, sliding, drafts
     assert torch.equal(got, generate(model, ids, new_cache(model, **config), 30))
 
 
-def test_a_prompt_that_was_read_once_serves_many():
+def test_sign_key_cache_of_a_prompt_that_was_read_once_serves_many():
     model, ids = tiny("llama"), tokens(1, 30)
     prompt = new_cache(model)
     read(model, ids[:, :-1], prompt)
@@ -388,7 +390,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", GENERATING)
-def test_changes_of_the_batch_are_as_if_it_had_been_read_so(name, change):
+def test_sign_key_cache_changes_its_batch_as_if_it_had_been_read_so(name, change):
     model, ids, more = tiny(name), tokens(3, 40), tokens(3, 5, seed=2)
     act, order = CHANGES[change]
     cache, expected = new_cache(model), new_cache(model)
@@ -403,7 +405,7 @@ def test_changes_of_the_batch_are_as_if_it_had_been_read_so(name, change):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_was_taken_back_leaves_no_trace(name):
+def test_crop_leaves_no_trace_of_what_was_taken_back(name):
     model, ids, wrong = tiny(name), tokens(2, 60), tokens(2, 8, seed=9)
     cache = new_cache(model, spare=8)
     read(model, ids[:, :50], cache)
@@ -486,7 +488,7 @@ def test_crop_refuses_what_a_sliding_layer_of_transformers_has_dropped():
 
 
 @pytest.mark.parametrize("name", ["gemma4", "mistral", "gemma2", "gpt_oss"])
-def test_a_text_of_many_windows(name):
+def test_sign_key_cache_reads_a_text_of_many_windows(name):
     model, ids = tiny(name), tokens(3, 260)
     expected = read(model, ids, new_cache(model))
     for sizes in ((150, 63, 1, 1), (7,) * 37):
@@ -500,7 +502,7 @@ def test_a_text_of_many_windows(name):
 
 
 @pytest.mark.parametrize("step", [1, 25])
-def test_a_model_of_sliding_layers_keeps_no_more_of_a_longer_text(step):
+def test_sign_key_cache_of_sliding_layers_keeps_no_more_of_a_longer_text(step):
     model = tiny("mistral")
     cache, weights = new_cache(model), []
     for part in tokens(1, 400).split(step, 1):
@@ -574,7 +576,7 @@ def test_stats_are_of_what_is_there(keys, values, n):
     assert stats.effective_bits.average == pytest.approx(beside)
 
 
-def test_each_part_is_what_it_is_named_for():
+def test_stats_parts_are_what_they_are_named_for():
     model = tiny("llama")
     cache = new_cache(model, window=16, sinks=4, spare=8, exempt=(1,))
     read(model, tokens(3, 100), cache)
@@ -589,7 +591,7 @@ def test_each_part_is_what_it_is_named_for():
 
 
 @pytest.mark.parametrize("d", [16, 32])
-def test_a_key_takes_a_bit_a_coordinate_and_a_scale(d):
+def test_stats_count_a_bit_a_coordinate_and_a_scale_for_a_key(d):
     model = tiny({16: "llama", 32: "qwen3"}[d])
     cache = new_cache(model)
     read(model, tokens(1, 30), cache)
@@ -619,7 +621,7 @@ def test_stats_of_sliding_layers(name, window):
     assert stats.n_bytes == storages(cache) == pytest.approx(stats.expected, rel=0.02)
 
 
-def test_a_whole_layer_weighs_what_it_holds_on_to():
+def test_stats_weigh_a_whole_layer_by_what_it_holds_on_to():
     """A layer of transformers keeps a view of a prompt's end, and the prompt with it."""
     model = tiny("gemma4")
     cache = new_cache(model, sliding="whole")
@@ -628,7 +630,7 @@ def test_a_whole_layer_weighs_what_it_holds_on_to():
         assert cache.stats().n_bytes == storages(cache)
 
 
-def test_the_mask_of_a_prompt_is_not_kept():
+def test_mask_cache_does_not_keep_the_mask_of_a_prompt():
     """It has a number for every pair of tokens, more than the cache for a long prompt."""
     reader, mask = MaskCache(), torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     first = reader.read(mask, 1, 4, mask.device)
@@ -677,7 +679,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is read from /proc")
-def test_a_process_grows_by_as_much_as_is_counted():
+def test_packed_layer_grows_the_process_by_as_much_as_is_counted():
     """Resident memory of a process that reads 64 MB and more of keys and values into one layer."""
     paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     # whatever has 64 KB or more goes back to the system as soon as it is free
@@ -693,7 +695,7 @@ def test_a_process_grows_by_as_much_as_is_counted():
 # What is packed, and what is refused.
 
 
-def test_exempt_layers_keep_everything():
+def test_sign_key_cache_keeps_everything_in_exempt_layers():
     model, ids = tiny("llama"), tokens(4, 40)
     cache = new_cache(model, exempt=(0, -1), window=0, sinks=0, value_format="whole")
     assert [layer.layer.index for layer in cache.packed_layers] == [1]
@@ -703,7 +705,7 @@ def test_exempt_layers_keep_everything():
     assert most(read(model, ids, cache, (30, 1)), expected) < ROUNDED
 
 
-def test_layers_without_a_code_keep_everything():
+def test_sign_key_cache_keeps_everything_in_layers_without_a_code():
     model = tiny("llama")
     codec = codec_for(model)
     cache = SignKeyCache(model, replace(codec, layers={2: codec.layers[2]}))
@@ -711,7 +713,7 @@ def test_layers_without_a_code_keep_everything():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_centering_dc_needs_no_mean_to_cancel(name):
+def test_sign_key_cache_with_dc_centering_needs_no_mean_to_cancel(name):
     model, ids = tiny(name), tokens(4, 60)
 
     def cache() -> SignKeyCache:
@@ -722,7 +724,7 @@ def test_centering_dc_needs_no_mean_to_cancel(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_model_is_as_it_was_without_the_cache(name):
+def test_sign_key_cache_leaves_the_model_as_it_was_without_it(name):
     model, ids = tiny(name), tokens(2, 40)
     alone, cached = model(ids, use_cache=False).logits, read(model, ids, dynamic(model), (30, 1))
     generate(model, ids, new_cache(model), 4)
@@ -730,7 +732,7 @@ def test_the_model_is_as_it_was_without_the_cache(name):
     assert torch.equal(read(model, ids, dynamic(model), (30, 1)), cached)
 
 
-def test_a_codec_of_another_model_is_refused(olmoe):
+def test_sign_key_cache_refuses_a_codec_of_another_model(olmoe):
     codec = codec_for(olmoe.model)
     with pytest.raises(IntegrityError, match="fitted on the model 000000000000"):
         SignKeyCache(olmoe, codec)
@@ -746,7 +748,7 @@ def refused(name: str, codec: KeyCodec | None, **config) -> str:
     return str(found.value)
 
 
-def test_a_codec_that_does_not_fit_is_refused():
+def test_sign_key_cache_refuses_a_codec_that_does_not_fit():
     codec = codec_for(tiny("llama"))
     wide = KeyCodec({0: layer_code("rotation", 2, 32)}, codec.model_hash)
     assert "layer 0 is for 2 heads of 32: the model has 2 of 16" in refused("llama", wide)
@@ -761,7 +763,7 @@ def test_a_codec_that_does_not_fit_is_refused():
     assert "needs a codec" in refused("llama", None)
 
 
-def test_a_configuration_that_packs_nothing_is_refused():
+def test_sign_key_cache_refuses_a_configuration_that_packs_nothing():
     codec = codec_for(tiny("llama"))
     assert "exempt=[5]: [5] of 3 layers" in refused("llama", codec, exempt=(5,))
     assert "[-4] of 3 layers" in refused("llama", codec, exempt=(0, -4))
@@ -772,13 +774,13 @@ def test_a_configuration_that_packs_nothing_is_refused():
 
 
 @pytest.mark.parametrize(("name", "why"), [("gemma2", "a soft-cap"), ("gpt_oss", "a sink logit")])
-def test_a_mean_that_would_not_cancel_is_refused(name, why):
+def test_sign_key_cache_refuses_a_mean_that_would_not_cancel(name, why):
     assert name not in MEAN_CANCELS
     codec = codec_for(tiny(name), centering="token_mean")
     assert f"a static mean, and the layer has {why}" in refused(name, codec)
 
 
-def test_a_head_size_without_kernels_is_refused_for_signs_alone():
+def test_sign_key_cache_refuses_a_head_size_without_kernels_for_signs_alone():
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=48,
@@ -809,12 +811,12 @@ def test_a_head_size_without_kernels_is_refused_for_signs_alone():
         ({"spare": None}, "spare=None: use a whole number"),
     ],
 )
-def test_a_wrong_configuration_is_refused(config, message):
+def test_cache_config_refuses_wrong_settings(config, message):
     with pytest.raises(InputError, match=message):
         CacheConfig(**config)
 
 
-def test_a_batch_of_another_size_is_refused():
+def test_sign_key_cache_refuses_a_batch_of_another_size():
     model = tiny("llama")
     cache = new_cache(model)
     read(model, tokens(2, 10), cache)
@@ -822,7 +824,7 @@ def test_a_batch_of_another_size_is_refused():
         read(model, tokens(3, 10), cache)
 
 
-def test_a_model_that_is_no_decoder_of_transformers_attention_is_refused():
+def test_sign_key_cache_refuses_a_model_without_transformers_attention():
     model = tiny("llama")
     model._supports_attention_backend = False
     with pytest.raises(InputError, match="does not use transformers' attention interface"):

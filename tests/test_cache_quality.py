@@ -59,7 +59,7 @@ def pieces(loaded):
     return full_windows(loaded, documents("evaluation", 8), 3)
 
 
-def test_a_cache_that_rounds_nothing_loses_nothing(loaded, pieces):
+def test_cached_losses_are_exact_for_a_cache_that_rounds_nothing(loaded, pieces):
     found = cached_losses(loaded, pieces, lambda: SignKeyCache(loaded, None, WHOLE), QUALITY)
     plain = token_losses(loaded, pieces)
     np.testing.assert_allclose(found.whole.nll, plain.nll, rtol=1e-5)
@@ -68,7 +68,7 @@ def test_a_cache_that_rounds_nothing_loses_nothing(loaded, pieces):
 
 
 @pytest.mark.parametrize("config", [COARSE, replace(COARSE, window=16, sinks=2)])
-def test_token_by_token_comes_to_the_same_as_at_once(loaded, pieces, config):
+def test_cached_losses_token_by_token_come_to_the_same_as_at_once(loaded, pieces, config):
     def new_cache() -> SignKeyCache:
         return SignKeyCache(loaded, None, config)
 
@@ -79,7 +79,7 @@ def test_token_by_token_comes_to_the_same_as_at_once(loaded, pieces, config):
     assert once.whole.kl.sum() > 0
 
 
-def test_the_end_is_the_last_quarter(loaded, pieces):
+def test_cached_losses_end_is_the_last_quarter(loaded, pieces):
     found = cached_losses(loaded, pieces, None, QUALITY)
     ids = torch.stack([piece.ids for piece in pieces])
     with torch.no_grad():
@@ -90,13 +90,13 @@ def test_the_end_is_the_last_quarter(loaded, pieces):
     assert (found.end.n_tokens == last).all()
 
 
-def test_a_cache_that_packs_nothing_is_not_judged(loaded, pieces):
+def test_cached_losses_do_not_judge_a_cache_that_packs_nothing(loaded, pieces):
     config = replace(COARSE, window=CONTEXT)
     with pytest.raises(InputError, match="packed none of 72 tokens"):
         cached_losses(loaded, pieces, lambda: SignKeyCache(loaded, None, config), QUALITY)
 
 
-def test_a_gap_is_the_ratio_of_perplexities(loaded, pieces):
+def test_gap_percent_is_the_ratio_of_perplexities(loaded, pieces):
     exact = token_losses(loaded, pieces)
     worse = replace(exact, nll=exact.nll * 1.1)
     ratio = perplexity(worse).value / perplexity(exact).value
@@ -147,7 +147,7 @@ def test_passages_begin_with_a_token_that_the_tokenizer_puts_before_any_text(loa
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
-def test_a_needle_lies_at_its_depth_and_at_the_end(loaded, pieces, depth):
+def test_needles_lie_at_their_depth_and_at_the_end(loaded, pieces, depth):
     others = full_windows(loaded, documents("calibration", 8), 3)
     task = needles(loaded, pieces, others, depth)
     at = int(depth * (CONTEXT - 2 * NEEDLE))
@@ -173,7 +173,7 @@ def test_retrieval_counts_first_choices(loaded, pieces):
 @pytest.mark.parametrize(
     ("changes", "said"), [({"n_passages": 0}, "n_passages=0"), ({"step": 0}, "step=0")]
 )
-def test_a_configuration_that_measures_nothing_is_refused(changes, said):
+def test_quality_config_refuses_what_measures_nothing(changes, said):
     with pytest.raises(InputError, match=said):
         QualityConfig(**changes)
 
@@ -202,7 +202,9 @@ def test_cases_are_all_different_and_have_the_others_beside(loaded):
     assert {"fp8", "int8", "int4", "int2", "whole", "sign"} == {c.cache.key_format for c in found}
 
 
-def test_an_interrupted_table_goes_on_and_is_the_same(loaded, text, tmp_path, monkeypatch):
+def test_cache_lab_goes_on_with_an_interrupted_table_that_is_the_same(
+    loaded, text, tmp_path, monkeypatch
+):
     few = [case for case in cases(loaded, CONFIG) if case.cache.value_format == "int4"][:4]
     monkeypatch.setattr(caches, "cases", lambda *_: few)
     whole = CacheLab(loaded, text, CONFIG, tmp_path / "whole").run()

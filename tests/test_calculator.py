@@ -95,7 +95,7 @@ def cases() -> list[Case]:
 
 
 @needs_node
-def test_weights_agree_with_memory(tmp_path: Path) -> None:
+def test_calculator_weigh_agrees_with_memory(tmp_path: Path) -> None:
     given = cases()
     values = [settings(shape, 2**30, fmt, length, batch) for shape, fmt, length, batch in given]
     found = run("calculator.weigh", *values, folder=tmp_path)
@@ -110,7 +110,7 @@ def test_weights_agree_with_memory(tmp_path: Path) -> None:
 
 
 @needs_node
-def test_pieces_add_up_to_the_whole(tmp_path: Path) -> None:
+def test_calculator_weigh_gives_pieces_that_add_up_to_the_whole(tmp_path: Path) -> None:
     values = [settings(shape, 2**30, fmt, length, batch) for shape, fmt, length, batch in cases()]
     for ours in run("calculator.weigh", *values, folder=tmp_path):
         pieces = {k: v for k, v in ours["parts"].items() if k not in ("vectors", "valueDim")}
@@ -144,7 +144,7 @@ def test_crossover_agrees_with_memory(tmp_path: Path, window: int | None) -> Non
         ("weights", "Infinity", "weights: “Infinity” is not a number from 0.0001 to 1,000,000"),
     ],
 )
-def test_bad_input_is_told_by_name_and_value(
+def test_calculator_read_tells_bad_input_by_name_and_value(
     tmp_path: Path, name: str, text: str, read: object
 ) -> None:
     field = next(vars(field) for field in FIELDS if field.name == name)
@@ -154,7 +154,7 @@ def test_bad_input_is_told_by_name_and_value(
 
 
 @needs_node
-def test_sizes_are_told_in_binary_units(tmp_path: Path) -> None:
+def test_calculator_in_bytes_tells_sizes_in_binary_units(tmp_path: Path) -> None:
     sizes = [0, 1023, 1024, 1536, 15.26 * 2**20, 2**30, 750 * 2**30, 2**41]
     told = [
         "0 bytes",
@@ -169,12 +169,12 @@ def test_sizes_are_told_in_binary_units(tmp_path: Path) -> None:
     assert run("calculator.inBytes", *sizes, folder=tmp_path) == told
 
 
-def test_every_number_of_shape_and_format_can_be_set() -> None:
+def test_calculator_fields_set_every_number_of_shape_and_format() -> None:
     numbers = settings(*SHAPES["OLMoE-1B-7B"], SIGN_KEYS, 8192, 1)
     assert sorted(numbers) == sorted(field.name for field in FIELDS)
 
 
-def test_live_it_says_what_is_set() -> None:
+def test_calculator_says_live_what_is_set() -> None:
     widget = Calculator("OLMoE-1B-7B", PAPER)
     assert widget.shape == SHAPES["OLMoE-1B-7B"][0]
     assert replace(widget.format, name="paper") == PAPER
@@ -182,6 +182,6 @@ def test_live_it_says_what_is_set() -> None:
     assert (widget.format.key_bits, widget.shape.sliding_window) == (2.5, 64)
 
 
-def test_unknown_model_is_told() -> None:
+def test_calculator_tells_of_an_unknown_model() -> None:
     with pytest.raises(InputError, match="unknown model 'GPT'"):
         Calculator("GPT")

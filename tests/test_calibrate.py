@@ -97,7 +97,7 @@ def same(a: KeyCodec, b: KeyCodec) -> bool:
 # What is learned
 
 
-def test_a_codec_has_a_code_for_each_layer_and_says_what_it_is_of(learned, llama48):
+def test_learn_codec_gives_each_layer_a_code_and_says_what_it_is_of(learned, llama48):
     codec, config, told = learned
     assert sorted(codec.layers) == [0, 1]
     codec.check_model(llama48.weights_hash)
@@ -113,13 +113,13 @@ def test_a_codec_has_a_code_for_each_layer_and_says_what_it_is_of(learned, llama
     assert len(told) == n_parts(llama48, config)
 
 
-def test_it_is_what_a_file_of_eight_bits_gives_back(learned, tmp_path):
+def test_learn_codec_gives_what_a_file_of_eight_bits_gives_back(learned, tmp_path):
     codec = learned[0]
     codec.save(tmp_path / "keys.safetensors", bits=8)
     assert same(KeyCodec.load(tmp_path / "keys.safetensors", codec.model_hash), codec)
 
 
-def test_beta_is_of_the_other_side_of_the_text(learned, llama48, text):
+def test_learn_codec_takes_beta_on_the_other_side_of_the_text(learned, llama48, text):
     codec, config, _ = learned
     pieces = take_tokens(passages(llama48, text.evaluation, 4), config.n_held_out)
     bank = capture_passages(llama48, pieces, states=("keys",))
@@ -134,7 +134,7 @@ def test_beta_is_of_the_other_side_of_the_text(learned, llama48, text):
     assert same(replace(again, calibration=codec.calibration), codec)
 
 
-def test_the_null_is_what_noise_gives(learned):
+def test_learn_codec_null_is_what_noise_gives(learned):
     codec, config, _ = learned
     inside, outside = codec.calibration.noise_null
     assert codec.calibration.n_keys <= config.keys_per_dim * 16
@@ -142,7 +142,7 @@ def test_the_null_is_what_noise_gives(learned):
     assert inside > outside + 0.01
 
 
-def test_a_lattice_loses_less_of_the_scores_than_a_rotation(llama48, text):
+def test_learn_codec_loses_less_of_the_scores_by_a_lattice_than_by_a_rotation(llama48, text):
     """On the evaluation side, with the scale of least error: what the lattice is learned for."""
     pieces = passages(llama48, text.evaluation)
     bank = capture_passages(llama48, pieces)
@@ -164,7 +164,7 @@ def test_a_lattice_loses_less_of_the_scores_than_a_rotation(llama48, text):
     assert sum(lost["lattice"]) < 0.9 * sum(lost["rotation"])
 
 
-def test_the_same_run_gives_the_same_codec(learned, llama48, text):
+def test_learn_codec_gives_the_same_codec_in_the_same_run(learned, llama48, text):
     codec, config, _ = learned
     assert same(learn_codec(llama48, text, config), codec)
     config = replace(config, keys_per_dim=5)  # fewer than there are: a sample
@@ -173,7 +173,7 @@ def test_the_same_run_gives_the_same_codec(learned, llama48, text):
 
 
 @pytest.mark.parametrize("code", registry.names())
-def test_a_temperature_is_fitted_where_it_is_asked_for(code, llama48, text):
+def test_learn_codec_fits_a_temperature_where_it_is_asked_for(code, llama48, text):
     config = replace(CONFIG, code=code, temperature=True)
     codec = learn_codec(llama48, text, config)
     plain = learn_codec(llama48, text, replace(config, temperature=False))
@@ -191,7 +191,9 @@ def test_a_temperature_is_fitted_where_it_is_asked_for(code, llama48, text):
     assert kl["fitted"] < kl["plain"]
 
 
-def test_a_temperature_reads_the_keys_of_its_own_layer_alone(gemma48, text, monkeypatch):
+def test_learn_codec_fits_a_temperature_on_the_keys_of_its_own_layer_alone(
+    gemma48, text, monkeypatch
+):
     seen = []
     fit = heads.fit_temperature
 
@@ -208,7 +210,9 @@ def test_a_temperature_reads_the_keys_of_its_own_layer_alone(gemma48, text, monk
 
 
 @pytest.mark.parametrize("sliding, layers", [(False, [2]), (True, [0, 1, 2])])
-def test_layers_with_a_window_are_learned_where_they_are_asked_for(sliding, layers, gemma48, text):
+def test_learn_codec_learns_layers_with_a_window_where_they_are_asked_for(
+    sliding, layers, gemma48, text
+):
     """Layers 3 and 4 have no keys of their own; the heads of layer 2 are wider than others."""
     config = replace(CONFIG, sliding=sliding)
     codec = learn_codec(gemma48, text, config)
@@ -218,7 +222,7 @@ def test_layers_with_a_window_are_learned_where_they_are_asked_for(sliding, laye
     assert n_parts(gemma48, config) == len(layers) + 2
 
 
-def test_all_queries_that_read_a_layer_take_part_in_its_metric(gemma48, text, monkeypatch):
+def test_learn_codec_metric_is_of_all_queries_that_read_a_layer(gemma48, text, monkeypatch):
     given = []
 
     def recorded(readers, n_heads, config):
@@ -262,7 +266,7 @@ def built(like: LoadedModel, kind: str, **more) -> LoadedModel:
     return replace(like, model=AutoModelForCausalLM.from_config(config).eval())
 
 
-def test_a_mean_that_does_not_cancel_is_left_on_and_a_gain_is_not_fitted(llama48, text):
+def test_learn_codec_leaves_on_a_mean_that_does_not_cancel_and_fits_no_gain(llama48, text):
     """Under a soft-cap neither softmax takes the mean off, nor is the fit of a gain convex."""
     capped = built(
         llama48,
@@ -278,7 +282,7 @@ def test_a_mean_that_does_not_cancel_is_left_on_and_a_gain_is_not_fitted(llama48
         assert layer.centering.method == "none" and layer.temperature is None
 
 
-def test_a_model_without_a_layer_to_learn_is_refused(llama48, text):
+def test_learn_codec_refuses_a_model_without_a_layer_to_learn(llama48, text):
     narrow = built(llama48, "llama", hidden_size=96)
     assert attention_layers(narrow.model)[0].head_dim == 24
     windowed = built(llama48, "mistral", hidden_size=64, sliding_window=8)
@@ -295,7 +299,7 @@ def test_a_model_without_a_layer_to_learn_is_refused(llama48, text):
 
 
 @pytest.mark.parametrize("n_documents", [1, 3])
-def test_text_that_is_too_short_is_refused(n_documents, llama48, text):
+def test_learn_codec_refuses_text_that_is_too_short(n_documents, llama48, text):
     little = tuple(replace(d, text="a\n") for d in side("calibration")[:n_documents])
     with pytest.raises(InputError, match=r"calibration side of tiny has \d+ tokens: .* least 64"):
         learn_codec(llama48, replace(text, calibration=little), CONFIG)
@@ -304,14 +308,14 @@ def test_text_that_is_too_short_is_refused(n_documents, llama48, text):
             learn_codec(llama48, replace(text, **empty), CONFIG)
 
 
-def test_a_lattice_of_too_few_keys_is_refused_and_a_rotation_is_not(llama48, text):
+def test_learn_codec_refuses_a_lattice_of_too_few_keys_but_not_a_rotation(llama48, text):
     few = replace(CONFIG, keys_per_dim=3)
     with pytest.raises(InputError, match="keys_per_dim=3: learning a lattice takes 4 or more"):
         learn_codec(llama48, text, few)
     assert learn_codec(llama48, text, replace(few, code="rotation")).calibration.n_keys == 3 * 16
 
 
-def test_fewer_keys_than_were_asked_for_are_told(llama48, text):
+def test_learn_codec_tells_of_fewer_keys_than_were_asked_for(llama48, text):
     config = replace(CONFIG, keys_per_dim=10**6)
     codec = learn_codec(llama48, text, config)
     pieces = passages(llama48, text.calibration, 4)
@@ -319,7 +323,7 @@ def test_fewer_keys_than_were_asked_for_are_told(llama48, text):
 
 
 @pytest.mark.parametrize("wanted", [1, 48, 100, 300, 10**6])
-def test_passages_are_from_all_over_the_text(wanted, llama48, text):
+def test_take_tokens_gives_passages_from_all_over_the_text(wanted, llama48, text):
     pieces = passages(llama48, text.calibration)
     chosen = take_tokens(pieces, wanted)
     assert len({id(piece) for piece in chosen}) == len(chosen) <= len(pieces)
@@ -338,7 +342,7 @@ def test_passages_are_from_all_over_the_text(wanted, llama48, text):
         (dict(batch_size=-1), "batch_size=-1"),
     ],
 )
-def test_bad_settings_are_refused(change, said):
+def test_calibration_config_refuses_bad_settings(change, said):
     with pytest.raises(InputError, match=said):
         CalibrationConfig(**change)
 
@@ -351,7 +355,9 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("code", registry.names())
-def test_an_interrupted_run_goes_on_where_it_was(code, llama48, text, tmp_path, monkeypatch):
+def test_learn_codec_goes_on_where_an_interrupted_run_was(
+    code, llama48, text, tmp_path, monkeypatch
+):
     config = replace(CONFIG, code=code, temperature=True)
     whole = learn_codec(llama48, text, config)
     read, made = [], []
@@ -390,7 +396,7 @@ def test_an_interrupted_run_goes_on_where_it_was(code, llama48, text, tmp_path, 
     assert told == ["captured", "learned layer 0", "learned layer 1", "measured"]
 
 
-def test_a_capture_that_did_not_end_is_made_again(llama48, text, tmp_path):
+def test_learn_codec_makes_a_capture_that_did_not_end_again(llama48, text, tmp_path):
     def interrupt(part):
         raise Interrupted
 
@@ -410,7 +416,7 @@ def test_a_capture_that_did_not_end_is_made_again(llama48, text, tmp_path):
         learn_codec(llama48, text, CONFIG, tmp_path)
 
 
-def test_what_is_kept_depends_on_model_text_and_configuration(llama48, gemma48, text):
+def test_learn_codec_keeps_its_parts_by_model_text_and_configuration(llama48, gemma48, text):
     runs = [
         (llama48, text, CONFIG),
         (gemma48, text, CONFIG),
@@ -428,7 +434,7 @@ def test_what_is_kept_depends_on_model_text_and_configuration(llama48, gemma48, 
 # What comes of it
 
 
-def test_quality_is_measured_for_each_layer_and_head(learned, llama48, text):
+def test_measure_codec_gives_the_quality_of_each_layer_and_head(learned, llama48, text):
     codec = learned[0]
     found = measure_codec(llama48, codec, passages(llama48, text.evaluation), batch_size=3)
     assert sorted(found) == sorted(codec.layers)
@@ -440,12 +446,12 @@ def test_quality_is_measured_for_each_layer_and_head(learned, llama48, text):
         assert quality.beta == pytest.approx(codec.calibration.beta[index], abs=0.1)
 
 
-def test_a_codec_is_not_measured_on_another_model(learned, gemma48, text):
+def test_measure_codec_refuses_another_model(learned, gemma48, text):
     with pytest.raises(IntegrityError, match="fitted on the model"):
         measure_codec(gemma48, learned[0], passages(gemma48, text.evaluation))
 
 
-def test_a_layer_that_was_damaged_is_named(llama48, text, tmp_path):
+def test_learn_codec_names_a_layer_that_was_damaged(llama48, text, tmp_path):
     learn_codec(llama48, text, CONFIG, tmp_path)
     kept = next(tmp_path.glob("*/layer-0.safetensors"))
     kept.write_bytes(kept.read_bytes()[:-100])
@@ -453,7 +459,7 @@ def test_a_layer_that_was_damaged_is_named(llama48, text, tmp_path):
         learn_codec(llama48, text, CONFIG, tmp_path)
 
 
-def test_a_codec_of_a_mini_takes_less_than_a_fiftieth_of_the_model(tmp_path):
+def test_key_codec_of_a_mini_takes_less_than_a_fiftieth_of_the_model(tmp_path):
     """Of matrices that say nothing, in the shapes of those that are learned."""
     shape = json.loads((MODELS / "olmoe-mini" / "config.json").read_text())
     n_heads, d = shape["num_key_value_heads"], shape["hidden_size"] // shape["num_attention_heads"]

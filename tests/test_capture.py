@@ -37,7 +37,7 @@ def test_capture_gives_the_attention_of_the_model(loaded):
             )
 
 
-def test_bank_shapes_and_scopes(loaded, request):
+def test_state_bank_has_the_shapes_of_heads_and_of_layers(loaded, request):
     n_query, n_kv = HEADS[request.node.callspec.params["loaded"]]
     with capture(loaded.model) as bank:
         loaded.model(IDS)
@@ -112,7 +112,7 @@ def test_capture_of_values_is_the_same_before_rope(loaded):
         before.queries(0)
 
 
-def test_bank_on_disk_is_the_bank_in_memory(loaded, tmp_path):
+def test_state_bank_on_disk_is_the_one_in_memory(loaded, tmp_path):
     with capture(loaded.model, states=STATE_KINDS) as memory:
         loaded.model(IDS)
     folder = tmp_path / "bank"

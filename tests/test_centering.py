@@ -43,14 +43,14 @@ def test_centering_twice_is_centering_once(keys, method):
 
 @given(KEYS)
 @settings(deadline=None)
-def test_none_changes_nothing(keys):
+def test_centering_none_changes_nothing(keys):
     centred, offset = Centering("none").split(keys)
     assert torch.equal(centred, keys) and offset.item() == 0
 
 
 @given(KEYS)
 @settings(deadline=None)
-def test_dc_takes_off_the_component_along_the_all_ones_direction(keys):
+def test_centering_dc_takes_off_the_component_along_the_all_ones_direction(keys):
     centred, offset = Centering("dc").split(keys)
     d = keys.shape[-1]
     ones = torch.full((d,), 1 / math.sqrt(d), dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_dc_takes_off_the_component_along_the_all_ones_direction(keys):
 
 @given(KEYS)
 @settings(deadline=None)
-def test_token_mean_leaves_no_mean_in_any_head(keys):
+def test_centering_token_mean_leaves_no_mean_in_any_head(keys):
     centering = Centering.fit(keys, "token_mean")
     centred, _ = centering.split(keys)
     torch.testing.assert_close(centering.mean, keys.mean(-2))
@@ -70,7 +70,7 @@ def test_token_mean_leaves_no_mean_in_any_head(keys):
     )
 
 
-def test_the_fitted_mean_serves_other_tokens_and_batches():
+def test_centering_mean_once_fitted_serves_other_tokens_and_batches():
     calibration, keys = gaussian(3, 100, 8) + 5, gaussian(2, 3, 17, 8, seed=1)
     centering = Centering.fit(calibration, "token_mean")
     centred, offset = centering.split(keys)
@@ -79,13 +79,13 @@ def test_the_fitted_mean_serves_other_tokens_and_batches():
 
 
 @pytest.mark.parametrize("method", ["none", "token_mean"])
-def test_softmax_does_not_see_whether_a_static_offset_is_put_back(method):
+def test_centering_static_offset_need_not_be_put_back_for_softmax(method):
     keys, queries = gaussian(40, 16) + 3, gaussian(5, 16, seed=1)
     centred, _ = Centering.fit(keys, method).split(keys)
     torch.testing.assert_close((queries @ centred.T).softmax(-1), (queries @ keys.T).softmax(-1))
 
 
-def test_softmax_does_see_a_missing_dc_offset():
+def test_centering_dc_offset_that_is_missing_is_seen_by_softmax():
     keys, queries = gaussian(40, 16) + 3, gaussian(5, 16, seed=1)
     centred, _ = Centering("dc").split(keys)
     gap = (queries @ centred.T).softmax(-1) - (queries @ keys.T).softmax(-1)
@@ -99,7 +99,7 @@ def test_softmax_does_see_a_missing_dc_offset():
         lambda s: torch.cat([s, torch.zeros_like(s[:, :1])], -1).softmax(-1),  # a sink logit
     ],
 )
-def test_a_soft_cap_and_a_sink_see_the_static_offset_until_it_is_put_back(weights):
+def test_centering_static_offset_is_seen_by_a_soft_cap_and_a_sink_until_put_back(weights):
     keys, queries = gaussian(40, 16) + 1, gaussian(5, 16, seed=1)
     centering = Centering.fit(keys, "token_mean")
     centred, _ = centering.split(keys)
@@ -109,7 +109,7 @@ def test_a_soft_cap_and_a_sink_see_the_static_offset_until_it_is_put_back(weight
     torch.testing.assert_close(weights(back), exact)
 
 
-def test_dc_keeps_a_static_mean_that_is_not_along_the_ones():
+def test_centering_dc_keeps_a_static_mean_that_is_not_along_the_ones():
     keys = gaussian(5000, 16)
     keys[:, ::2] += 4
     keys[:, 1::2] -= 4
@@ -118,7 +118,7 @@ def test_dc_keeps_a_static_mean_that_is_not_along_the_ones():
     assert dc.mean(0).norm() > 15 and static.mean(0).norm() < 1e-9
 
 
-def test_half_precision_keys_get_a_mean_in_fp32():
+def test_centering_fit_gives_half_precision_keys_a_mean_in_fp32():
     keys = (gaussian(10_000, 4) + 300).to(torch.bfloat16)
     centering = Centering.fit(keys, "token_mean")
     assert centering.mean.dtype == torch.float32
@@ -135,12 +135,12 @@ def test_half_precision_keys_get_a_mean_in_fp32():
     ],
 )
 @pytest.mark.parametrize("method", CENTERING_METHODS)
-def test_bad_keys_are_refused(keys, message, method):
+def test_centering_fit_refuses_bad_keys(keys, message, method):
     with pytest.raises(InputError, match=message):
         Centering.fit(keys, method)
 
 
-def test_bad_arguments_are_refused():
+def test_centering_refuses_bad_arguments():
     with pytest.raises(InputError, match="'mean'.*none, dc, token_mean"):
         Centering.fit(torch.ones(2, 2), "mean")
     with pytest.raises(InputError, match="with a mean"):

@@ -239,32 +239,32 @@ def notebook(path: Path) -> NotebookNode:
     return notebooks.read(path)
 
 
-def test_is_executed_clean_and_normalised(path: Path) -> None:
+def test_notebook_is_executed_clean_and_normalised(path: Path) -> None:
     assert notebooks.problems(path) == ()
 
 
-def test_cells_are_short(notebook: NotebookNode) -> None:
+def test_notebook_cells_are_short(notebook: NotebookNode) -> None:
     assert [(i, f) for i, cell in code(notebook) for f in long_cell(cell.source)] == []
 
 
-def test_nothing_is_defined(notebook: NotebookNode) -> None:
+def test_notebook_defines_nothing(notebook: NotebookNode) -> None:
     assert [(i, name) for i, cell in code(notebook) for name in definitions(cell.source)] == []
 
 
-def test_numbers_in_prose_are_glued_or_the_papers(notebook: NotebookNode) -> None:
+def test_notebook_numbers_in_prose_are_glued_or_the_papers(notebook: NotebookNode) -> None:
     known = paper_numbers(CLAIMS)
     assert [(i, n) for i, text in prose(notebook) for n in bare_decimals(text, known)] == []
 
 
-def test_figures_are_told_to_those_who_cannot_see_them(notebook: NotebookNode) -> None:
+def test_notebook_figures_are_told_to_those_who_cannot_see_them(notebook: NotebookNode) -> None:
     assert [(i, fault) for i, cell in code(notebook) for fault in figure_faults(cell)] == []
 
 
-def test_numbers_of_a_record_say_which(notebook: NotebookNode, path: Path) -> None:
+def test_notebook_numbers_of_a_record_say_which(notebook: NotebookNode, path: Path) -> None:
     assert path in LABS or unlinked(notebook) == []
 
 
-def test_begins_with_one_title(notebook: NotebookNode) -> None:
+def test_notebook_begins_with_one_title(notebook: NotebookNode) -> None:
     titles = re.findall(r"^# .+$", notebook.cells[0].source, re.MULTILINE)
     assert notebook.cells[0].cell_type == "markdown" and len(titles) == 1
 
@@ -302,7 +302,7 @@ def test_chapter_ends_with_exercises_whose_solutions_run(chapter: Path) -> None:
     assert [label for label in found if not label.startswith(f"ex-{word}-")] == []
 
 
-def test_figure_names_are_unique() -> None:
+def test_notebook_figure_names_are_unique() -> None:
     names = Counter(
         cell.metadata.get("mystnb", {}).get("figure", {}).get("name")
         for path in CHAPTERS + LABS
@@ -311,7 +311,7 @@ def test_figure_names_are_unique() -> None:
     assert [name for name, count in names.items() if name and count > 1] == []
 
 
-def test_the_contents_list_the_chapters_that_exist() -> None:
+def test_toc_lists_the_chapters_that_exist() -> None:
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     listed = [toc["root"]] + [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
     written = [p.relative_to(ROOT).with_suffix("").as_posix() for p in CHAPTERS + PAGES + LABS]
@@ -339,7 +339,9 @@ def test_the_contents_list_the_chapters_that_exist() -> None:
         ("It costs $5 or 0.5 of it.", ["0.5"]),
     ],
 )
-def test_the_rule_finds_bare_decimals(text: str, found: list[str]) -> None:
+def test_bare_decimals_finds_numbers_that_are_no_number_of_the_papers(
+    text: str, found: list[str]
+) -> None:
     assert bare_decimals(text, frozenset({0.7979, 0.919})) == found
 
 
@@ -353,17 +355,19 @@ def test_the_rule_finds_bare_decimals(text: str, found: list[str]) -> None:
         ("%matplotlib inline\nx = 1", []),
     ],
 )
-def test_the_rule_finds_definitions(source: str, found: list[str]) -> None:
+def test_definitions_finds_functions_classes_and_named_lambdas(
+    source: str, found: list[str]
+) -> None:
     assert definitions(source) == found
 
 
-def test_the_rule_finds_long_cells() -> None:
+def test_long_cell_finds_long_cells() -> None:
     assert long_cell("x = 1\n" * 12) == []
     assert long_cell("x = 1\n" * 13) == ["13 lines"]
     assert long_cell("x" * 101) == ["101 characters wide"]
 
 
-def test_the_rule_finds_silent_figures() -> None:
+def test_figure_faults_finds_silent_figures() -> None:
     picture = nbformat.v4.new_output("display_data", {"image/png": "", "text/plain": ""})
     figure = {"caption": "A line.", "name": "s1-line"}
     silent = nbformat.v4.new_code_cell("plot()", outputs=[picture])
@@ -380,7 +384,7 @@ def test_the_rule_finds_silent_figures() -> None:
     assert figure_faults(told) == ["more than one picture"]
 
 
-def test_the_rule_finds_exercises_without_a_running_solution() -> None:
+def test_exercises_finds_those_without_a_running_solution() -> None:
     exercise = "```{exercise} A title\n:label: ex-s1-a\n\nWhy?\n```"
     start, end = "```{solution-start} ex-s1-a\n:class: dropdown\n```", "```{solution-end}\n```"
     md, run = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell("print(1)")
@@ -412,12 +416,12 @@ READ = "record = records.read('ablation', 'olmoe-mini')\n"
         ("done = run.finish({})\nclaims.comparison([('gap', 1, done.metric('gap'))])", 1),
     ],
 )
-def test_the_rule_finds_tables_that_do_not_name_their_record(source: str, faults: int) -> None:
+def test_unlinked_finds_tables_that_do_not_name_their_record(source: str, faults: int) -> None:
     cells = [nbformat.v4.new_code_cell(READ), nbformat.v4.new_code_cell(source)]
     assert len(unlinked(nbformat.v4.new_notebook(cells=cells))) == faults
 
 
-def test_the_rule_finds_figures_that_do_not_name_their_record() -> None:
+def test_unlinked_finds_figures_that_do_not_name_their_record() -> None:
     picture = nbformat.v4.new_output("display_data", {"image/png": "", "text/plain": ""})
     cell = nbformat.v4.new_code_cell(READ + "fig_gap(record.table('rows'))", outputs=[picture])
     nb = nbformat.v4.new_notebook(cells=[cell])
@@ -427,7 +431,7 @@ def test_the_rule_finds_figures_that_do_not_name_their_record() -> None:
     assert unlinked(nb) == []
 
 
-def test_captions_and_alt_texts_are_prose() -> None:
+def test_prose_holds_captions_and_alt_texts() -> None:
     metadata = {"mystnb": {"figure": {"caption": "At 0.5."}, "image": {"alt": "Near 0.25."}}}
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("plot()", metadata=metadata)])
     found = [n for _, text in prose(nb) for n in bare_decimals(text, frozenset())]

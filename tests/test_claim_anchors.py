@@ -38,19 +38,19 @@ def noted(extension: ModuleType, html: str) -> tuple[dict, dict]:
     return env.metadata["book/page"]["myst_slugs"], std.anonlabels
 
 
-def test_verdicts_and_entries_of_the_ledger_are_known_on_their_page(extension) -> None:
+def test_claim_anchors_know_verdicts_and_ledger_entries_on_their_page(extension) -> None:
     claim = load_claims()["gaussian-floor"]
     for box, name in ((verdict_box(claim), "verdict-7"), (ledger([claim]), "ledger-7")):
         places, labels = noted(extension, box.data)
         assert set(places) == {name} and labels == {}
 
 
-def test_records_are_known_everywhere(extension) -> None:
+def test_claim_anchors_know_records_everywhere(extension) -> None:
     every = records.every()
     places, labels = noted(extension, origins(every).data)
     assert places == {}
     assert labels == {anchor(r.lab, r.model): ("book/page", anchor(r.lab, r.model)) for r in every}
 
 
-def test_other_html_is_left_alone(extension) -> None:
+def test_claim_anchors_leave_other_html_alone(extension) -> None:
     assert noted(extension, '<span id="else"></span><b>verdict-1</b>') == ({}, {})

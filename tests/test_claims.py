@@ -25,37 +25,37 @@ def settled() -> list[Claim]:
     return [claim for claim in CLAIMS.values() if claim.status == "settled"]
 
 
-def test_every_claim_of_the_paper_is_there() -> None:
+def test_load_claims_gives_every_claim_of_the_paper() -> None:
     assert [claim.number for claim in CLAIMS.values()] == list(range(1, len(CLAIMS) + 1))
     assert len(CLAIMS) >= 34
 
 
 @pytest.mark.parametrize("claim", settled(), ids=lambda claim: claim.id)
-def test_what_supports_a_settled_verdict_exists(claim: Claim) -> None:
+def test_claim_that_is_settled_has_what_supports_its_verdict(claim: Claim) -> None:
     assert claim.check or claim.record or claim.verdict in claims.ARGUED
     assert claim.record is None or (ROOT / claim.record).is_file()
 
 
-def test_every_verdict_is_of_use() -> None:
+def test_verdicts_are_each_of_use() -> None:
     assert set(claims.VERDICTS) - {claim.verdict for claim in CLAIMS.values()} <= {"open"}
 
 
-def test_quotes_are_brief() -> None:
+def test_claim_quotes_are_brief() -> None:
     words = {claim.id: len((claim.quote or "").split()) for claim in CLAIMS.values()}
     assert {name: count for name, count in words.items() if count > 20} == {}
 
 
-def test_findings_hold_no_measured_number() -> None:
+def test_claim_findings_hold_no_measured_number() -> None:
     found = [claim.id for claim in CLAIMS.values() if re.search(r"\d\.\d", claim.finding)]
     assert found == [], "a measured number belongs in a record, a closed form is written as one"
 
 
-def test_the_papers_cited_values_are_there() -> None:
+def test_claim_numbers_hold_the_papers_cited_values() -> None:
     numbers = {number for claim in CLAIMS.values() for number in claim.numbers}
     assert {0.7979, 0.919, 0.965, 0.098, 0.139, 36.6, 1.87, 3.5, 0.003, 0.85} <= numbers
 
 
-def test_uncentred_betas_by_subtraction_stay_below_nine_tenths() -> None:
+def test_claim_of_uncentred_betas_by_subtraction_stays_below_nine_tenths() -> None:
     """S4's centred betas less S4's lifts never reach the uncentred beta that S3 states."""
     value = CLAIMS["uncentred-lands-at-090"].paper_value
     uncentred = [beta - lift for beta in value["centred"] for lift in value["lift"]]
@@ -99,7 +99,7 @@ def test_a_mean_per_token_is_less_than_a_hundredth_of_the_cache() -> None:
     assert 0 < PAPER.mean_bits / stored < 0.01
 
 
-def test_boxes_say_what_a_reader_needs() -> None:
+def test_claim_box_and_verdict_box_say_what_a_reader_needs() -> None:
     claim = CLAIMS["gaussian-floor"]
     opening, closing = claims.claim_box(claim).data, claims.verdict_box(claim).data
     assert f"Claim {claim.number}" in opening and claim.statement in opening
@@ -108,7 +108,7 @@ def test_boxes_say_what_a_reader_needs() -> None:
     assert all(line.startswith(">") for box in (opening, closing) for line in box.splitlines())
 
 
-def test_a_provisional_verdict_says_so(tmp_path: Path) -> None:
+def test_verdict_box_and_verdict_table_say_that_a_verdict_is_provisional(tmp_path: Path) -> None:
     load = load_claims(written(tmp_path, entry()))
     assert "provisional" in claims.verdict_box(load["one"]).data
     assert "provisional" in claims.verdict_table(list(load.values())).data
@@ -134,19 +134,19 @@ def test_comparison_says_which_record_made_its_numbers() -> None:
     assert lines[4:] == provenance(record)[1:]
 
 
-def test_every_verdict_is_in_one_group() -> None:
+def test_groups_hold_every_verdict_once() -> None:
     verdicts = [verdict for group in claims.GROUPS.values() for verdict in group]
     assert sorted(verdicts) == sorted(claims.VERDICTS)
 
 
-def test_the_groups_hold_every_claim_once() -> None:
+def test_grouped_holds_every_claim_once() -> None:
     found = [claim for group in claims.GROUPS for claim in claims.grouped(CLAIMS.values(), group)]
     assert sorted(claim.number for claim in found) == list(range(1, len(CLAIMS) + 1))
     with pytest.raises(InputError, match="unknown group 'true'; choose one of holds"):
         claims.grouped(CLAIMS.values(), "true")
 
 
-def test_the_ledger_tells_each_claim_with_its_sources() -> None:
+def test_ledger_tells_each_claim_with_its_sources() -> None:
     shown = claims.ledger(list(CLAIMS.values()), {"gaussian-floor": "0.80 here"}).data
     for claim in CLAIMS.values():
         assert f'id="ledger-{claim.number}"' in shown
@@ -157,13 +157,13 @@ def test_the_ledger_tells_each_claim_with_its_sources() -> None:
         assert (ROOT / path).is_file()
 
 
-def test_values_stand_beside_the_papers_where_both_are_known() -> None:
+def test_value_table_has_values_beside_the_papers_where_both_are_known() -> None:
     lines = claims.value_table(list(CLAIMS.values()), {"gaussian-floor": "0.80"}).data.splitlines()
     assert len(lines) == 3 and lines[2].endswith("| 0.7979 | 0.80 |")
     assert lines[2].startswith("| [7](/book/verdicts.ipynb#ledger-7) |")
 
 
-def test_a_verdict_marks_its_place_and_links_what_it_rests_on() -> None:
+def test_verdict_box_marks_its_place_and_links_what_it_rests_on() -> None:
     claim = CLAIMS["perplexity-gap-ratio"]
     box = claims.verdict_box(claim).data
     assert f'<span id="verdict-{claim.number}"></span>' in box
@@ -222,13 +222,13 @@ def test_numbers_are_those_of_value_and_quote(tmp_path: Path) -> None:
         (["text"], "claim 1: an entry must be a dictionary"),
     ],
 )
-def test_a_mistake_names_its_claim(entries: list, told: str, tmp_path: Path) -> None:
+def test_load_claims_names_the_claim_of_a_mistake(entries: list, told: str, tmp_path: Path) -> None:
     with pytest.raises(IntegrityError) as caught:
         load_claims(written(tmp_path, *entries))
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_missing_empty_or_broken_is_told(tmp_path: Path) -> None:
+def test_load_claims_tells_of_a_file_that_is_missing_empty_or_broken(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot read the claims"):
         load_claims(tmp_path / "none.yml")
     (tmp_path / "claims.yml").write_text("")
@@ -239,6 +239,6 @@ def test_a_file_that_is_missing_empty_or_broken_is_told(tmp_path: Path) -> None:
         load_claims(tmp_path / "claims.yml")
 
 
-def test_argued_verdicts_may_be_settled_without_a_check(tmp_path: Path) -> None:
+def test_load_claims_lets_argued_verdicts_be_settled_without_a_check(tmp_path: Path) -> None:
     load = load_claims(written(tmp_path, entry(status="settled", verdict="misleading")))
     assert load["one"].status == "settled"

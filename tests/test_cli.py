@@ -72,7 +72,7 @@ def own_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Each command.
 
 
-def test_estimate_reads_a_checkpoint_and_loads_nothing(capsys):
+def test_cli_estimate_reads_a_checkpoint_and_loads_nothing(capsys):
     document, err = run(capsys, "estimate", MODEL, "--tokens", 1000, "--context", 64)
     assert (document["model"], document["dtype"], err) == (MODEL, "float32", "")
     assert document["download_bytes"] == 0 and document["context"] == 64
@@ -87,19 +87,19 @@ def test_estimate_reads_a_checkpoint_and_loads_nothing(capsys):
     assert all(row["hours"] > 0 for row in hours)
 
 
-def test_estimate_names_a_value_that_is_wrong(capsys):
+def test_cli_estimate_names_a_value_that_is_wrong(capsys):
     assert "--tokens: '0': use a whole number" in misused(capsys, "estimate", "m", "--tokens", 0)
     assert "leave it out" in told(capsys, "estimate", MODEL, "--revision", "main")
 
 
-def test_what_was_learned_is_kept_and_nothing_is_left_beside_it(learned):
+def test_cli_learn_keeps_what_was_learned_and_leaves_nothing_beside_it(learned):
     assert [file.name for file in learned.parent.iterdir()] == [learned.name]
     found = KeyCodec.load(learned)
     assert found.provenance["model"] == MODEL
     assert found.provenance["text"] == "corpus"
 
 
-def test_inspect_needs_no_model(learned, capsys):
+def test_cli_inspect_needs_no_model(learned, capsys):
     found, err = run(capsys, "inspect", learned)
     assert err == ""
     assert (found["schema"], found["bits"], found["version"]) == (codec.SCHEMA, 8, __version__)
@@ -113,7 +113,7 @@ def test_inspect_needs_no_model(learned, capsys):
     assert 0.8 < layer["beta"][0] < 1
 
 
-def test_measure_is_held_out_and_near_what_the_codec_says(learned, capsys):
+def test_cli_measure_is_held_out_and_near_what_the_codec_says(learned, capsys):
     found, err = run(capsys, "measure", MODEL, learned, "--passages", 6)
     assert "6 passages" in err
     (head,) = found["heads"]
@@ -123,7 +123,7 @@ def test_measure_is_held_out_and_near_what_the_codec_says(learned, capsys):
     assert 0 < head["distortion"] < 1 and 0 < head["top1"] <= 1
 
 
-def test_evaluate_puts_the_cache_beside_exact_attention_and_other_caches(learned, capsys):
+def test_cli_evaluate_puts_the_cache_beside_exact_attention_and_other_caches(learned, capsys):
     found, err = run(
         capsys, "evaluate", MODEL, learned, "--values", "int8", "--window", 32, "--passages", 2
     )
@@ -141,7 +141,7 @@ def test_evaluate_puts_the_cache_beside_exact_attention_and_other_caches(learned
     assert all("kl" in row and "reduction" in row for row in found["rows"][1:])
 
 
-def test_generate_goes_on_with_exact_keys_and_through_the_cache(learned, capsys):
+def test_cli_generate_goes_on_with_exact_keys_and_through_the_cache(learned, capsys):
     found, _ = run(
         capsys,
         "generate",
@@ -162,7 +162,7 @@ def test_generate_goes_on_with_exact_keys_and_through_the_cache(learned, capsys)
     assert found["cache"]["n_tokens"] == found["prompt_tokens"] + 11
 
 
-def test_generate_reads_stdin_draws_by_its_seed_and_says_that_nothing_was_packed(
+def test_cli_generate_reads_stdin_draws_by_its_seed_and_says_if_nothing_was_packed(
     learned, capsys, monkeypatch, tmp_path
 ):
     prompt = tmp_path / "prompt"
@@ -195,7 +195,7 @@ def test_generate_reads_stdin_draws_by_its_seed_and_says_that_nothing_was_packed
     assert "no key seen through its code" in texts[0]
 
 
-def test_bench_names_the_device_and_sets_torch_beside(capsys):
+def test_cli_bench_names_the_device_and_sets_torch_beside(capsys):
     found, _ = run(
         capsys,
         "bench",
@@ -216,7 +216,7 @@ def test_bench_names_the_device_and_sets_torch_beside(capsys):
     assert all(row["seconds_low"] <= row["seconds"] <= row["seconds_high"] for row in found["rows"])
 
 
-def test_any_checkpoint_and_any_text_walk_the_whole_way(
+def test_cli_takes_any_checkpoint_and_any_text_the_whole_way(
     llama_folder, own_text, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("signlattice.cli.commands.LARGEST_SHARE", 0.01)
@@ -268,7 +268,7 @@ def test_any_checkpoint_and_any_text_walk_the_whole_way(
 # An interruption.
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(
+def test_cli_learn_goes_on_when_interrupted_and_ends_with_the_same_file(
     llama_folder, own_text, capsys, tmp_path, monkeypatch
 ):
     whole, file = tmp_path / "whole.safetensors", tmp_path / "codec.safetensors"
@@ -304,19 +304,19 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(
 # Mistakes.
 
 
-def test_an_unknown_model_is_told(capsys, tmp_path):
+def test_cli_learn_tells_of_an_unknown_model(capsys, tmp_path):
     err = told(capsys, "learn", "no such/model at all", "-o", tmp_path / "x")
     assert "'no such/model at all'" in err and "<owner>/<name>" in err
 
 
-def test_a_missing_codec_is_told_before_a_model_is_loaded(capsys, tmp_path):
+def test_cli_tells_of_a_missing_codec_before_a_model_is_loaded(capsys, tmp_path):
     missing = tmp_path / "none.safetensors"
     for command in (("measure", "m"), ("evaluate", "m"), ("generate", "m"), ("inspect",)):
         prompt = ["p"] if command[0] == "generate" else []
         assert f"no codec file at {missing}" in told(capsys, *command, missing, *prompt)
 
 
-def test_a_codec_of_another_model_is_told(learned, capsys):
+def test_cli_measure_tells_of_a_codec_of_another_model(learned, capsys):
     assert "fit one for this model" in told(capsys, "measure", "olmoe-mini", learned)
 
 
@@ -343,14 +343,16 @@ def test_bench_refuses_what_does_not_fit_the_memory(capsys):
     assert "--tokens 999999999999: keys and values of" in err and "use fewer" in err
 
 
-def test_a_truncated_codec_is_told(learned, capsys, tmp_path):
+def test_cli_inspect_and_measure_tell_of_a_truncated_codec(learned, capsys, tmp_path):
     short = tmp_path / "short.safetensors"
     short.write_bytes(learned.read_bytes()[:-100])
     assert "not a whole safetensors file" in told(capsys, "inspect", short)
     assert "not a whole safetensors file" in told(capsys, "measure", MODEL, short)
 
 
-def test_an_output_that_cannot_be_written_is_told_before_work_begins(capsys, tmp_path, monkeypatch):
+def test_cli_learn_tells_before_work_begins_of_an_output_that_cannot_be_written(
+    capsys, tmp_path, monkeypatch
+):
     monkeypatch.setattr("signlattice.cli.commands._load", lambda options: pytest.fail("too late"))
     file = tmp_path / "file"
     file.touch()
@@ -364,7 +366,7 @@ def test_an_output_that_cannot_be_written_is_told_before_work_begins(capsys, tmp
     assert "cannot write to" in told(capsys, "learn", MODEL, "-o", tmp_path / "x", *scratch)
 
 
-def test_a_window_that_packs_nothing_is_told(learned, capsys):
+def test_cli_evaluate_tells_of_a_window_that_packs_nothing(learned, capsys):
     err = told(capsys, "evaluate", MODEL, learned, "--window", 508)
     assert "--window 508 --sinks 4" in err and "512 tokens" in err
 
@@ -378,23 +380,23 @@ def test_a_window_that_packs_nothing_is_told(learned, capsys):
         (("--text", "no such text"), "choose one of corpus"),
     ],
 )
-def test_what_a_model_cannot_do_is_told(learned, capsys, options, message):
+def test_cli_measure_tells_what_a_model_cannot_do(learned, capsys, options, message):
     assert message in told(capsys, "measure", MODEL, learned, *options)
 
 
-def test_a_prompt_that_is_none_is_told(learned, capsys):
+def test_cli_generate_tells_of_a_prompt_that_is_none(learned, capsys):
     assert "empty" in told(capsys, "generate", MODEL, learned, "")
     assert "UTF-8" in told(capsys, "generate", MODEL, learned, "\udcff")
     many = ("--max-new-tokens", 600)
     assert "reads 512 in all" in told(capsys, "generate", MODEL, learned, "a", *many)
 
 
-def test_a_head_that_no_kernel_is_made_for_is_told(capsys):
+def test_cli_bench_tells_of_a_head_that_no_kernel_is_made_for(capsys):
     assert "choose one of 16" in told(capsys, "bench", "--head-dim", 100)
     assert "or fewer" in told(capsys, "bench", "--group", 10**6)
 
 
-def test_too_little_memory_is_told(learned, capsys, monkeypatch):
+def test_cli_measure_tells_of_too_little_memory(learned, capsys, monkeypatch):
     def full(options):
         raise MemoryError
 
@@ -417,7 +419,7 @@ def test_too_little_memory_is_told(learned, capsys, monkeypatch):
         (("bench", "--device", "tpu"), "'tpu': use auto, cpu, cuda"),
     ],
 )
-def test_wrong_usage_names_the_value_and_what_would_be_right(capsys, arguments, message):
+def test_cli_names_a_wrong_value_and_what_would_be_right(capsys, arguments, message):
     assert message in misused(capsys, *arguments)
 
 
@@ -425,20 +427,20 @@ def test_wrong_usage_names_the_value_and_what_would_be_right(capsys, arguments, 
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_has_an_example(command, capsys):
+def test_cli_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*filter(None, [command]), "--help"])
     assert stop.value.code == 0
     assert f"example:\n  signlattice {command}" in capsys.readouterr().out
 
 
-def test_arguments_may_be_what_the_library_takes():
+def test_cli_arguments_may_be_what_the_library_takes():
     assert set(cli.VALUES) == set(storage.VALUE_FORMATS)
     assert set(cli.SCALES) == set(scales.SCALE_RULES)
     assert cli.DTYPES == ("auto", *full_size.DTYPES)
 
 
-def test_it_runs_as_a_module_without_waiting_for_torch():
+def test_cli_runs_as_a_module_without_waiting_for_torch():
     code = "import sys, signlattice.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     command = [sys.executable, "-m", "signlattice", "--version"]
@@ -488,7 +490,7 @@ def test_main_needs_no_stderr(learned):
 # How results look.
 
 
-def test_tables_align_text_left_and_numbers_right():
+def test_table_aligns_text_left_and_numbers_right():
     rows = [{"a": "x", "b": 1.0}, {"a": "long", "b": None}, {"a": None, "b": 22.25}]
     assert table(rows, {"a": ("name", ""), "b": ("b", ".1f")}) == [
         "name     b",
@@ -498,13 +500,13 @@ def test_tables_align_text_left_and_numbers_right():
     ]
 
 
-def test_sizes_spans_and_plain_values():
+def test_size_span_and_plain_give_values_as_they_are_shown():
     assert [size(n) for n in (999, 1000, 1.25e6, 2e9)] == ["999 bytes", "1 kB", "1.25 MB", "2 GB"]
     assert (span([0.5, 0.25], ".2f"), span([1.0])) == ("0.25–0.50", "1.000")
     assert plain({1: (float("nan"), 2)}) == {"1": [None, 2]}
 
 
-def test_defaults_are_those_of_the_library():
+def test_cli_defaults_are_those_of_the_library():
     own = cli.parser()
     generate = own.parse_args(["generate", "m", "c", "p"])
     evaluate = own.parse_args(["evaluate", "m", "c"])

@@ -84,7 +84,7 @@ def test_scores_on_bits_are_the_inner_products_with_decoded_keys(kind, method, r
 
 
 @pytest.mark.parametrize("method", CENTERING_METHODS)
-def test_keys_on_the_lattice_come_back(method):
+def test_sign_quantizer_gives_back_keys_on_the_lattice(method):
     rotation = torch.stack([haar(D, seed) for seed in range(H)])
     lattice = sign(torch.randn(B, H, T, D, generator=torch.Generator().manual_seed(1)))
     mean = torch.ones(H, D) if method == "token_mean" else None
@@ -102,7 +102,7 @@ def test_keys_on_the_lattice_come_back(method):
 
 @given(st.integers(0, 2**16))
 @settings(max_examples=20)
-def test_the_three_scales_obey_their_definitions(seed):
+def test_token_scale_obeys_the_definitions_of_the_three_rules(seed):
     y = torch.randn(50, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     c = cosine(y)
     code = {rule: token_scale(y, rule).unsqueeze(-1) * sign(y) for rule in SCALE_RULES}
@@ -119,7 +119,7 @@ def test_the_three_scales_obey_their_definitions(seed):
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("rule", SCALE_RULES)
-def test_a_zero_key_stays_zero(make, rule):
+def test_sign_quantizer_keeps_a_zero_key_zero(make, rule):
     codec = make(random_keys(), "none", rule)
     assert codec.decode(codec.encode(torch.zeros(1, H, 1, D))).abs().max() == 0
 
@@ -129,7 +129,7 @@ def test_a_zero_key_stays_zero(make, rule):
 
 @pytest.mark.parametrize("method", ["none", "token_mean"])
 @pytest.mark.parametrize("rule", SCALE_RULES)
-def test_a_lattice_that_is_a_rotation_has_its_words_and_scales(method, rule):
+def test_sign_quantizer_lattice_that_is_a_rotation_has_its_words_and_scales(method, rule):
     keys = random_keys()
     plain = layer_codec(keys, method, rule, temperature=torch.tensor([0.5, 1.0, 1.7]))
     searched = replace(plain, metric=torch.eye(D).repeat(H, 1, 1))
@@ -148,7 +148,7 @@ def in_metric(metric: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.T
 
 
 @pytest.mark.parametrize("method", ["none", "token_mean"])
-def test_each_scale_rule_is_what_it_says_in_the_metric(method):
+def test_sign_quantizer_scale_rules_are_what_they_say_in_the_metric(method):
     keys = random_keys()
     points = {}
     for rule in SCALE_RULES:
@@ -177,7 +177,7 @@ def test_each_scale_rule_is_what_it_says_in_the_metric(method):
     torch.testing.assert_close(kept, energy, rtol=4e-3, atol=0)
 
 
-def test_signs_in_the_metric_have_a_smaller_error_there_than_those_of_the_nearest_corner():
+def test_sign_quantizer_signs_in_the_metric_err_less_there_than_the_nearest_corner():
     keys = random_keys()
     codec = lattice_codec(keys, "none", "mse")
     found = keys - codec.decode(codec.encode(keys))
@@ -191,7 +191,7 @@ def test_signs_in_the_metric_have_a_smaller_error_there_than_those_of_the_neares
 
 @pytest.mark.parametrize("rule", SCALE_RULES)
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 1e2, 1e6])
-def test_keys_of_any_size_have_a_scale(rule, size):
+def test_sign_quantizer_has_a_scale_for_keys_of_any_size(rule, size):
     """Beside a lattice much larger than a key every point may lie on its far side."""
     codec = lattice_codec(random_keys(), "none", rule)
     keys = size * torch.randn(1, H, 400, D, generator=torch.Generator().manual_seed(7))
@@ -207,20 +207,20 @@ def test_keys_of_any_size_have_a_scale(rule, size):
     assert (scale.abs() <= 1.01 * bound + 1e-7).all()
 
 
-def test_a_scale_beyond_fp16_is_its_largest_number():
+def test_sign_quantizer_scale_beyond_fp16_is_its_largest_number():
     codec = layer_codec(random_keys(), "none")
     scale = codec.encode(torch.full((1, H, 1, D), 1e9)).scale
     assert (scale == torch.finfo(torch.float16).max).all()
 
 
 @pytest.mark.parametrize("rule", SCALE_RULES)
-def test_a_lattice_that_is_a_point_gives_zero(rule):
+def test_sign_quantizer_lattice_that_is_a_point_gives_zero(rule):
     codec = replace(lattice_codec(random_keys(), "none", rule), basis=torch.zeros(H, D, D))
     assert (codec.decode(codec.encode(random_keys())) == 0).all()
     assert (codec.cosines(random_keys()[0]) == 0).all()
 
 
-def test_a_cosine_has_its_floor_in_the_unbiased_rule_alone():
+def test_scale_of_has_a_floor_of_the_cosine_in_the_unbiased_rule_alone():
     along, one = torch.tensor([1e-3, -1e-3, 0.5, -0.5, 0.0]), torch.ones(5)
     torch.testing.assert_close(
         scale_of(along, one, one, "unbiased"), torch.tensor([32.0, -32.0, 2.0, -2.0, 32.0])
@@ -231,7 +231,7 @@ def test_a_cosine_has_its_floor_in_the_unbiased_rule_alone():
         scale_of(along, one, one, "max")
 
 
-def test_the_mean_cosine_of_a_rotation_is_beta():
+def test_sign_quantizer_cosines_of_a_rotation_have_beta_as_their_mean():
     keys = random_keys().transpose(0, 1).flatten(1, 2)
     codec = layer_codec(random_keys(), "token_mean")
     per_head = torch.tensor([float(beta(head)) for head in codec.rotated(keys)])
@@ -251,7 +251,7 @@ def test_cosines_are_those_of_keys_and_their_points_in_the_metric():
 
 
 @pytest.mark.parametrize("kind, method", KINDS)
-def test_another_device_changes_nothing(kind, method):
+def test_sign_quantizer_on_another_device_changes_nothing(kind, method):
     keys = random_keys()
     codec = MAKERS[kind](keys, method, temperature=torch.tensor([0.5, 1.0, 1.7]))
     here = torch.device("cpu")
@@ -267,7 +267,7 @@ def test_another_device_changes_nothing(kind, method):
     assert torch.equal(codec.decode(ours), moved.to(here).decode(codec.encode(keys)))
 
 
-def test_softmax_does_not_see_the_token_mean():
+def test_sign_quantizer_token_mean_is_not_seen_by_softmax():
     keys = random_keys()
     codec = layer_codec(keys, "token_mean")
     packed = codec.encode(keys)
@@ -280,7 +280,7 @@ def test_softmax_does_not_see_the_token_mean():
     )
 
 
-def test_bytes_are_what_the_arithmetic_says():
+def test_packed_keys_bytes_are_what_the_arithmetic_says():
     keys = random_keys()
     assert layer_codec(keys, "none").encode(keys).n_bytes == B * H * T * (D // 8 + 2)
     assert layer_codec(keys, "dc").encode(keys).n_bytes == B * H * T * (D // 8 + 4)
@@ -333,7 +333,7 @@ def same(a: SignQuantizer, b: SignQuantizer) -> bool:
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_a_saved_codec_encodes_the_same_bits(codec, path, bits):
+def test_key_codec_encodes_the_same_bits_when_saved(codec, path, bits):
     if bits == 8:
         rounded = {index: layer.rounded() for index, layer in codec.layers.items()}
         codec = replace(codec, layers=rounded)
@@ -351,7 +351,7 @@ def test_a_saved_codec_encodes_the_same_bits(codec, path, bits):
     assert [file.name for file in path.parent.iterdir()] == ["codec.safetensors"]
 
 
-def test_thirty_two_bits_keep_a_rotation_as_it_is_and_a_metric_to_rounding(codec, path):
+def test_key_codec_of_32_bits_keeps_a_rotation_as_it_is_and_a_metric_to_rounding(codec, path):
     codec.save(path, bits=32)
     loaded = KeyCodec.load(path)
     for index, layer in codec.layers.items():
@@ -364,7 +364,7 @@ def test_thirty_two_bits_keep_a_rotation_as_it_is_and_a_metric_to_rounding(codec
 
 
 @pytest.mark.parametrize("kind, method", KINDS)
-def test_what_eight_bits_give_back_is_what_rounded_says(kind, method, path):
+def test_key_codec_of_eight_bits_gives_back_what_rounded_says(kind, method, path):
     layer = MAKERS[kind](random_keys(), method, temperature=torch.tensor([0.5, 1.0, 1.7]))
     KeyCodec({0: layer}, "a" * 64).save(path, bits=8)
     loaded = KeyCodec.load(path).layers[0]
@@ -377,7 +377,7 @@ def test_what_eight_bits_give_back_is_what_rounded_says(kind, method, path):
 
 @pytest.mark.parametrize("floor", [1e-3, 1e-5])
 @pytest.mark.parametrize("d", [16, 128])
-def test_rounding_is_idempotent_where_all_queries_look_one_way(d, floor):
+def test_sign_quantizer_rounded_is_idempotent_where_all_queries_look_one_way(d, floor):
     """The factor of such a metric has a diagonal far below the rest of its rows."""
     query = torch.rand(1, d, 1, generator=torch.Generator().manual_seed(0)).double() + 0.1
     metric = query @ query.mT
@@ -386,14 +386,14 @@ def test_rounding_is_idempotent_where_all_queries_look_one_way(d, floor):
     assert same(once, once.rounded())
 
 
-def test_one_code_may_be_that_of_two_layers(codec, path):
+def test_key_codec_may_have_one_code_for_two_layers(codec, path):
     layer = codec.layers[3]
     KeyCodec({0: layer, 1: layer}, "a" * 64).save(path)
     loaded = KeyCodec.load(path).layers
     assert same(loaded[0], loaded[1])
 
 
-def test_an_eight_bit_file_is_as_large_as_its_numbers(codec, path):
+def test_key_codec_of_eight_bits_is_a_file_as_large_as_its_numbers(codec, path):
     codec.save(path, bits=8)
     triangle = D * (D + 1) // 2
     numbers = {
@@ -414,14 +414,14 @@ def test_an_eight_bit_file_is_as_large_as_its_numbers(codec, path):
 
 @pytest.mark.parametrize("bits", [16, 0, None])
 @pytest.mark.parametrize("layers", [True, False])
-def test_other_widths_are_refused(codec, path, bits, layers):
+def test_key_codec_refuses_other_widths(codec, path, bits, layers):
     codec = codec if layers else replace(codec, layers={}, calibration=None)
     with pytest.raises(InputError, match=f"bits={bits}: a codec file has 8 or 32"):
         codec.save(path, bits=bits)
     assert not path.exists()
 
 
-def test_a_metric_that_is_none_cannot_be_saved(codec, path):
+def test_key_codec_cannot_save_a_metric_that_is_none(codec, path):
     layer = replace(codec.layers[10], metric=-torch.eye(D).repeat(H, 1, 1))
     with pytest.raises(InputError, match="metric is not positive definite"):
         KeyCodec({0: layer}, "a" * 64).save(path)
@@ -429,14 +429,14 @@ def test_a_metric_that_is_none_cannot_be_saved(codec, path):
         layer.rounded()
 
 
-def test_another_model_is_refused(codec, path):
+def test_key_codec_refuses_another_model(codec, path):
     codec.save(path)
     with pytest.raises(IntegrityError, match="fitted on the model aaaaaaaaaaaa….*fit one"):
         KeyCodec.load(path, model_hash="b" * 64)
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_a_truncated_file_is_refused(codec, path, bits):
+def test_key_codec_refuses_a_truncated_file(codec, path, bits):
     codec.save(path, bits=bits)
     whole = path.read_bytes()
     for length in [*range(0, 40), *range(40, len(whole), 997), len(whole) - 5, len(whole) - 1]:
@@ -449,7 +449,7 @@ def test_a_truncated_file_is_refused(codec, path, bits):
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_a_byte_that_changed_is_seen_wherever_it_is(codec, path, bits):
+def test_key_codec_sees_a_byte_that_changed_wherever_it_is(codec, path, bits):
     codec.save(path, bits=bits)
     whole = path.read_bytes()
     metadata = whole.index(b'"signlattice')
@@ -476,7 +476,7 @@ def load_all(content: bytes, path: Path) -> tuple:
     return header, {name: (str(x.dtype), x.tolist()) for name, x in tensors.items()}
 
 
-def test_what_was_changed_is_told(codec, path):
+def test_key_codec_tells_of_what_was_changed(codec, path):
     codec.save(path, bits=8)
     header, tensors = read(path)
     for changed in (
@@ -499,7 +499,7 @@ def test_what_was_changed_is_told(codec, path):
             KeyCodec.load(path)
 
 
-def test_a_digest_says_nothing_of_who_wrote_the_file(codec, path):
+def test_key_codec_digest_says_nothing_of_who_wrote_the_file(codec, path):
     """It finds what was damaged, and is found again over what was meant."""
     codec.save(path, bits=8)
     header, tensors = read(path)
@@ -508,7 +508,7 @@ def test_a_digest_says_nothing_of_who_wrote_the_file(codec, path):
 
 
 @pytest.mark.parametrize("schema", [0, -1, 4, 99, "2", True, None, 2.0, [2], {}])
-def test_another_schema_is_refused(codec, path, schema):
+def test_key_codec_refuses_another_schema(codec, path, schema):
     codec.save(path)
     header, tensors = read(path)
     known = type(schema) is int
@@ -520,7 +520,7 @@ def test_another_schema_is_refused(codec, path, schema):
 
 
 @pytest.mark.parametrize("header", [None, 1, [], "signlattice", {}])
-def test_a_file_that_is_no_codec_is_refused(codec, path, header):
+def test_key_codec_refuses_a_file_that_is_no_codec(codec, path, header):
     codec.save(path)
     write(path, header, load_file(path), signed=False)
     with pytest.raises(IntegrityError, match="a safetensors file, but not a codec"):
@@ -531,14 +531,14 @@ def test_a_file_that_is_no_codec_is_refused(codec, path, header):
 
 
 @pytest.mark.parametrize("text", ["{", "", "nul", "[" * 100_000, "9" * 5000, '{"a": 1'])
-def test_a_header_that_is_no_json_is_refused(codec, path, text):
+def test_key_codec_refuses_a_header_that_is_no_json(codec, path, text):
     codec.save(path)
     save_file(load_file(path), path, metadata={"signlattice": text})
     with pytest.raises(IntegrityError, match="codec.safetensors is not a whole"):
         KeyCodec.load(path)
 
 
-def test_a_header_that_is_nested_deeply_is_refused_at_any_depth(codec, path):
+def test_key_codec_refuses_a_header_that_is_nested_deeply_at_any_depth(codec, path):
     """Reading stops at one depth and the digest at another: neither error may get out."""
     codec.save(path)
     tensors = {"0.basis": torch.zeros(1)}
@@ -596,7 +596,7 @@ WRONG_TENSORS = {
 
 @pytest.mark.filterwarnings("error")  # such as that of numbers whose imaginary part is dropped
 @pytest.mark.parametrize("case", WRONG_TENSORS)
-def test_tensors_that_are_no_code_are_refused_though_the_digest_is_theirs(codec, path, case):
+def test_key_codec_refuses_tensors_that_are_no_code_though_the_digest_is_theirs(codec, path, case):
     name, change, said = WRONG_TENSORS[case]
     codec.save(path, bits=8)
     header, tensors = read(path)
@@ -608,7 +608,7 @@ def test_tensors_that_are_no_code_are_refused_though_the_digest_is_theirs(codec,
         KeyCodec.load(path)
 
 
-def test_a_small_file_that_stands_for_huge_matrices_takes_no_memory(path):
+def test_key_codec_takes_no_memory_for_a_small_file_that_stands_for_huge_matrices(path):
     """A matrix of no head has any size in no bytes, and so has the triangle of its metric."""
     d = 1 << 20
     header = {
@@ -687,7 +687,7 @@ WRONG_HEADERS = {
 
 
 @pytest.mark.parametrize("case", WRONG_HEADERS)
-def test_headers_that_are_no_code_are_refused_though_the_digest_is_theirs(codec, path, case):
+def test_key_codec_refuses_headers_that_are_no_code_though_the_digest_is_theirs(codec, path, case):
     codec.save(path, bits=8)
     header, tensors = read(path)
     write(path, put(header, *WRONG_HEADERS[case]), tensors)
@@ -698,7 +698,7 @@ def test_headers_that_are_no_code_are_refused_though_the_digest_is_theirs(codec,
 @pytest.mark.parametrize(
     "index", ["-1", "x", "1e3", "", " 3", "+3", "03", "3_0", "3.0", "٣", "9" * 5000]
 )
-def test_a_layer_has_one_index_written_in_one_way(codec, path, index):
+def test_key_codec_layer_has_one_index_written_in_one_way(codec, path, index):
     codec.save(path)
     header, tensors = read(path)
     header["layers"][index] = header["layers"].pop("3")
@@ -820,7 +820,7 @@ def test_load_refuses_a_shipped_codec_with_any_bit_flipped(name, path):
             KeyCodec.load(path)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_key_codec_names_a_missing_file(tmp_path):
     with pytest.raises(IntegrityError, match="no codec file at .*nowhere"):
         KeyCodec.load(tmp_path / "nowhere")
     with pytest.raises(IntegrityError, match="not a whole safetensors file"):
@@ -838,12 +838,12 @@ def test_a_missing_file_is_named(tmp_path):
         (torch.full((B, H, T, D), torch.nan), "NaN or infinite"),
     ],
 )
-def test_keys_that_do_not_fit_are_refused(keys, said):
+def test_sign_quantizer_refuses_keys_that_do_not_fit(keys, said):
     with pytest.raises(InputError, match=said):
         layer_codec(random_keys(), "none").encode(keys)
 
 
-def test_bad_settings_are_refused():
+def test_sign_quantizer_refuses_bad_settings():
     keys = random_keys()
     with pytest.raises(InputError, match="unknown scale rule 'max'.*mse, norm, unbiased"):
         layer_codec(keys, "none", "max")
@@ -869,12 +869,12 @@ def test_bad_settings_are_refused():
         (dict(basis=torch.zeros(H, 12, 12), metric=None), "head_dim 12"),
     ],
 )
-def test_codes_that_do_not_hang_together_are_refused(change, said):
+def test_sign_quantizer_refuses_parts_that_do_not_hang_together(change, said):
     with pytest.raises(InputError, match=said):
         replace(lattice_codec(random_keys(), "none"), **change)
 
 
-def test_a_code_with_a_metric_rotates_nothing():
+def test_sign_quantizer_with_a_metric_rotates_nothing():
     with pytest.raises(InputError, match="rotates nothing"):
         lattice_codec(random_keys(), "none").rotated(random_keys())
 
@@ -882,7 +882,7 @@ def test_a_code_with_a_metric_rotates_nothing():
 # Folders, and repositories on the hub
 
 
-def test_codec_is_saved_to_a_folder_and_read_from_it(codec, tmp_path):
+def test_key_codec_is_saved_to_a_folder_and_read_from_it(codec, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     file = codec.save_pretrained(tmp_path, bits=32)
     assert file == tmp_path / "signlattice.safetensors"
@@ -893,7 +893,7 @@ def test_codec_is_saved_to_a_folder_and_read_from_it(codec, tmp_path):
         KeyCodec.from_pretrained(tmp_path, model_hash="0" * 64)
 
 
-def test_codec_goes_to_the_hub_and_comes_from_it(codec, tmp_path, monkeypatch):
+def test_key_codec_goes_to_the_hub_and_comes_from_it(codec, tmp_path, monkeypatch):
     uploaded = {}
 
     class Api:

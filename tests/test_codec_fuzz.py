@@ -108,13 +108,13 @@ def path(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("bits", FILES)
-def test_the_whole_files_are_read(bits, path):
+def test_key_codec_reads_the_whole_files(bits, path):
     assert check(FILES[bits], path).layers.keys() == {0, 3}
 
 
 @fuzzed(150)
 @given(content=st.binary(max_size=400), sized=st.booleans())
-def test_random_bytes_are_refused(content, sized, path):
+def test_key_codec_refuses_random_bytes(content, sized, path):
     if sized:  # as the length of a header that is there
         content = len(content).to_bytes(8, "little") + content
     assert check(content, path) is None
@@ -150,7 +150,7 @@ def mutated(content: bytes, pieces: list[tuple[str, int, int, bytes]]) -> bytes:
 @pytest.mark.parametrize("bits", FILES)
 @fuzzed(250)
 @given(pieces=st.lists(PIECES, min_size=1, max_size=3))
-def test_a_damaged_file_is_refused_or_says_the_same(bits, part, pieces, path):
+def test_key_codec_refuses_a_damaged_file_or_reads_the_same(bits, part, pieces, path):
     whole = FILES[bits]
     if part == "anywhere":
         content = mutated(whole, pieces)
@@ -204,7 +204,7 @@ def signed(header: object, tensors: dict[str, torch.Tensor]) -> bytes:
 @pytest.mark.parametrize("bits", FILES)
 @fuzzed(200)
 @given(changes=st.lists(st.tuples(st.sampled_from(PLACES), JSON), min_size=1, max_size=3))
-def test_a_header_of_any_values_is_read_or_refused(bits, changes, path):
+def test_key_codec_reads_or_refuses_a_header_of_any_values(bits, changes, path):
     header = json.loads(json.dumps(HEADER))
     for place, value in changes:
         inner = header
@@ -217,7 +217,7 @@ def test_a_header_of_any_values_is_read_or_refused(bits, changes, path):
 
 @fuzzed(100)
 @given(header=JSON)
-def test_metadata_of_any_values_is_refused(header, path):
+def test_key_codec_refuses_metadata_of_any_values(header, path):
     assert check(signed(header, load(FILES[8])), path) is None
 
 
@@ -271,7 +271,7 @@ def tensors_of_any_kind(draw) -> torch.Tensor:
     rule=st.sampled_from(["mse", "norm", "unbiased"]),
     method=st.sampled_from(["none", "token_mean"]),
 )
-def test_tensors_of_any_kind_are_read_or_refused(bits, changes, rule, method, path):
+def test_key_codec_reads_or_refuses_tensors_of_any_kind(bits, changes, rule, method, path):
     tensors = load(FILES[bits])
     for name, tensor in changes.items():
         tensors.pop(name, None)
@@ -286,7 +286,7 @@ def test_tensors_of_any_kind_are_read_or_refused(bits, changes, rule, method, pa
 
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1e-4, 1.0, 1e3, 9e9])
 @pytest.mark.parametrize("rule", ["mse", "norm", "unbiased"])
-def test_a_basis_of_any_size_decodes_to_finite_keys(size, rule, path):
+def test_key_codec_decodes_a_basis_of_any_size_to_finite_keys(size, rule, path):
     tensors = load(FILES[32])
     tensors["3.basis"] = tensors["3.basis"] / tensors["3.basis"].abs().max() * size
     header = json.loads(json.dumps(HEADER))
@@ -308,7 +308,7 @@ class Armed:
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch", "torch, old", "metadata"])
-def test_a_file_that_would_be_executed_is_refused(how, path, tmp_path):
+def test_key_codec_refuses_a_file_that_would_be_executed(how, path, tmp_path):
     trace, buffer = tmp_path / "trace", io.BytesIO()
     if how == "pickle":
         pickle.dump({"0.basis": Armed(trace)}, buffer)

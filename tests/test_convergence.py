@@ -36,7 +36,7 @@ def heads(olmoe, small_corpus):
     return convergence.model_heads(olmoe, read_text("corpus"), config)
 
 
-def test_heads_side_by_side_are_the_same_tokens(heads):
+def test_model_sets_put_the_same_tokens_of_heads_side_by_side(heads):
     one, two, *_ = convergence.model_sets(heads, SMALL)
     assert (one.keys.shape, two.keys.shape) == ((64, 16), (64, 32))
     assert torch.equal(two.keys[:, :16], one.keys)
@@ -44,12 +44,12 @@ def test_heads_side_by_side_are_the_same_tokens(heads):
     assert {keys.kind for keys in convergence.model_sets(heads, SMALL)} == {"layer 0", "layer 1"}
 
 
-def test_a_layer_with_too_few_heads_is_told(heads):
+def test_model_sets_tell_of_a_layer_with_too_few_heads(heads):
     with pytest.raises(InputError, match="asks for 5 heads: a layer has 4"):
         convergence.model_sets(heads, ConvergenceConfig(layers=(0, 1), model=((5, 64),)))
 
 
-def test_a_run_says_when_it_passed_its_marks():
+def test_run_says_when_it_passed_its_marks():
     (keys,) = convergence.planted_sets(SMALL)
     for solver in SOLVERS:
         row, trace = convergence.run(keys, solver, SMALL)
@@ -65,27 +65,27 @@ def test_a_run_says_when_it_passed_its_marks():
         assert min(late) > row["start"] + 0.9 * lift
 
 
-def test_no_lift_has_no_hundredth_of_it():
+def test_run_without_a_lift_has_no_hundredth_of_it():
     flat = synthetic.noise_keys(16, 4096)
     row, _ = convergence.run(flat, "gradient", SMALL)
     assert row["train"] - row["start"] < convergence.LEFT
     assert row["to_99"] is None and row["to_left"] is None and row["to_target"] is None
 
 
-def test_the_first_step_at_a_target():
+def test_first_step_is_the_first_at_a_target():
     trace = [TracePoint(step, "x", b, b - 0.1, 0.0) for step, b in ((0, 0.8), (5, 0.9), (9, 0.85))]
     assert convergence.first_step(trace, 0.85) == 5
     assert convergence.first_step(trace, 0.8, "held_out_beta") == 5
     assert convergence.first_step(trace, 0.95) is None
 
 
-def test_the_plateau_ends_at_the_target_or_is_given_up():
+def test_plateau_ends_at_the_target_or_is_given_up():
     slow, annealed = (convergence.plateau(16, 0, s, SMALL) for s in ("gradient", "annealed"))
     assert slow["to_left"] is None and slow["steps"] == 10
     assert 0 < annealed["to_left"] <= annealed["to_target"] == annealed["steps"]
 
 
-def test_a_median_counts_runs_that_never_got_there_as_late():
+def test_median_steps_count_runs_that_never_got_there_as_late():
     def rows(*steps):
         return [{"to": step} for step in steps]
 
@@ -94,7 +94,7 @@ def test_a_median_counts_runs_that_never_got_there_as_late():
     assert convergence.median_steps(rows(10, 20), "to") == 15
 
 
-def test_two_gradients_agree_as_little_as_is_expected():
+def test_agreement_of_two_gradients_is_as_little_as_is_expected():
     config = ConvergenceConfig(signal_draws=12)
     for row in (convergence.agreement(d, config) for d in (16, 32)):
         assert row["cosine"] == pytest.approx(row["expected"], abs=4 * row["error"])
@@ -102,7 +102,7 @@ def test_two_gradients_agree_as_little_as_is_expected():
     assert convergence.expected_agreement(128, 2 * 128**3) == pytest.approx(0.5, abs=0.01)
 
 
-def test_near_a_lattice_beta_falls_by_half_the_square_of_the_angle():
+def test_along_a_geodesic_near_a_lattice_beta_falls_by_half_the_angle_squared():
     rows = convergence.along_a_geodesic(32, 512, (0.0, 0.4), (0.01, 0.1, 1.2))
     for row in rows[:2]:
         assert row["flipped"] == 0
@@ -112,7 +112,7 @@ def test_near_a_lattice_beta_falls_by_half_the_square_of_the_angle():
     assert noisy[0]["flipped"] > 0 and 0 < noisy[1]["loss"] < 0.9 * rows[1]["loss"]
 
 
-def test_from_nearby_itq_is_home_at_once_and_the_gradient_by_a_constant_factor():
+def test_home_is_reached_by_itq_at_once_and_by_the_gradient_at_a_constant_factor():
     assert convergence.steps_below(
         convergence.home(32, 1024, 0.45, "itq", steps=4), (1e-2, 1e-4, 1e-6)
     ) == [1, 2, 2]
@@ -122,7 +122,7 @@ def test_from_nearby_itq_is_home_at_once_and_the_gradient_by_a_constant_factor()
     assert convergence.home(32, 1024, 0.0, "itq", noise=0.3, steps=60)[-1] == pytest.approx(0)
 
 
-def test_a_scan_tells_a_lattice_from_noise(heads):
+def test_scan_tells_a_lattice_from_noise(heads):
     config = ConvergenceConfig(layers=(0, 1), scan_dim=16, scan_keys=20_000)
     points = convergence.scan_points(heads, config)
     assert len(points) == 6 + 3 * 2
@@ -146,7 +146,7 @@ def test_quarter_turns_make_spikes_of_corners():
     assert spikes[0].abs().sort().values.tolist() == pytest.approx([0, 0, 2**0.5, 2**0.5])
 
 
-def test_a_second_code_leaves_what_it_leaves_of_gaussian_keys():
+def test_code_errors_of_a_second_code_are_those_of_gaussian_keys():
     y = torch.randn(4000, 256, generator=torch.Generator().manual_seed(0))
     one, two = convergence.code_errors(y)
     m = math.sqrt(2 / math.pi)  # the first scale; the second is E||y| - m| = 2 E(m - |y|)+
@@ -155,7 +155,7 @@ def test_a_second_code_leaves_what_it_leaves_of_gaussian_keys():
     assert two == pytest.approx(1 - 2 / math.pi - second**2, abs=3e-3)
 
 
-def test_one_code_is_the_residual_energy_and_two_levels_leave_nothing_to_a_third():
+def test_code_errors_of_one_code_are_residual_energy_and_two_levels_need_no_third():
     y = torch.tensor([[3.0, -1.0, 1.0, 3.0], [1.0, -2.0, 1.0, 2.0]])
     one, two = convergence.code_errors(y)
     assert one == pytest.approx(residual_energy(cosine(y)).mean().item())
@@ -165,13 +165,13 @@ def test_one_code_is_the_residual_energy_and_two_levels_leave_nothing_to_a_third
 
 
 @pytest.mark.parametrize("wrong", [{"planted": ()}, {"scan_keys": 0}, {"trace_every": 0}])
-def test_wrong_settings_are_told_in_one_line(wrong):
+def test_convergence_config_tells_of_wrong_settings_in_one_line(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))) as told:
         ConvergenceConfig(**wrong)
     assert "\n" not in str(told.value)
 
 
-def test_lab_has_every_run(olmoe, small_corpus, tmp_path):
+def test_convergence_lab_has_every_run(olmoe, small_corpus, tmp_path):
     small_corpus(repeat=3)
     config = replace(SMALL, scan_keys=96, temperatures=(0.1,))
     tables = convergence.ConvergenceLab(olmoe, read_text("corpus"), config, tmp_path).run()

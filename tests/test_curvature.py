@@ -59,7 +59,7 @@ def test_slope_and_curvature_are_the_differences_along_a_geodesic(seed, temperat
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.2, 1.0])
-def test_the_hessian_gives_the_curvature_along_every_direction(keys, temperature):
+def test_hessian_gives_the_curvature_along_every_direction(keys, temperature):
     rotation = fixed.haar(D, 3, dtype=torch.float64)
     matrix = hessian(keys, rotation, temperature)
     assert matrix.shape == (D * (D - 1) // 2,) * 2
@@ -72,7 +72,7 @@ def test_the_hessian_gives_the_curvature_along_every_direction(keys, temperature
         assert value == pytest.approx(curvature(keys, rotation, direction, temperature), abs=1e-9)
 
 
-def test_the_hessian_is_bilinear_not_only_right_on_its_diagonal(keys):
+def test_hessian_is_bilinear_not_only_right_on_its_diagonal(keys):
     rotation = fixed.haar(D, 3, dtype=torch.float64)
     one, other = random_direction(D, 0), random_direction(D, 1)
     plus, minus = (curvature(keys, rotation, one + s * other, 0.3) for s in (1, -1))
@@ -80,7 +80,7 @@ def test_the_hessian_is_bilinear_not_only_right_on_its_diagonal(keys):
     assert mixed.item() / D == pytest.approx((plus - minus) / 4, abs=1e-9)
 
 
-def test_at_a_perfect_lattice_eigenvalues_are_minus_means_of_pairs_of_variances():
+def test_hessian_of_a_lattice_has_minus_means_of_pairs_of_variances_as_eigenvalues():
     lattice = torch.where(gaussian(100, D, 1) > 0, 1.0, -1.0).double()
     variances = torch.linalg.eigvalsh(lattice.T @ lattice / len(lattice))
     i, j = torch.triu_indices(D, D, 1)
@@ -90,7 +90,7 @@ def test_at_a_perfect_lattice_eigenvalues_are_minus_means_of_pairs_of_variances(
         torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
 
 
-def test_without_corners_gaussian_keys_look_like_a_maximum_and_with_them_flat():
+def test_hessian_of_gaussian_keys_is_a_maximum_without_corners_and_flat_with_them():
     """The corners' part of the Hessian cancels the rest exactly, as no rotation is better."""
     keys, eye = gaussian(200_000, D, 2), torch.eye(D, dtype=torch.float64)
     blind = torch.linalg.eigvalsh(hessian(keys, eye, 0.0))
@@ -99,7 +99,7 @@ def test_without_corners_gaussian_keys_look_like_a_maximum_and_with_them_flat():
     assert seen.abs().max() < 0.05
 
 
-def test_automatic_differentiation_leaves_the_corners_out(keys):
+def test_curvature_by_automatic_differentiation_leaves_the_corners_out(keys):
     direction, angle = random_direction(D, 0), torch.zeros((), requires_grad=True).double()
     turned = keys @ torch.matrix_exp(angle * direction).T
     value = (turned.abs().sum(1) / keys.norm(dim=1)).mean() / math.sqrt(D)
@@ -110,14 +110,14 @@ def test_automatic_differentiation_leaves_the_corners_out(keys):
     assert first.item() == pytest.approx((slope(keys, eye) * direction).sum().item(), abs=1e-9)
 
 
-def test_units_do_not_matter(keys):
+def test_hessian_and_slope_do_not_depend_on_units(keys):
     rotation = fixed.haar(D, 3, dtype=torch.float64)
     scaled = keys * torch.logspace(-2, 2, len(keys), dtype=torch.float64)[:, None]
     for function in (hessian, slope):
         torch.testing.assert_close(function(keys, rotation, 0.3), function(scaled, rotation, 0.3))
 
 
-def test_a_direction_turns_vectors_by_its_angle_in_the_mean():
+def test_random_direction_turns_vectors_by_its_angle_in_the_mean():
     direction = random_direction(D, 0)
     assert (direction + direction.T).abs().max() == 0
     turned = geodesic(torch.eye(D, dtype=torch.float64), direction, 0.01)
@@ -135,7 +135,7 @@ def test_a_direction_turns_vectors_by_its_angle_in_the_mean():
         (lambda k: direction_in(torch.ones(7), D), r"\[7\]: expected \[120\]"),
     ],
 )
-def test_wrong_input_is_told_in_one_line(call, told, keys):
+def test_curvature_tells_of_wrong_input_in_one_line(call, told, keys):
     with pytest.raises(InputError, match=told) as error:
         call(keys)
     assert "\n" not in str(error.value)

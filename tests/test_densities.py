@@ -41,7 +41,7 @@ def expectation(law, function):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_mass_variance_and_beta_by_integration(beta):
+def test_density_has_its_mass_variance_and_beta_by_integration(beta):
     law = density(beta)
     assert expectation(law, lambda x: 1) == pytest.approx(1, abs=2e-5)
     assert expectation(law, lambda x: x**2) == pytest.approx(1, abs=2e-5)
@@ -67,7 +67,7 @@ def test_quantile_inverts_the_integral_of_the_density(beta):
         ("arcsine", stats.arcsine(-math.sqrt(2), 2 * math.sqrt(2))),
     ],
 )
-def test_named_laws_are_the_named_laws(name, reference):
+def test_density_of_a_named_law_is_the_named_law(name, reference):
     law = density(REGIMES[name])
     assert law.regime == name
     x = np.linspace(-3, 3, 301)
@@ -76,7 +76,7 @@ def test_named_laws_are_the_named_laws(name, reference):
     np.testing.assert_allclose(law.quantile(q), reference.ppf(q), rtol=1e-8, atol=1e-9)
 
 
-def test_parameters_of_the_named_laws_are_exact():
+def test_density_has_exact_parameters_for_the_named_laws():
     assert density(REGIMES["Laplace"]).p == 1
     assert density(REGIMES["uniform"]).b == 1
     assert density(REGIMES["arcsine"]).b == 0.5
@@ -85,7 +85,7 @@ def test_parameters_of_the_named_laws_are_exact():
 
 @given(st.floats(LOWEST_BETA + 1e-3, 1), st.floats(LOWEST_BETA + 1e-3, 1))
 @settings(deadline=None)
-def test_the_family_is_monotone(one, other):
+def test_density_family_is_monotone(one, other):
     """Up the slider p rises to 2, then b falls to 0; the fourth moment falls all along."""
     low, high = (density(b) for b in sorted((one, other)))
     assert low.p <= high.p + 1e-9
@@ -96,13 +96,13 @@ def test_the_family_is_monotone(one, other):
         assert low.quantile(far) > high.quantile(far)
 
 
-def test_the_two_branches_meet_in_the_gaussian():
+def test_density_has_two_branches_that_meet_in_the_gaussian():
     x = np.linspace(-4, 4, 81)
     for beta in (GAUSSIAN_BETA - 1e-7, GAUSSIAN_BETA, GAUSSIAN_BETA + 1e-7):
         np.testing.assert_allclose(density(beta).pdf(x), stats.norm.pdf(x), atol=1e-5)
 
 
-def test_the_limit_is_two_points():
+def test_density_limit_is_two_points():
     law = density(1)
     assert (law.b, law.scale, law.regime) == (0, 1, "two-point")
     assert law.pdf([-1, -0.5, 0, 1, 2]).tolist() == [math.inf, 0, 0, math.inf, 0]
@@ -112,7 +112,7 @@ def test_the_limit_is_two_points():
 
 
 @pytest.mark.parametrize("beta", [0.6, 0.7979, 0.919, 0.965, 0.99, 1.0])
-def test_samples_have_the_moment_ratio_beta_squared(beta):
+def test_density_samples_have_the_moment_ratio_beta_squared(beta):
     law = density(beta)
     draws = law.sample(300, 1000, seed=1)
     assert draws.shape == (300, 1000)
@@ -148,7 +148,7 @@ def test_effective_rank_inverts_rank_ceiling(rank):
         (0.95, "between arcsine and two-point"),
     ],
 )
-def test_regimes_between_the_named_laws(beta, regime):
+def test_density_tells_the_regimes_between_the_named_laws(beta, regime):
     assert density(beta).regime == regime
 
 
@@ -158,14 +158,14 @@ def test_regimes_are_listed_in_ascending_beta():
 
 
 @pytest.mark.parametrize("beta", [LOWEST_BETA, 0, -1, 1.0001, math.nan, math.inf])
-def test_a_beta_outside_the_family_is_refused(beta):
+def test_density_and_effective_rank_refuse_a_beta_outside_the_family(beta):
     with pytest.raises(InputError, match="beta"):
         density(beta)
     with pytest.raises(InputError, match="beta"):
         effective_rank(beta)
 
 
-def test_other_bad_arguments_are_refused():
+def test_effective_rank_and_quantile_refuse_other_bad_arguments():
     with pytest.raises(InputError, match="no|above"):
         effective_rank(GAUSSIAN_BETA)
     with pytest.raises(InputError, match="levels"):

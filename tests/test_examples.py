@@ -16,7 +16,7 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_public_name_has_an_example_that_runs(name: str) -> None:
+def test_signlattice_public_name_has_an_example_that_runs(name: str) -> None:
     docstring = getattr(signlattice, name).__doc__
     example = doctest.DocTestParser().get_doctest(docstring, {}, name, None, 0)
     assert example.examples, f"{name} has no example in its docstring"
@@ -25,7 +25,7 @@ def test_public_name_has_an_example_that_runs(name: str) -> None:
     assert not failures, "".join(output)
 
 
-def test_reference_shows_each_public_name_once() -> None:
+def test_api_reference_shows_each_public_name_once() -> None:
     pages = [page.read_text(encoding="utf-8") for page in (ROOT / "book" / "api").glob("*.md")]
     shown = [name for page in pages for name in re.findall(r"auto\w+:: signlattice\.(\w+)", page)]
     assert sorted(shown) == sorted(NAMES)

@@ -59,7 +59,7 @@ def words(frame) -> list[str]:
     return re.findall(r"<text[^>]*>([^<]*)</text>", frame_svg(frame))
 
 
-def test_about_sixty_stops_rise_from_a_half_towards_one(stops) -> None:
+def test_stops_are_about_sixty_and_rise_from_a_half_towards_one(stops) -> None:
     values = [stop.beta for stop in stops]
     assert 55 <= len(values) <= 66
     assert values == sorted(set(values))
@@ -73,7 +73,7 @@ def test_stops_get_finer_towards_one(stops) -> None:
     assert sum(0.9 <= v < 1 for v in values) > 1.5 * sum(0.5 <= v < 0.6 for v in values)
 
 
-def test_every_named_law_and_all_measured_keys_have_a_stop(stops, measured) -> None:
+def test_stops_stand_at_every_named_law_and_all_measured_keys(stops, measured) -> None:
     values = [stop.beta for stop in stops]
     for name, value in REGIMES.items():
         assert value in values or name == "two-point"
@@ -81,14 +81,16 @@ def test_every_named_law_and_all_measured_keys_have_a_stop(stops, measured) -> N
     assert [stop.measured for stop in stops if stop.measured] == measured
 
 
-def test_cited_values_have_a_stop_or_a_law_where_they_are(stops) -> None:
+def test_stops_or_laws_stand_where_the_cited_values_are(stops) -> None:
     for value in CITED:
         assert min(abs(angle(value) - angle(stop.beta)) for stop in stops) <= 0.1
     assert {0.919, 0.965} <= {stop.beta for stop in stops}
 
 
 @pytest.mark.parametrize("value", [0.5, 0.62, 0.7071, GAUSSIAN_BETA, 0.83, 0.919, 0.965])
-def test_the_label_is_the_laws_mean_magnitude_and_so_are_the_signs(frames, stops, value) -> None:
+def test_beta_frames_have_the_laws_mean_magnitude_as_label_and_in_the_signs(
+    frames, stops, value
+) -> None:
     place = min(range(len(stops)), key=lambda i: abs(stops[i].beta - value))
     law = density(stops[place].beta)
     # in the angle of x/s, in which the density is bounded even where it has edges
@@ -111,7 +113,7 @@ def test_the_label_is_the_laws_mean_magnitude_and_so_are_the_signs(frames, stops
     assert told["each sign stands for"] == f"±{law.beta:.3f}"
 
 
-def test_the_shaded_area_is_the_energy_that_signs_lose() -> None:
+def test_density_area_shaded_by_the_explorer_is_the_energy_that_signs_lose() -> None:
     for value in (0.6, 0.7979, 0.866, 0.95):
         law = density(value)
         x = law.quantile(np.linspace(0, 1, 200_001)[1:-1])
@@ -132,7 +134,7 @@ def test_numbers_of_a_law(stops) -> None:
             assert told["effective rank"] == f"{effective_rank(stop.beta):.2f}"
 
 
-def test_along_the_slider_energy_lost_and_rank_fall(stops) -> None:
+def test_numbers_of_energy_lost_and_rank_fall_along_the_slider(stops) -> None:
     laws = [stop for stop in stops if not stop.measured]
     told = [dict(explorer.numbers(stop, density(stop.beta))) for stop in laws]
     lost = [float(each["energy lost"][:-2]) for each in told]
@@ -140,7 +142,7 @@ def test_along_the_slider_energy_lost_and_rank_fall(stops) -> None:
     assert lost == sorted(lost, reverse=True) and ranks == sorted(ranks, reverse=True)
 
 
-def test_measured_keys_are_told_by_their_own_numbers(stops) -> None:
+def test_numbers_of_measured_keys_are_their_own(stops) -> None:
     for keys, stop in zip((laplace(), humps()), (stop for stop in stops if stop.measured)):
         assert stop.beta == cosines.beta(keys) == stop.measured.beta
         told = dict(explorer.numbers(stop, density(stop.beta)))
@@ -153,7 +155,7 @@ def test_measured_keys_are_told_by_their_own_numbers(stops) -> None:
         assert told["energy lost"] == f"{100 * left.mean():.1f} %"
 
 
-def test_the_histogram_is_that_of_the_keys() -> None:
+def test_marginal_has_the_histogram_of_the_keys() -> None:
     keys = 7 * laplace()
     found = marginal("raw", keys)
     inside = (keys.abs() <= EDGE * keys.square().mean().sqrt()).double().mean()
@@ -163,7 +165,7 @@ def test_the_histogram_is_that_of_the_keys() -> None:
     assert np.abs(found.heights - law).max() < 0.03
 
 
-def test_every_frame_shows_the_same_axis_with_all_marks(frames, measured) -> None:
+def test_beta_frames_show_the_same_axis_with_all_marks(frames, measured) -> None:
     for frame in frames[::12]:
         shown = words(frame)
         assert f"β = {frame.label}" in shown
@@ -172,7 +174,7 @@ def test_every_frame_shows_the_same_axis_with_all_marks(frames, measured) -> Non
         assert {"0.7979", "0.90", "0.919", "0.965"} <= set(shown)
 
 
-def test_the_marks_of_the_paper_stand_where_its_values_are(measured) -> None:
+def test_fig_beta_has_the_marks_of_the_paper_where_its_values_are(measured) -> None:
     figure = fig_beta(
         density(0.6),
         title="x",
@@ -191,7 +193,7 @@ def test_the_marks_of_the_paper_stand_where_its_values_are(measured) -> None:
     assert marks["o"] == pytest.approx([0.6])
 
 
-def test_labels_do_not_run_into_each_other(measured) -> None:
+def test_fig_beta_labels_do_not_run_into_each_other(measured) -> None:
     figure = fig_beta(
         density(0.6),
         title="x",
@@ -207,7 +209,7 @@ def test_labels_do_not_run_into_each_other(measured) -> None:
         assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
 
 
-def test_the_picture_is_told_in_words(frames, stops) -> None:
+def test_beta_frames_tell_the_picture_in_words(frames, stops) -> None:
     for frame, stop in zip(frames, stops):
         assert frame.alt.startswith(f"β {frame.label}, ")
         assert ("measured keys" in frame.alt) == (stop.measured is not None)
@@ -219,7 +221,7 @@ def test_the_picture_is_told_in_words(frames, stops) -> None:
     assert "two-point: all mass" in frames[-1].alt
 
 
-def test_the_explorer_is_light_and_linked(frames, monkeypatch) -> None:
+def test_beta_explorer_is_light_and_linked(frames, monkeypatch) -> None:
     monkeypatch.setattr(explorer, "beta_frames", lambda measured, cited: frames)
     widget = explorer.beta_explorer({"raw": laplace(), "learned": humps()}, CITED)
     parts = all_within(widget)
@@ -247,6 +249,6 @@ def all_within(widget: Widget) -> list[Widget]:
         (None, (0.3,), "beta 0.3 (cited)"),
     ],
 )
-def test_what_the_axis_does_not_hold_is_refused(keys, cited, message) -> None:
+def test_beta_explorer_refuses_what_the_axis_does_not_hold(keys, cited, message) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         explorer.beta_explorer({"raw": laplace(64) if keys is None else keys}, cited)

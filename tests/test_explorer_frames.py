@@ -58,7 +58,7 @@ def links() -> list[Link]:
     return [w for w in _instances.values() if isinstance(w, Link)]
 
 
-def test_a_picture_scales_and_says_what_it_shows() -> None:
+def test_frame_svg_scales_and_says_what_it_shows() -> None:
     root = ET.fromstring(frame_svg(frame()))
     assert root.get("class") == "frame" and root.get("role") == "img"
     assert root.get("aria-label") == "A bell “of height” 1.000 <here>"
@@ -69,7 +69,7 @@ def test_a_picture_scales_and_says_what_it_shows() -> None:
     assert "width:100%" in style and f"max-width:{5 * PIXELS_PER_INCH}px" in style
 
 
-def test_text_is_text_and_large_enough_to_read() -> None:
+def test_frame_svg_text_is_text_and_large_enough_to_read() -> None:
     root = ET.fromstring(frame_svg(frame()))
     words = [text.text for text in root.iter("text")]
     assert "a < b & c" in words and "−2" in words
@@ -77,7 +77,7 @@ def test_text_is_text_and_large_enough_to_read() -> None:
     assert len(sizes) >= len(words) and min(sizes) > 9
 
 
-def test_a_picture_takes_the_pages_colours_and_leaves_its_style_inside() -> None:
+def test_frame_svg_takes_the_pages_colours_and_leaves_its_style_inside() -> None:
     svg = frame_svg(frame())
     assert "<style" not in svg and "<metadata" not in svg and "xmlns" not in svg
     assert "#000" not in svg and "#fff" not in svg.lower() and "#dddddd" not in svg
@@ -85,14 +85,14 @@ def test_a_picture_takes_the_pages_colours_and_leaves_its_style_inside() -> None
     assert COLOURS["blue"].lower() in svg.lower()
 
 
-def test_every_reference_meets_one_id_of_the_same_picture() -> None:
+def test_frame_svg_references_meet_one_id_of_the_same_picture_each() -> None:
     svg = frame_svg(frame())
     used = re.findall(r'href="#([^"]+)"', svg) + re.findall(r"url\(#([^)]+)\)", svg)
     assert used and set(used) == set(ids(svg))
     assert len(ids(svg)) == len(set(ids(svg)))
 
 
-def test_frames_share_no_id_even_where_the_pictures_are_equal() -> None:
+def test_frame_slider_shares_no_id_even_where_the_pictures_are_equal() -> None:
     same = picture()
     frames = [Frame(name, same, "a bell") for name in ("one", "two", "three")]
     sliders = [frame_slider(frames, description=name) for name in ("first", "second")]
@@ -101,7 +101,7 @@ def test_frames_share_no_id_even_where_the_pictures_are_equal() -> None:
     assert len(pictures) == 6 and len(found) == len(set(found))
 
 
-def test_equal_frames_give_equal_text() -> None:
+def test_frame_svg_gives_equal_text_for_equal_frames() -> None:
     assert frame_svg(frame()) == frame_svg(frame())
     code = (
         "import sys; sys.path.insert(0, 'tests'); import test_explorer_frames as t, hashlib;"
@@ -121,7 +121,7 @@ def test_equal_frames_give_equal_text() -> None:
     assert len(outputs) == 1
 
 
-def test_straight_outlines_lose_no_corner() -> None:
+def test_frame_svg_loses_no_corner_of_straight_outlines() -> None:
     figure = Figure(figsize=(2, 2))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 144), ylim=(0, 144))
     # up a spike and back, and along a level line that turns on itself
@@ -143,12 +143,12 @@ def test_straight_outlines_lose_no_corner() -> None:
     ]
 
 
-def test_frames_are_light() -> None:
+def test_frame_svg_is_light() -> None:
     svgs = [frame_svg(frame(place / 10)) for place in range(12)]
     assert len(gzip.compress("".join(svgs).encode())) < 12 * 2000
 
 
-def test_the_slider_is_linked_to_the_pictures_in_the_browser() -> None:
+def test_frame_slider_is_linked_to_the_pictures_in_the_browser() -> None:
     frames = [frame(height) for height in (0.5, 1.0, 1.5)]
     before = set(links())
     widget = frame_slider(frames, description="height", start=1)
@@ -164,7 +164,7 @@ def test_the_slider_is_linked_to_the_pictures_in_the_browser() -> None:
     ]
 
 
-def test_playing_moves_the_slider_through_all_frames() -> None:
+def test_frame_slider_moves_through_all_frames_when_played() -> None:
     before = set(links())
     widget = frame_slider([frame(1), frame(2)], description="height", start=1, play=True)
     (button,) = (w for w in all_within(widget) if isinstance(w, Play))
@@ -185,12 +185,12 @@ def test_playing_moves_the_slider_through_all_frames() -> None:
         ([frame(1), frame(2)], {"description": ""}, "without a description"),
     ],
 )
-def test_a_slider_that_cannot_be_read_is_refused(frames, options, message) -> None:
+def test_frame_slider_refuses_what_cannot_be_read(frames, options, message) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         frame_slider(frames, **{"description": "height"} | options)
 
 
-def test_a_notebook_with_sliders_is_the_same_file_after_each_run(tmp_path: Path) -> None:
+def test_frame_slider_leaves_a_notebook_the_same_file_after_each_run(tmp_path: Path) -> None:
     source = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_explorer_frames import frame, frame_slider\n"

@@ -59,20 +59,20 @@ def test_plane_frames_show_the_beta_of_each_angle() -> None:
     assert "100 percent" in max(frames, key=lambda frame: told(frame)[0]).alt
 
 
-def test_sliders_have_as_many_frames_as_they_should() -> None:
+def test_plane_explorer_and_ranks_have_as_many_frames_as_they_should() -> None:
     assert (len(ANGLES), ANGLES[0], ANGLES[-1]) == (31, 0, 90)
     assert (len(RANKS), RANKS[0], RANKS[-1]) == (22, 1, 64)
     widget = plane_explorer(planted_plane(20, noise=0.2, turn=-36))
     assert len(widget.children[0].children) == len(ANGLES)
 
 
-def test_plane_is_best_where_it_was_planted() -> None:
+def test_plane_rotation_is_best_where_the_plane_was_planted() -> None:
     keys = planted_plane(400, noise=0.15, turn=-36)
     best = max(ANGLES, key=lambda angle: beta(keys @ plane_rotation(angle).T))
     assert abs(best - 36) <= 3
 
 
-def test_average_over_all_angles_is_that_of_the_plane() -> None:
+def test_plane_rotation_averages_over_all_angles_to_the_beta_of_the_plane() -> None:
     keys = planted_plane(50, noise=0.3, turn=10)
     values = [beta(keys @ plane_rotation(angle / 4).T) for angle in range(360)]
     assert sum(values) / len(values) == pytest.approx(haar_beta(2), abs=1e-4)
@@ -109,7 +109,7 @@ def test_ceiling_frames_are_the_closed_form() -> None:
     assert told(frames[-1])[0] == pytest.approx(haar_beta(64), abs=6e-5)
 
 
-def test_drawn_law_of_a_coordinate_has_the_ceiling_as_its_mean_magnitude() -> None:
+def test_rank_ceiling_is_the_mean_magnitude_of_the_drawn_law_of_a_coordinate() -> None:
     generator = torch.Generator().manual_seed(0)
     for rank in (2, 3, 5, 16):
         direction = torch.randn(200_000, rank, generator=generator)
@@ -120,7 +120,7 @@ def test_drawn_law_of_a_coordinate_has_the_ceiling_as_its_mean_magnitude() -> No
 # Hadamard rounds
 
 
-def test_random_signs_match_all_of_them() -> None:
+def test_random_sign_beta_matches_that_of_all_signs() -> None:
     for count in range(1, 13):
         sums = [abs(sum(signs)) for signs in itertools.product((1, -1), repeat=count)]
         expected = sum(sums) / len(sums) / math.sqrt(count)
@@ -130,7 +130,7 @@ def test_random_signs_match_all_of_them() -> None:
         random_sign_beta(0)
 
 
-def test_one_round_on_spikes_has_the_mean_of_random_signs() -> None:
+def test_srht_of_one_round_on_spikes_has_the_mean_of_random_signs() -> None:
     counts = (1, 2, 3, 4, 8, 48)
     keys = torch.stack([(torch.arange(64) * 37 % 64 < count).float() for count in counts])
     draws = torch.stack([cosine(keys @ srht(64, seed).T) for seed in range(120)])
@@ -153,7 +153,7 @@ def test_hadamard_frames_tell_both_rounds() -> None:
         assert titles(frame)[1] == f"one round: β = {cosine(once[0, place]):.3f}"
 
 
-def test_keys_of_one_number_of_spikes_are_refused() -> None:
+def test_hadamard_frames_refuse_keys_of_one_number_of_spikes() -> None:
     keys = torch.eye(64)[:2]
     with pytest.raises(InputError, match="another number"):
         hadamard_frames(keys, keys[None], keys[None])
@@ -174,7 +174,7 @@ def test_training_frames_show_the_last_stand_up_to_each_step() -> None:
     assert [told(frame) for frame in frames] == betas
 
 
-def test_training_needs_two_runs_from_the_start() -> None:
+def test_training_frames_need_two_runs_from_the_start() -> None:
     stand = Stand("annealed", 5, "warm", 0.8, normal(50, 16))
     with pytest.raises(InputError, match="1 runs"):
         training_frames({"annealed": [stand]}, (5,))
@@ -186,7 +186,7 @@ def test_training_needs_two_runs_from_the_start() -> None:
 
 
 @pytest.mark.parametrize("rule", SCALE_RULES)
-def test_slope_and_spread_of_every_rule_follow_theory(rule: str) -> None:
+def test_fitted_slope_and_spread_of_every_rule_follow_theory(rule: str) -> None:
     y = normal(1, 64)[0]
     y = y / y.norm()
     c = cosine(y).item()

@@ -56,7 +56,7 @@ def rows(ablation: records.RunRecord, **wanted) -> dict[str, records.Row]:
     return {row["rotation"]: row for row in tables.select(ablation.table("rows"), **wanted)}
 
 
-def test_the_model_has_really_learnt(mini):
+def test_train_record_is_of_a_model_that_has_really_learnt(mini):
     train = records.read("train", mini)
     assert train.metric("bits_per_byte").value < train.metric("bigram_bits_per_byte").value / 2
 
@@ -66,13 +66,13 @@ def learned_beta(record: records.RunRecord, centering: str, rotation: str = "lea
     return tables.select(record.table("beta"), **where)[0]["beta"]
 
 
-def test_on_every_architecture_the_srht_is_at_the_floor(tables_of):
+def test_architectures_record_has_the_srht_at_the_floor_on_every_architecture(tables_of):
     """Claim 8: one draw on keys of few directions may miss it by some thousandths."""
     for centering in ("none", "dc", "token_mean"):
         assert learned_beta(tables_of, centering, "srht") == pytest.approx(0.7979, abs=0.015)
 
 
-def test_on_no_architecture_does_centering_lift_beta_as_cited(tables_of):
+def test_architectures_record_has_no_centering_that_lifts_beta_as_cited(tables_of):
     """Claim 17: head by head, not only in the mean."""
     smallest = min(load_claims()["centering-lift"].paper_value)
     where = dict(centering="dc", rotation="learned")
@@ -80,7 +80,7 @@ def test_on_no_architecture_does_centering_lift_beta_as_cited(tables_of):
         assert abs(row["lift"]) < smallest / 10 and row["highest"] < smallest
 
 
-def test_on_every_architecture_learning_finds_what_covariance_does_not_explain(tables_of):
+def test_architectures_record_has_learning_find_what_covariance_does_not_explain(tables_of):
     for row in tables.select(tables_of.table("beta"), rotation="learned", scope="head"):
         assert row["beta"] > row["ceiling"] + 0.02
     worst_null = max(row["in_sample"] for row in tables_of.table("null"))
@@ -117,7 +117,7 @@ def test_the_papers_trainer_clears_the_srht_without_centering(ablation):
     assert found["gradient"]["beta"] > found["srht"]["beta"] + 0.05
 
 
-def test_on_no_architecture_is_the_gap_ratio_near_the_cited_one(tables_of):
+def test_architectures_record_has_no_gap_ratio_near_the_cited_one(tables_of):
     """Claim 31: with the paper's centering and scale among others, and never below one."""
     cited = load_claims()["perplexity-gap-ratio"].paper_value
     found = [row for row in tables_of.table("ratios") if row["ratio"] is not None]
@@ -131,7 +131,7 @@ def gaps_of(record: records.RunRecord) -> dict[tuple[str, str, str], float]:
     return {(row["rotation"], row["centering"], row["scale"]): row["gap"] for row in found}
 
 
-def test_centering_is_not_where_the_gain_is(tables_of):
+def test_ablation_record_has_the_gain_elsewhere_than_in_centering(tables_of):
     """Claim 18: the paper's centering narrows the gap by less than a learned rotation does."""
     gap = gaps_of(tables_of)
     for scale in ("mse", "unbiased"):
@@ -159,24 +159,24 @@ def test_the_scale_narrows_the_gap_more_than_the_rotation_on_olmoe_alone(mini, t
             assert by_scale > 2 if mini == "olmoe-mini" else 0.9 < by_scale < 1.2
 
 
-def test_on_every_architecture_the_hessian_has_both_signs_before_learning(tables_of):
+def test_architectures_record_has_both_signs_in_the_hessian_before_learning(tables_of):
     """Claim 23, by planes judged on keys that did not choose them."""
     rows = tables.select(tables_of.table("planes"), rotation="srht", temperature=0.1)
     assert all(row["lowest"] < 0 for row in rows)
     assert any(row["highest"] > 0 for row in rows)
 
 
-def test_every_row_compressed_the_same_keys(ablation):
+def test_ablation_record_compressed_the_same_keys_in_every_row(ablation):
     counts = {row["compressed"] for row in ablation.table("rows")}
     assert len(counts) == 1 and counts.pop() > 100_000
 
 
-def test_the_srht_is_at_the_floor(ablation):
+def test_ablation_record_has_the_srht_at_the_floor(ablation):
     row = rows(ablation, centering="token_mean", scale="mse", temperature=False)["srht"]
     assert row["beta"] == pytest.approx(haar_beta(64), abs=0.01)
 
 
-def test_centering_does_not_lift_beta_as_cited(ablation):
+def test_ablation_record_has_no_centering_that_lifts_beta_as_cited(ablation):
     """Claim 17: the paper's lift of .098 to .139 by its centering is not found here."""
     smallest = min(load_claims()["centering-lift"].paper_value)
     dc, none = (rows(ablation, centering=c, scale="mse", temperature=False) for c in ("dc", "none"))
@@ -184,7 +184,7 @@ def test_centering_does_not_lift_beta_as_cited(ablation):
         assert dc[solver]["beta"] - none[solver]["beta"] < smallest
 
 
-def test_the_mean_taken_off_lowers_beta_and_betters_the_code(ablation):
+def test_ablation_record_has_the_mean_taken_off_lower_beta_and_better_the_code(ablation):
     """Claim 16: between centerings β misleads, and the distortion goes with the perplexity."""
     none, mean = (
         rows(ablation, centering=c, scale="mse", temperature=False) for c in ("none", "token_mean")
@@ -196,7 +196,7 @@ def test_the_mean_taken_off_lowers_beta_and_betters_the_code(ablation):
 
 
 @torch.no_grad()
-def test_a_running_model_does_not_see_a_static_offset_of_its_keys(name):
+def test_minis_that_run_do_not_see_a_static_offset_of_their_keys(name):
     """Claim 26's static mean costs nothing: softmax cancels it. The paper's ``dc`` it does see."""
     loaded = loading.load_model(name)
     ids = passages.passages(loaded, corpus.documents("evaluation"), 1)[0].ids[None]
@@ -213,7 +213,7 @@ def test_a_running_model_does_not_see_a_static_offset_of_its_keys(name):
     assert changed["static"] < 1e-3 and changed["dc"] > 0.1
 
 
-def test_a_higher_beta_can_be_a_worse_code(ablation):
+def test_ablation_record_has_a_higher_beta_that_is_a_worse_code(ablation):
     """Claim 4, olmoe-mini: PCA-Hadamard has more beta than the SRHT, and a larger gap."""
     for scale in ("mse", "norm", "unbiased"):
         found = rows(ablation, centering="token_mean", scale=scale, temperature=False)
@@ -221,12 +221,12 @@ def test_a_higher_beta_can_be_a_worse_code(ablation):
         assert pca["beta"] > srht["beta"] and pca["gap"] > srht["gap"]
 
 
-def test_a_learned_rotation_narrows_the_gap(ablation):
+def test_ablation_record_has_a_learned_rotation_narrow_the_gap(ablation):
     """Claim 31's direction holds here: the SRHT's gap exceeds that of a learned rotation."""
     assert ablation.metric("gap_ratio").low > 1
 
 
-def test_equal_beta_does_not_mean_equal_quality(ablation):
+def test_ablation_record_has_equal_beta_without_equal_quality(ablation):
     """Claim 4, olmoe-mini: the scale rule changes the gap greatly at exactly the same beta."""
     unbiased, mse = (
         rows(ablation, centering="token_mean", scale=s, temperature=False)["srht"]
@@ -235,12 +235,12 @@ def test_equal_beta_does_not_mean_equal_quality(ablation):
     assert unbiased["beta"] == mse["beta"] and mse["gap"] > 2 * unbiased["gap"]
 
 
-def test_no_solver_beats_the_floor_on_noise(ablation):
+def test_ablation_record_has_no_solver_that_beats_the_floor_on_noise(ablation):
     for row in ablation.table("null"):
         assert row["held_out"] == pytest.approx(haar_beta(64), abs=0.003)
 
 
-def test_the_shipped_codec_does_what_its_row_says(name, ablation):
+def test_key_codec_that_is_shipped_does_what_its_row_says(name, ablation):
     """Read back from disk, on some of the record's text: a gap of the same order."""
     loaded = loading.load_model(name)
     codec = KeyCodec.load(loading.MODELS / name / "keys.safetensors", loaded.weights_hash)
@@ -258,19 +258,19 @@ def test_the_shipped_codec_does_what_its_row_says(name, ablation):
     assert 0 < gap < 3 * row["gap"]
 
 
-def test_the_scores_are_of_the_committed_weights_and_this_text(name, scores):
+def test_scores_record_is_of_the_committed_weights_and_this_text(name, scores):
     assert scores.weights_hash == loading.weights_hash(loading.MODELS / name)
     assert scores.token_hash == corpus.fingerprint(corpus.documents("evaluation"))
 
 
-def test_losses_of_layers_multiply_and_a_little_more(scores):
+def test_scores_record_losses_of_layers_multiply_and_a_little_more(scores):
     """Claim 3: nats of layers coded alone add up to nearly those of all layers coded at once."""
     for code in ("srht_mse", "srht_unbiased", "learned"):
         ratio = scores.metric(f"together_over_sum.{code}")
         assert 1 < ratio.low < ratio.high < 1.25
 
 
-def test_a_layers_own_code_moves_its_attention_more_than_those_before_it(scores):
+def test_scores_record_has_own_codes_move_attention_more_than_those_before(scores):
     """Claim 3: less is handed on than is added, and both together are no more than their sum."""
     attention = scores.table("attention")
     for row in attention:
@@ -278,14 +278,14 @@ def test_a_layers_own_code_moves_its_attention_more_than_those_before_it(scores)
         assert handed_on < row["own"] and row["both"] < 1.1 * (row["own"] + handed_on)
 
 
-def test_signing_both_sides_costs_more_than_both_gaps_together(scores):
+def test_scores_record_has_signing_both_sides_cost_more_than_both_gaps_together(scores):
     """Claim 30: queries signed beside keys do more harm than either alone, and than both alone."""
     gap = {(row["rotation"], row["side"]): row["gap"] for row in scores.table("sides")}
     for rotation in {rotation for rotation, _ in gap}:
         assert gap[rotation, "both"] > gap[rotation, "keys"] + gap[rotation, "queries"]
 
 
-def test_real_scores_keep_more_than_the_isotropic_law_says(scores):
+def test_scores_record_keeps_more_than_the_isotropic_law_says(scores):
     """Claim 30, the correction: in every frame and on every side, and far from no correlation."""
     for row in scores.table("means"):
         assert row["predicted"] + 0.05 < row["low"]
@@ -293,7 +293,7 @@ def test_real_scores_keep_more_than_the_isotropic_law_says(scores):
     assert learned["low"] > 0.8
 
 
-def test_the_least_error_of_the_output_is_not_the_least_gap(scores):
+def test_scores_record_least_error_of_the_output_is_not_the_least_gap(scores):
     """S8: the mse scale errs less in attention's output in every head, and has the larger gap."""
     outputs = scores.table("outputs")
     mse, unbiased = (tables.select(outputs, bits=1, rule=r) for r in ("mse", "unbiased"))
@@ -319,7 +319,7 @@ def convergence_runs(name: str, **wanted) -> list[records.Row]:
     return tables.select(records.read("convergence", name).table("runs"), **wanted)
 
 
-def test_tempo_follows_keys_per_dimension(name):
+def test_convergence_record_tempo_follows_keys_per_dimension(name):
     """Claim 20: of N keys, noise of more dimensions passes the mark sooner; at one N/d alike."""
     noise = convergence_runs(name, kind="noise", solver="gradient")
     same_n = sorted(tables.select(noise, n_keys=1024), key=lambda row: row["d"])
@@ -330,7 +330,7 @@ def test_tempo_follows_keys_per_dimension(name):
         assert len(of_ratio) >= 4 and max(of_ratio) <= 2 * min(of_ratio)
 
 
-def test_noise_passes_the_first_mark_by_step_fifty(name):
+def test_convergence_record_has_noise_pass_the_first_mark_by_step_fifty(name):
     """Claim 21: noise does in sample; a planted lattice of 64 dimensions has not begun to rise."""
     target, step = (load_claims()["step-fifty"].paper_value[key] for key in ("beta", "steps"))
     for row in convergence_runs(name, kind="noise", keys_per_dim=(2, 4)):
@@ -340,7 +340,7 @@ def test_noise_passes_the_first_mark_by_step_fifty(name):
     assert lattice[f"held_out_{step}"] == pytest.approx(haar_beta(64), abs=0.003)
 
 
-def test_the_plateau_is_the_solvers_own(name):
+def test_convergence_record_plateau_is_the_solvers_own(name):
     """Claim 22: the wait at the start grows with d for plain ascent, and is short when annealed."""
     rows = records.read("convergence", name).table("plateau")
     steps = {
@@ -354,7 +354,7 @@ def test_the_plateau_is_the_solvers_own(name):
     assert steps[64, "annealed"] < 30 < 150 < steps[64, "gradient"]
 
 
-def test_the_hessian_has_either_sign(name):
+def test_convergence_record_hessian_has_either_sign(name):
     """Claim 23: nil on noise, negative on a lattice, both signs at random, and never if blind."""
     rows = records.read("convergence", name).table("hessian")
     seen = {
@@ -377,7 +377,7 @@ def test_the_hessian_has_either_sign(name):
     assert max(row["highest"] for row in blind) < 0.1
 
 
-def test_two_codes_leave_less_than_a_learned_rotation(name):
+def test_convergence_record_has_two_codes_leave_less_than_a_learned_rotation(name):
     """Claim 24: an SRHT with a second code, and no training, beats the learned rotation's one."""
     codes = records.read("convergence", name).table("codes")
     for layer in (0, 2):
@@ -385,14 +385,14 @@ def test_two_codes_leave_less_than_a_learned_rotation(name):
         assert found["SRHT"]["two"] < found["learned"]["one"]
 
 
-def test_heads_side_by_side_have_another_beta(name):
+def test_convergence_record_has_another_beta_for_heads_side_by_side(name):
     """Claim 34: the best held-out beta of the same head's layer changes with the width alone."""
     runs = convergence_runs(name, kind="layer 2", solver="annealed", n_keys=1024)
     by_width = {row["d"]: row["held_out"] for row in runs}
     assert by_width[256] - by_width[64] > 0.01
 
 
-def test_a_beta_within_the_papers_range_can_cost_more_than_no_rotation():
+def test_architectures_record_has_a_beta_as_cited_that_costs_more_than_no_rotation():
     """Claim 4: on keys with a common mean a higher β goes with a larger gap."""
     record = records.read("architectures", "gemma4-e2b-mini")
     found = {
@@ -421,7 +421,7 @@ def caches(mini) -> list[records.Row]:
 DEFAULT = dict(codec="lattice", rule="unbiased", values="int4", window=60, sinks=4)
 
 
-def test_one_bit_keys_with_an_eighth_whole_lose_two_per_cent_at_most(mini, caches):
+def test_cache_record_one_bit_keys_with_an_eighth_whole_lose_two_per_cent_at_most(mini, caches):
     row = tables.select(caches, **DEFAULT)[0]
     assert row["key_bits"] <= 1.3 and row["n_packed"] > 0
     assert row["window"] + row["sinks"] <= minis.MINIS[mini].context / 8
@@ -449,7 +449,7 @@ def test_plain_four_bits_without_a_window_do_as_well_on_olmoe_and_not_on_e2b():
         assert min(row["effective_bits"] for row in others) > small["effective_bits"] + 0.5
 
 
-def test_the_defaults_are_those_of_the_table():
+def test_cache_config_defaults_are_those_of_the_table():
     config = CacheConfig()
     chosen = config.value_format, config.window, config.sinks
     assert chosen == (DEFAULT["values"], DEFAULT["window"], DEFAULT["sinks"])
@@ -463,7 +463,7 @@ def test_one_bit_does_not_ask_for_keys_near_a_cube(mini, caches):
     assert ours["gap"] < turned["gap"] and ours["kl"] < turned["kl"] / 3
 
 
-def test_a_lattice_loses_less_than_a_rotation_and_two_bits(caches):
+def test_cache_record_has_a_lattice_lose_less_than_a_rotation_and_two_bits(caches):
     with_window = tables.select(caches, window=60)
     ours = tables.select(with_window, **DEFAULT)[0]
     small = tables.select(with_window, **DEFAULT | {"values": "int2"})[0]
@@ -473,20 +473,20 @@ def test_a_lattice_loses_less_than_a_rotation_and_two_bits(caches):
     assert small["gap"] < two["gap"] and small["bits"] < two["bits"]
 
 
-def test_of_olmoe_four_bits_and_fp8_lose_less_than_signs():
+def test_cache_record_of_olmoe_has_four_bits_and_fp8_lose_less_than_signs():
     rows = tables.select(records.read("cache", "olmoe-mini").table("caches"), exempt="[]")
     ours = tables.select(rows, **DEFAULT)[0]
     assert tables.select(rows, keys="int4", values="int4", window=60)[0]["gap"] < ours["gap"]
     assert tables.select(rows, keys="fp8", values="fp8", window=0)[0]["gap"] < ours["gap"]
 
 
-def test_nearly_all_that_olmoe_loses_is_lost_in_its_last_layer():
+def test_cache_record_of_olmoe_has_nearly_all_lost_in_the_last_layer():
     rows = records.read("cache", "olmoe-mini").table("caches")
     whole = tables.select(rows, **DEFAULT | {"values": "whole"}, exempt="[]")[0]
     assert tables.select(rows, exempt="[3]")[0]["gap"] < whole["gap"] / 4
 
 
-def test_calls_of_any_size_and_arithmetic_agree(mini):
+def test_cache_record_calls_of_any_size_and_arithmetic_agree(mini):
     record = records.read("cache", mini)
     calls = record.table("calls")[0]
     assert calls["kl"] < 1e-4
@@ -495,12 +495,12 @@ def test_calls_of_any_size_and_arithmetic_agree(mini):
     assert record.metric("codec_share").value <= 0.02
 
 
-def test_keys_come_nearer_to_their_lattice_than_noise_does(mini):
+def test_cache_record_keys_come_nearer_to_their_lattice_than_noise_does(mini):
     heads = tables.select(records.read("cache", mini).table("heads"), codec="lattice")
     assert all(row["beta"] > row["null_in_sample"] + 0.1 for row in heads)
 
 
-def test_the_shipped_lattice_is_the_one_of_the_record(mini):
+def test_key_codec_of_the_shipped_lattice_is_the_one_of_the_record(mini):
     loaded = loading.load_model(mini)
     codec = KeyCodec.load(loading.MODELS / mini / "lattice.safetensors", loaded.weights_hash)
     for row in tables.select(records.read("cache", mini).table("heads"), codec="lattice"):
@@ -531,14 +531,14 @@ def test_below_six_bits_no_other_rung_loses_as_little_as_the_lattice(leaning):
     assert min(row["gap_low"] for row in lighter) > ours["gap_high"]
 
 
-def test_from_four_bits_on_others_lose_less_than_the_lattice():
+def test_ladder_record_has_others_lose_less_than_the_lattice_from_four_bits_on():
     """The ladder, where we lose: on the model that is all global layers, to nearly everyone."""
     found = ladder_entries("olmoe-mini")
     for name in ("4 bits + Hadamard", "KIVI-4", "HQQ-4", "quanto-4", "FP8"):
         assert found[name]["gap_high"] < found["lattice, V 4"]["gap_low"]
 
 
-def test_the_papers_code_is_no_rung_to_stop_at(leaning):
+def test_ladder_record_has_the_papers_code_as_no_rung_to_stop_at(leaning):
     """Product quantisation of both sides loses less at fewer bits, both at 512 tokens."""
     found = ladder_entries(leaning)
     turned, product = found["learned rotation, V 4"], found["PQ-1"]
@@ -546,7 +546,7 @@ def test_the_papers_code_is_no_rung_to_stop_at(leaning):
     assert product["gap"] < turned["gap"]
 
 
-def test_the_abstracts_ratio_is_not_had_by_a_rotation(leaning):
+def test_ladder_record_has_no_rotation_with_the_abstracts_ratio(leaning):
     """Claim 31: the gap of SRHT over that of the learned rotation, with window and values alike."""
     found = ladder_entries(leaning)
     srht = found["SRHT signs, V 4"]["gap"]
@@ -559,7 +559,7 @@ def sides(name: str, **wanted) -> list[records.Row]:
     return tables.select(table, code="levels", rule="unbiased", **wanted)
 
 
-def test_values_are_not_the_delicate_side(leaning):
+def test_values_record_has_values_that_are_not_the_delicate_side(leaning):
     """Claim 29: the same code on either side, and unequal bits given to one or the other."""
     for bits in (1, 2):
         keys, values = sides(leaning, k=bits, v=None)[0], sides(leaning, k=None, v=bits)[0]
@@ -568,7 +568,7 @@ def test_values_are_not_the_delicate_side(leaning):
         assert sides(leaning, k=more, v=fewer)[0]["gap"] < sides(leaning, k=fewer, v=more)[0]["gap"]
 
 
-def test_how_many_bits_values_need_depends_on_the_model():
+def test_values_record_has_needed_bits_that_depend_on_the_model():
     """Claim 29: two are too few for one and too many for the other."""
     needed = {}
     for name in LEANS:
@@ -577,7 +577,7 @@ def test_how_many_bits_values_need_depends_on_the_model():
     assert needed["olmoe-mini"] > 2 > needed["gemma4-e2b-mini"]
 
 
-def test_a_second_sign_code_closes_more_than_training_and_is_no_way_to_spend_two_bits(name):
+def test_second_record_closes_more_than_training_and_is_no_way_to_spend_two_bits(name):
     """Claim 24, in a model: untrained it beats all training of a rotation; levels and a lattice of
     two bits beat it."""
     found = records.read("second", name).table("verdict")[0]
@@ -586,7 +586,7 @@ def test_a_second_sign_code_closes_more_than_training_and_is_no_way_to_spend_two
     assert found["levels"] < 1.25 * found["second"]
 
 
-def test_the_balanced_gauge_wins_where_queries_are_narrow(name):
+def test_gauge_record_has_the_balanced_one_win_where_queries_are_narrow(name):
     """The ladder: in nearly every head by the divergence of attention, and no gauge but it."""
     record = records.read("gauge", name)
     heads = tables.select(record.table("winners"), measure="attention_kl", lattice=False)
@@ -605,7 +605,7 @@ def test_the_balanced_gauge_wins_where_queries_are_narrow(name):
     assert gap["lattice", "free"]["gap_high"] < gap["balanced", "learned"]["gap_low"]
 
 
-def test_on_the_hybrids_balanced_wins_in_every_head_and_the_lattice_over_it():
+def test_gauge_record_of_hybrids_has_balanced_win_every_head_and_the_lattice_over_it():
     """The ladder: by the divergence of attention, which shows what perplexity cannot there."""
     for name in sorted(set(minis.MINIS) - {"olmoe-mini"}):
         heads = tables.select(records.read("gauge", name).table("winners"), measure="attention_kl")
@@ -613,7 +613,7 @@ def test_on_the_hybrids_balanced_wins_in_every_head_and_the_lattice_over_it():
             assert {row["winner"] for row in heads if row["lattice"] == lattice} == {winner}
 
 
-def test_a_gauge_can_be_worth_more_than_any_rotation():
+def test_gauge_record_has_a_gauge_worth_more_than_any_rotation():
     """The ladder: on the hybrid a learned rotation gains nothing, and the balanced gauge half."""
     rows_ = tables.select(records.read("gauge", "gemma4-e2b-mini").table("rows"), rule="unbiased")
     gap = {(row["gauge"], row["rotation"]): row for row in rows_}
@@ -622,7 +622,7 @@ def test_a_gauge_can_be_worth_more_than_any_rotation():
     assert gap["balanced", "srht"]["gap_high"] < learned["gap_low"]
 
 
-def test_what_matters_more_than_the_rotation(name):
+def test_sensitivity_record_says_what_matters_more_than_the_rotation(name):
     """The ladder: window and code do, the seed and the number of keys beyond a few do not."""
     found = tables.select(records.read("sensitivity", name).table("summary"), measure="kl")
     above = {row["factor"]: row["above_rotation"] for row in found}
@@ -632,7 +632,7 @@ def test_what_matters_more_than_the_rotation(name):
         assert not above[factor]
 
 
-def test_few_keys_make_the_papers_beta_of_anything(name):
+def test_sensitivity_record_has_few_keys_make_the_papers_beta_of_anything(name):
     """The ladder: with one key to a coordinate, β in sample is the paper's best, as on noise."""
     table = records.read("sensitivity", name).table("calibration")
     row = tables.select(table, code="rotation", setting="1")[0]

@@ -29,12 +29,12 @@ def results(tmp_path):
     return tmp_path
 
 
-def test_the_pairs_are_those_that_the_minis_were_built_after():
+def test_pairs_are_those_that_the_minis_were_built_after():
     likes = {spec.name: spec.like.replace(" ", "-") for spec in models.MINIS.values()}
     assert {mini: full for full, mini in PAIRS.items()} == likes
 
 
-def test_a_full_size_model_shows_once_it_has_a_record(results):
+def test_beside_shows_a_full_size_model_once_it_has_a_record(results):
     assert [pair.full for pair in pairs(results)] == [None] * 4
     put(results, "Gemma-4-E2B", [BETA[0] | {"beta": 0.123456}])
     assert [pair.full is not None for pair in pairs(results)] == [False, True, False, False]
@@ -45,14 +45,14 @@ def test_a_full_size_model_shows_once_it_has_a_record(results):
     assert "results/architectures/Gemma-4-E2B.json" in lines[-1]
 
 
-def test_several_quantities_have_a_row_for_each_model(results):
+def test_beside_gives_several_quantities_a_row_for_each_model(results):
     two = SRHT | {"learned": ("beta", "beta", {"rotation": "learned", "scope": "head"})}
     lines = beside(two, digits=1, results=results).data.splitlines()
     assert sum(line.startswith("| learned | ") for line in lines) == 4
     assert lines[0].startswith("| quantity | model |")
 
 
-def test_a_value_is_one_number(results):
+def test_value_is_one_number(results):
     record = minis(results)["olmoe-mini"]
     assert value(record, "beta", "beta", {"scope": "layer"}) == "–"
     assert value(record, "beta", "small", {"rotation": "srht"}) == "0.000", "no minus before zero"
@@ -60,7 +60,7 @@ def test_a_value_is_one_number(results):
         value(record, "beta", "beta", {"rotation": "learned"})
 
 
-def test_a_missing_mini_is_told_and_other_models_are_listed(results):
+def test_pairs_tell_of_a_missing_mini_and_others_list_other_models(results):
     put(results, "somebody--else-8B")
     assert [record.model for record in others(results)] == ["somebody--else-8B"]
     records.records_path(LAB, "olmoe-mini", results).unlink()

@@ -72,7 +72,7 @@ def run_lab(project: Path, *values: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
 
 
-def test_one_command_goes_from_a_checkpoint_to_a_record(project):
+def test_architectures_lab_goes_by_one_command_from_a_checkpoint_to_a_record(project):
     before = (project / "book/lab/architectures.ipynb").read_bytes()
     done = run_lab(project, "-p", "model", "tiny")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -87,7 +87,7 @@ def test_one_command_goes_from_a_checkpoint_to_a_record(project):
     assert (project / "scratch/codecs/tiny.safetensors").is_file()
 
 
-def test_what_is_wrong_is_told_before_the_work_starts(project):
+def test_architectures_lab_tells_what_is_wrong_before_the_work_starts(project):
     shard = sorted((project / "tiny").glob("model-*"))[0]
     shard.write_bytes(shard.read_bytes()[:-1])
     for values, told in (

@@ -110,7 +110,9 @@ def load(folder: Path | str, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_sharded_checkpoint_computes_what_was_saved(kind, dtype, tmp_path, olmoe_folder):
+def test_load_full_computes_from_a_sharded_checkpoint_what_was_saved(
+    kind, dtype, tmp_path, olmoe_folder
+):
     model = built(kind, dtype)
     loaded = load(saved(model, tmp_path, olmoe_folder), device_map="auto")
     assert loaded.model.dtype == dtype
@@ -120,7 +122,9 @@ def test_a_sharded_checkpoint_computes_what_was_saved(kind, dtype, tmp_path, olm
     assert loaded.tokenizer.decode(loaded.encode(["def f(a):"])[0]) == "def f(a):"
 
 
-def test_the_decoder_of_a_multimodal_checkpoint_computes_its_logits(tmp_path, olmoe_folder):
+def test_load_full_computes_the_logits_of_a_multimodal_checkpoint_by_its_decoder(
+    tmp_path, olmoe_folder
+):
     vision = Gemma4VisionConfig(
         hidden_size=32,
         intermediate_size=32,
@@ -145,7 +149,7 @@ def test_the_decoder_of_a_multimodal_checkpoint_computes_its_logits(tmp_path, ol
         assert torch.equal(loaded.model(IDS).logits, model(input_ids=IDS).logits)
 
 
-def test_another_dtype_may_be_asked_for(checkpoint):
+def test_load_full_may_be_asked_for_another_dtype(checkpoint):
     half, full = (preflight(str(checkpoint), context=64, dtype=d) for d in ("bfloat16", "float32"))
     assert load(checkpoint, dtype="bfloat16").model.dtype == torch.bfloat16
     logits = 64 * 300
@@ -156,7 +160,7 @@ def test_another_dtype_may_be_asked_for(checkpoint):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_estimate_counts_what_the_model_has(kind, tmp_path, olmoe_folder):
+def test_preflight_counts_what_the_model_has(kind, tmp_path, olmoe_folder):
     model = built(kind)
     found = preflight(str(saved(model, tmp_path, olmoe_folder)), context=64)
     assert found.parameters == model.num_parameters()
@@ -166,7 +170,7 @@ def test_the_estimate_counts_what_the_model_has(kind, tmp_path, olmoe_folder):
     )
 
 
-def test_olmoe_is_as_large_as_its_paper_says():
+def test_full_size_counts_olmoe_as_large_as_its_paper_says():
     with torch.device("meta"):
         model = OlmoeForCausalLM(OlmoeConfig(intermediate_size=1024))
     total, active = full_size._parameters(model)
@@ -176,7 +180,7 @@ def test_olmoe_is_as_large_as_its_paper_says():
 
 
 @pytest.mark.parametrize("context", [1, 65, 2048, 8.0, True])
-def test_a_context_that_the_model_does_not_have_is_told(checkpoint, context):
+def test_load_full_tells_of_a_context_that_the_model_does_not_have(checkpoint, context):
     with pytest.raises(InputError, match="windows of 2 to 64 tokens"):
         load(checkpoint, context=context)
 
@@ -190,26 +194,26 @@ def change_config(folder: Path, **changes) -> None:
     ("config", "architecture"),
     [(BertConfig(), "BertForMaskedLM"), (T5Config(), "T5ForConditionalGeneration")],
 )
-def test_a_model_without_a_decoder_of_its_own_is_told(checkpoint, config, architecture):
+def test_load_full_tells_of_a_model_without_a_decoder_of_its_own(checkpoint, config, architecture):
     config.architectures = [architecture]
     config.save_pretrained(checkpoint)
     with pytest.raises(InputError, match=f"{architecture}.*not a decoder"):
         load(checkpoint)
 
 
-def test_code_of_a_repository_is_refused(checkpoint):
+def test_load_full_refuses_code_of_a_repository(checkpoint):
     change_config(checkpoint, auto_map={"AutoModelForCausalLM": "own.Model"})
     with pytest.raises(InputError, match="auto_map.*not run"):
         load(checkpoint)
 
 
-def test_an_unknown_architecture_is_told(checkpoint):
+def test_load_full_tells_of_an_unknown_architecture(checkpoint):
     change_config(checkpoint, model_type="none-such")
     with pytest.raises(InputError, match="config.json of .* cannot be used .*none-such"):
         load(checkpoint)
 
 
-def test_pickles_are_refused(checkpoint):
+def test_load_full_refuses_pickles(checkpoint):
     for file in checkpoint.glob("model*"):
         file.unlink()
     (checkpoint / "pytorch_model.bin").write_bytes(b"x")
@@ -217,21 +221,21 @@ def test_pickles_are_refused(checkpoint):
         load(checkpoint)
 
 
-def test_a_shard_cut_short_is_named(checkpoint):
+def test_load_full_names_a_shard_cut_short(checkpoint):
     shard = sorted(checkpoint.glob("model-*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(IntegrityError, match=f"{shard.name} is damaged or cut short"):
         load(checkpoint)
 
 
-def test_a_shard_that_is_missing_is_named(checkpoint):
+def test_load_full_names_a_shard_that_is_missing(checkpoint):
     shard = sorted(checkpoint.glob("model-*.safetensors"))[-1]
     shard.unlink()
     with pytest.raises(IntegrityError, match=f"{shard.name} is missing, which model.safetensors.i"):
         load(checkpoint)
 
 
-def test_an_index_that_leaves_weights_out_is_told(checkpoint):
+def test_load_full_tells_of_an_index_that_leaves_weights_out(checkpoint):
     shard = sorted(checkpoint.glob("model-*.safetensors"))[-1]
     index = checkpoint / checkpoint_module.INDEX
     plain = json.loads(index.read_text())
@@ -241,32 +245,32 @@ def test_an_index_that_leaves_weights_out_is_told(checkpoint):
         load(checkpoint)
 
 
-def test_a_missing_tokenizer_is_told(checkpoint):
+def test_load_full_tells_of_a_missing_tokenizer(checkpoint):
     for file in checkpoint.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(InputError, match="no tokenizer in"):
         load(checkpoint)
 
 
-def test_a_tokenizer_that_is_damaged_is_told(checkpoint):
+def test_load_full_tells_of_a_tokenizer_that_is_damaged(checkpoint):
     (checkpoint / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="the tokenizer in .* cannot be read"):
         load(checkpoint)
 
 
-def test_too_little_memory_is_told_with_the_estimate(checkpoint, monkeypatch):
+def test_load_full_tells_of_too_little_memory_with_the_estimate(checkpoint, monkeypatch):
     monkeypatch.setattr(full_size, "get_max_memory", lambda: {"cpu": 1000})
     with pytest.raises(InputError, match=r"GB of memory in float32.*1e-06 GB free.*bfloat16"):
         load(checkpoint)
 
 
-def test_a_device_that_is_not_there_is_told(checkpoint, monkeypatch):
+def test_load_full_tells_of_a_device_that_is_not_there(checkpoint, monkeypatch):
     monkeypatch.setattr(full_size, "get_max_memory", lambda: {"cpu": 10**9})
     with pytest.raises(InputError, match="'cuda:7': there is no such device"):
         load(checkpoint, device_map="cuda:7")
 
 
-def test_a_folder_has_no_revision(checkpoint):
+def test_load_full_takes_no_revision_of_a_folder(checkpoint):
     with pytest.raises(InputError, match="leave it out"):
         load(checkpoint, revision="main")
 
@@ -312,14 +316,14 @@ def on_hub(checkpoint, tmp_path, monkeypatch):
     return snapshot
 
 
-def test_a_model_on_the_hub_is_fetched_at_its_commit(on_hub, checkpoint):
+def test_load_full_fetches_a_model_on_the_hub_at_its_commit(on_hub, checkpoint):
     loaded = load("owner/tiny", revision="v1")
     assert loaded.name == f"owner/tiny@{SHA}"
     assert loaded.weights_hash == weights_hash(checkpoint)
     assert preflight("owner/tiny", revision="v1", context=64).download_bytes == 0
 
 
-def test_a_shard_in_the_cache_that_was_cut_short_is_named(on_hub):
+def test_preflight_names_a_shard_in_the_cache_that_was_cut_short(on_hub):
     load("owner/tiny", revision="v1")
     shard = sorted(on_hub.glob("model-*"))[0]
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -327,14 +331,14 @@ def test_a_shard_in_the_cache_that_was_cut_short_is_named(on_hub):
         preflight("owner/tiny", revision="v1", context=64)
 
 
-def test_only_what_is_needed_counts_as_to_fetch(on_hub, checkpoint):
+def test_preflight_counts_only_what_is_needed_as_to_fetch(on_hub, checkpoint):
     found = preflight("owner/tiny", revision="v1", context=64)
     needed = sum(f.stat().st_size for f in checkpoint.iterdir() if f.name != "config.json")
     assert found.download_bytes == needed
     assert [file.name for file in on_hub.iterdir()] == ["config.json"]
 
 
-def test_too_little_disk_is_told_before_anything_is_fetched(on_hub, monkeypatch):
+def test_load_full_tells_of_too_little_disk_before_anything_is_fetched(on_hub, monkeypatch):
     full = lambda folder: shutil._ntuple_diskusage(100, 99, 1)
     monkeypatch.setattr(full_size.shutil, "disk_usage", full)
     with pytest.raises(InputError, match="GB to fetch.*GB free: make room.*HF_HUB_CACHE"):
@@ -342,7 +346,9 @@ def test_too_little_disk_is_told_before_anything_is_fetched(on_hub, monkeypatch)
     assert [file.name for file in on_hub.iterdir()] == ["config.json"]
 
 
-def test_without_a_network_the_cache_does_if_it_is_whole(on_hub, checkpoint, monkeypatch):
+def test_load_full_without_a_network_takes_the_cache_if_it_is_whole(
+    on_hub, checkpoint, monkeypatch
+):
     from huggingface_hub import snapshot_download
 
     def unreachable(*arguments):
@@ -358,7 +364,7 @@ def test_without_a_network_the_cache_does_if_it_is_whole(on_hub, checkpoint, mon
         load("owner/other")
 
 
-def test_estimate_prints_what_a_model_takes_and_fetches_nothing(on_hub, capsys):
+def test_cli_estimate_prints_what_a_model_takes_and_fetches_nothing(on_hub, capsys):
     arguments = [
         "estimate",
         "owner/tiny",
@@ -376,7 +382,7 @@ def test_estimate_prints_what_a_model_takes_and_fetches_nothing(on_hub, capsys):
     assert [file.name for file in on_hub.iterdir()] == ["config.json"]
 
 
-def test_estimate_says_why_not(tmp_path, capsys):
+def test_cli_estimate_says_why_not(tmp_path, capsys):
     assert main(["estimate", str(tmp_path)]) == 1
     assert "not a transformers checkpoint" in capsys.readouterr().err
 
@@ -391,7 +397,7 @@ def test_preflight_knows_the_papers_models_by_their_short_names(monkeypatch):
             preflight(name)
 
 
-def test_record_names_are_words():
+def test_record_name_is_made_of_words():
     assert [record_name(name) for name in REPOSITORIES] == list(REPOSITORIES)
     assert record_name("meta-llama/Llama-3.1-8B") == "meta-llama--Llama-3.1-8B"
     assert record_name("/data/my models/tiny/") == "tiny"

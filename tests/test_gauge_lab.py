@@ -58,7 +58,7 @@ def measured(request, tmp_path_factory):
     return loaded, GaugeLab(loaded, TEXT, CONFIG, scratch).run(), scratch
 
 
-def test_every_case_is_a_row_and_rows_are_means_of_heads(measured):
+def test_gauge_lab_has_a_row_for_every_case_and_rows_are_means_of_heads(measured):
     _, tables, _ = measured
     wanted = cases(CONFIG)
     assert len(set(wanted)) == len(wanted) == len(tables["rows"])
@@ -80,7 +80,7 @@ def test_every_case_is_a_row_and_rows_are_means_of_heads(measured):
             assert row["predicted"] < 1
 
 
-def test_winners_have_the_least_of_their_head_over_all_that_read_it(measured):
+def test_gauge_lab_winners_have_the_least_of_their_head_over_all_that_read_it(measured):
     _, tables, _ = measured
     heads = {(row["source"], row["head"]) for row in tables["heads"]}
     assert len(tables["winners"]) == 4 * len(heads)
@@ -99,7 +99,7 @@ def test_winners_have_the_least_of_their_head_over_all_that_read_it(measured):
         assert 1 <= row["query_rank"] <= 32 and 1 <= row["key_rank"] <= 32
 
 
-def test_nothing_is_made_twice(measured, monkeypatch):
+def test_gauge_lab_makes_nothing_twice(measured, monkeypatch):
     loaded, tables, scratch = measured
     for name in ("learn_matrices", "learn_score_rotation", "weighted_itq", "Judge"):
         monkeypatch.setattr(f"signlattice_paper.experiments.gauges.{name}", lambda *a, **k: 1 / 0)
@@ -108,7 +108,7 @@ def test_nothing_is_made_twice(measured, monkeypatch):
     assert GaugeLab(loaded, TEXT, CONFIG, scratch).run() == tables
 
 
-def test_codes_are_what_their_names_say(gemma, tmp_path):
+def test_gauge_lab_codes_are_what_their_names_say(gemma, tmp_path):
     lab = GaugeLab(gemma, TEXT, CONFIG, tmp_path)
     ((layer, states),) = lab.comparison.fit.items()
     keys = states.keys - states.keys.mean(1, keepdim=True)
@@ -144,7 +144,7 @@ def test_codes_are_what_their_names_say(gemma, tmp_path):
         lab.codes(Case("identity", "best", "mse"))
 
 
-def test_figures_show_every_head_and_every_gauge(measured, tmp_path):
+def test_fig_gauges_and_fig_gauge_gap_show_every_head_and_every_gauge(measured, tmp_path):
     _, tables, _ = measured
     record = begin("gauge", "tiny", config=CONFIG, results=tmp_path).finish(tables)
     axes = fig_gauges(record).axes[0]
@@ -162,7 +162,7 @@ def test_figures_show_every_head_and_every_gauge(measured, tmp_path):
     assert len(panels) == 2 and set(shown) >= set(gaps)
 
 
-def test_a_rule_that_there_is_not_is_refused():
+def test_gauge_config_refuses_a_rule_that_there_is_not():
     with pytest.raises(InputError, match="choose from mse, norm, unbiased"):
         GaugeConfig(rules=("best",))
     with pytest.raises(InputError, match="rules: none"):

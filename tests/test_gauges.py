@@ -64,7 +64,7 @@ def after(name):
 
 
 @pytest.mark.parametrize("name", GAUGES)
-def test_every_gauge_is_symmetric_positive_and_leaves_scores_alone(name):
+def test_make_gauge_is_symmetric_positive_and_leaves_scores_alone(name):
     a = make_gauge(name, Q, K)
     torch.testing.assert_close(a, a.mT)
     assert (torch.linalg.eigvalsh(a) > 0).all()
@@ -73,7 +73,7 @@ def test_every_gauge_is_symmetric_positive_and_leaves_scores_alone(name):
     torch.testing.assert_close(there, query @ CENTRED.mT)
 
 
-def test_what_each_gauge_does_to_the_moments():
+def test_make_gauge_does_to_the_moments_what_each_is_named_for():
     eye = torch.eye(D, dtype=torch.float64).expand(H, D, D)
     torch.testing.assert_close(after("identity"), (Q, K))
     torch.testing.assert_close(after("query_root")[0], eye)
@@ -88,7 +88,7 @@ def test_what_each_gauge_does_to_the_moments():
     assert (after("diagonal")[0] - after("diagonal")[1]).abs().max() > 0.01
 
 
-def test_the_geometric_mean_is_the_one_whose_square_carries_keys_to_queries():
+def test_geometric_mean_is_the_one_whose_square_carries_keys_to_queries():
     mean = geometric_mean(Q, torch.linalg.inv(K))
     torch.testing.assert_close(mean @ K @ mean, Q)
     torch.testing.assert_close(mean, geometric_mean(torch.linalg.inv(K), Q))  # symmetric in both
@@ -100,7 +100,7 @@ def test_the_geometric_mean_is_the_one_whose_square_carries_keys_to_queries():
     torch.testing.assert_close(geometric_mean(*diagonal), (2 * torch.arange(1.0, 5).sqrt()).diag())
 
 
-def test_balanced_has_the_least_error_of_all_gauges_and_diagonal_of_the_diagonal_ones():
+def test_isotropic_error_is_least_for_balanced_and_of_diagonal_ones_for_diagonal():
     best = isotropic_error(make_gauge("balanced", Q, K), Q, K)
     for head in range(H):  # the nuclear norm of Σ_q^{1/2} Σ_k^{1/2}, squared
         nuclear = np.linalg.norm(sqrtm(Q[head].numpy()) @ sqrtm(K[head].numpy()), "nuc")
@@ -118,7 +118,7 @@ def test_balanced_has_the_least_error_of_all_gauges_and_diagonal_of_the_diagonal
     assert (torch.stack(others) >= best * (1 - 1e-9)).all()
 
 
-def test_a_random_rotation_errs_alike_in_all_directions():
+def test_isotropic_error_is_that_of_random_rotations_in_the_mean():
     keys = drawn(1000, K, 60).float()
     for name in ("identity", "balanced", "query_root"):
         errors = []
@@ -134,7 +134,7 @@ def test_a_random_rotation_errs_alike_in_all_directions():
         )
 
 
-def test_effective_directions_are_counted():
+def test_participation_counts_effective_directions():
     assert participation(torch.eye(8)).item() == pytest.approx(8)
     assert participation(torch.diag(torch.tensor([3.0, 3, 0, 0]))).item() == pytest.approx(2)
 
@@ -146,7 +146,7 @@ def code(name="balanced", rule="unbiased", **changes):
 
 @pytest.mark.parametrize("rule", ["mse", "norm", "unbiased"])
 @pytest.mark.parametrize("name", GAUGES)
-def test_a_gauge_is_a_lattice_that_is_orthonormal_in_its_metric(name, rule):
+def test_gauge_quantizer_is_a_lattice_that_is_orthonormal_in_its_metric(name, rule):
     """Read back by a search in the metric AᵀA along R A^{−T}: the same, but for an fp16 scale."""
     gauge = make_gauge(name, Q, K)
     basis = ROTATION.double() @ torch.linalg.inv(gauge).mT
@@ -157,7 +157,7 @@ def test_a_gauge_is_a_lattice_that_is_orthonormal_in_its_metric(name, rule):
 
 
 @pytest.mark.parametrize("name", ["query_root", "balanced"])
-def test_the_scale_is_the_rules_in_the_gauges_own_metric(name):
+def test_gauge_quantizer_scale_is_the_rules_in_the_gauges_own_metric(name):
     gauge = make_gauge(name, Q, K)
     metric = gauge @ gauge
     for rule in ("mse", "unbiased"):
@@ -167,14 +167,14 @@ def test_the_scale_is_the_rules_in_the_gauges_own_metric(name):
         torch.testing.assert_close(along, ((other @ metric) * other).sum(-1), rtol=1e-4, atol=1e-4)
 
 
-def test_without_a_gauge_it_is_the_sign_code():
+def test_gauge_quantizer_without_a_gauge_is_the_sign_code():
     plain = LevelQuantizer(Centering("token_mean", MEAN), ROTATION, 1, "unbiased")
     torch.testing.assert_close(
         code("identity").reconstruct(KEYS[None]), plain.reconstruct(KEYS[None])
     )
 
 
-def test_bits_and_bytes_count_a_matrix_once():
+def test_gauge_quantizer_bits_and_bytes_count_a_matrix_once():
     mean = 4 * H * D
     assert code().bits == 1 + 16 / D
     assert code().static_bytes == code(learned=True).static_bytes == H * D * D + mean
@@ -183,7 +183,7 @@ def test_bits_and_bytes_count_a_matrix_once():
     assert code("diagonal").static_bytes == 2 * H * D + mean
 
 
-def test_in_the_root_of_the_queries_plain_distance_is_the_error_of_scores():
+def test_score_error_is_plain_distance_in_the_root_of_the_queries():
     root = make_gauge("query_root", Q, K)
     read = code("query_root", "mse").reconstruct(KEYS[None])[0].double() - MEAN.unsqueeze(1)
     error, energy = ((v @ root).square().sum((-2, -1)) for v in (CENTRED - read, CENTRED))
@@ -197,7 +197,7 @@ def test_in_the_root_of_the_queries_plain_distance_is_the_error_of_scores():
 
 
 @pytest.mark.parametrize("rule", ["mse", "unbiased"])
-def test_the_slope_is_that_of_finite_differences(rule):
+def test_score_slope_is_that_of_finite_differences(rule):
     """Of 40 keys no sign changes on so short a way."""
     keys, rotation = CENTRED[:, :40], ROTATION.double()
     turn = gaussian(H, D, D, seed=4)
@@ -211,7 +211,7 @@ def test_the_slope_is_that_of_finite_differences(rule):
     torch.testing.assert_close(slope, (ends[1] - ends[0]) / 2e-6, rtol=1e-5, atol=1e-8)
 
 
-def test_only_with_a_reach_is_the_slope_that_of_many_keys_whose_signs_flip():
+def test_score_slope_is_that_of_many_keys_whose_signs_flip_only_with_a_reach():
     """Away from M = 1 a sign that flips is a jump of the error; here they turn the slope around."""
     keys, metric, rotation = drawn(60_000, K, 30)[1:], Q[1:], ROTATION[1:].double()
     turn = gaussian(H, D, D, seed=6)[1:]
@@ -233,7 +233,7 @@ def test_only_with_a_reach_is_the_slope_that_of_many_keys_whose_signs_flip():
     assert plain * real < 0
 
 
-def test_a_rotation_learned_on_the_scores_errs_less_in_them_and_on_other_keys():
+def test_learn_score_rotation_errs_less_in_the_scores_and_on_other_keys():
     keys, other = drawn(4000, K, 31).float(), drawn(4000, K, 32).float()
     metric, starts = Q.float(), [ROTATION, srht(D, 0).expand(H, D, D)]
 
@@ -270,7 +270,7 @@ def test_weighted_itq_raises_its_own_objective(power):
     torch.testing.assert_close(best, values[-1], atol=3e-3, rtol=0)
 
 
-def test_faults_are_named():
+def test_gauge_functions_name_their_faults():
     with pytest.raises(InputError, match="unknown gauge 'cholesky': choose one of identity"):
         make_gauge("cholesky", Q, K)
     with pytest.raises(InputError, match="not positive definite"):

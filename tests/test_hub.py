@@ -46,7 +46,7 @@ def api(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset"])
-def test_a_revision_becomes_a_commit(api, kind):
+def test_resolve_makes_a_commit_of_a_revision(api, kind):
     found = resolve("owner/name", "main", kind)
     assert (found.revision, found.sizes) == (SHA, {"config.json": 10})
 
@@ -61,7 +61,7 @@ def test_a_revision_becomes_a_commit(api, kind):
         (errors.HFValidationError(""), "neither a folder nor a name"),
     ],
 )
-def test_a_refusal_is_told(api, refusal, told):
+def test_resolve_tells_of_a_refusal(api, refusal, told):
     api(info=refusal)
     with pytest.raises(InputError, match=told) as caught:
         resolve("owner/name", "v9")
@@ -77,13 +77,13 @@ def test_a_refusal_is_told(api, refusal, told):
         errors.HfHubHTTPError("", response=response(503)),
     ],
 )
-def test_a_hub_out_of_reach_is_told_apart(api, failure):
+def test_resolve_tells_a_hub_out_of_reach_apart(api, failure):
     api(info=failure)
     with pytest.raises(Unreachable):
         resolve("owner/name")
 
 
-def test_a_gated_model_needs_a_token_and_access(api, monkeypatch):
+def test_resolve_needs_a_token_and_access_for_a_gated_model(api, monkeypatch):
     api(info=SimpleNamespace(sha=SHA, gated="manual", siblings=[]))
     with pytest.raises(InputError, match="gated and there is no token: accept.*HF_TOKEN"):
         resolve("owner/name")

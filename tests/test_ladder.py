@@ -63,7 +63,7 @@ def few(loaded, monkeypatch) -> list[LadderEntry]:
     return chosen
 
 
-def test_entries_have_names_and_sources_of_their_own(loaded):
+def test_ladder_entries_have_names_and_sources_of_their_own(loaded):
     found = ladder_entries(loaded, CONFIG)
     assert len({entry.name for entry in found}) == len(found)
     assert all(entry.source for entry in found) and set(FEW) < {entry.name for entry in found}
@@ -74,7 +74,7 @@ def test_entries_have_names_and_sources_of_their_own(loaded):
     assert {entry.family for entry in found} == set(figures._FAMILIES)
 
 
-def test_an_interrupted_ladder_goes_on_and_weighs_everything(
+def test_ladder_lab_goes_on_when_interrupted_and_weighs_everything(
     loaded, text, few, tmp_path, monkeypatch
 ):
     judged, learned = [], []
@@ -128,7 +128,7 @@ def test_an_interrupted_ladder_goes_on_and_weighs_everything(
     assert rows["KIVI-2"]["kl"] > rows["fp16"]["kl"]
 
 
-def test_pareto_is_what_no_other_beats_in_both():
+def test_with_pareto_marks_what_no_other_beats_in_both():
     points = [(8, 0.1), (4, 1.0), (4.5, 2.0), (2, 9.0), (3, 1.0), (3, 5.0)]
     rows = with_pareto([{"bits_8192": bits, "gap": gap} for bits, gap in points])
     # (4, 1) is as good as (3, 1), and (3, 5) is as light
@@ -143,19 +143,19 @@ def test_pareto_is_what_no_other_beats_in_both():
         ({"window": 50, "sinks": 12}, "window=50 and sinks=12: blocks of 64 .* want 63"),
     ],
 )
-def test_a_ladder_whose_entries_do_not_stand_is_refused(changes, said):
+def test_ladder_config_refuses_entries_that_do_not_stand(changes, said):
     with pytest.raises(InputError, match=said):
         LadderConfig(**changes)
 
 
-def test_a_context_that_is_all_window_is_refused(loaded, text, few, tmp_path):
+def test_ladder_lab_refuses_a_context_that_is_all_window(loaded, text, few, tmp_path):
     wide = replace(CONFIG, window=200)
     few[:] = [entry for entry in ladder_entries(loaded, wide) if entry.name == "4 bits + Hadamard"]
     with pytest.raises(InputError, match="packed none of 104 tokens"):
         LadderLab(loaded, text, wide, tmp_path).run()
 
 
-def test_the_figure_has_every_entry_of_every_model(loaded, tmp_path):
+def test_fig_ladder_has_every_entry_of_every_model(loaded, tmp_path):
     rows = [
         {
             "family": entry.family,

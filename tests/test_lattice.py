@@ -48,7 +48,7 @@ def identity(n_heads: int, d: int = D) -> Tensor:
 
 @pytest.mark.parametrize("spread", [1.0, 0.1, 0.01])
 @pytest.mark.parametrize("looking", [1.0, 0.03])
-def test_each_round_loses_less(spread, looking):
+def test_learn_basis_loses_less_in_each_round(spread, looking):
     keys = gaussians(2, N, spread=spread)
     metric = query_metric([gaussians(2, 500, spread=looking, seed=1)], 2, CONFIG)
     told = []
@@ -62,7 +62,7 @@ def test_each_round_loses_less(spread, looking):
 
 
 @pytest.mark.parametrize("d", [16, 32])
-def test_a_lattice_beats_a_rotation_where_directions_matter_unequally(d):
+def test_learn_basis_beats_a_rotation_where_directions_matter_unequally(d):
     """Judged on keys that neither was learned on; a rotation knows of no metric."""
     every = gaussians(1, 256 * d, d)
     keys, held_out = every.chunk(2, dim=1)
@@ -81,7 +81,7 @@ def test_a_lattice_beats_a_rotation_where_directions_matter_unequally(d):
 
 
 @pytest.mark.parametrize("skew", [0.0, 0.2])
-def test_keys_that_are_points_of_a_lattice_are_found_or_nearly(skew):
+def test_learn_basis_finds_keys_that_are_points_of_a_lattice_or_nearly(skew):
     """Of twelve lattices: signs and basis in turns may end in an optimum that is only near."""
     generator = torch.Generator().manual_seed(0)
     n_heads = 12
@@ -96,7 +96,7 @@ def test_keys_that_are_points_of_a_lattice_are_found_or_nearly(skew):
 
 
 @pytest.mark.parametrize("d", [16, 32])
-def test_there_is_nothing_to_learn_from_noise(d):
+def test_learn_basis_has_nothing_to_learn_from_noise(d):
     noise = torch.randn(1, 512 * d, d, generator=torch.Generator().manual_seed(0))
     keys, held_out = noise.chunk(2, dim=1)
     basis = learn_basis(keys, identity(1, d), LatticeConfig())
@@ -105,19 +105,19 @@ def test_there_is_nothing_to_learn_from_noise(d):
     assert code.cosines(keys).mean() > code.cosines(held_out).mean()
 
 
-def test_the_same_keys_give_the_same_basis():
+def test_learn_basis_gives_the_same_basis_for_the_same_keys():
     keys, metric = gaussians(2, N), query_metric([gaussians(2, 500, seed=1)], 2, CONFIG)
     assert torch.equal(learn_basis(keys, metric, CONFIG), learn_basis(keys, metric, CONFIG))
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpu"])
-def test_every_search_for_signs_learns_the_same(impl):
+def test_learn_basis_learns_the_same_by_every_search_for_signs(impl):
     keys, metric = gaussians(2, 300), query_metric([gaussians(2, 500, seed=1)], 2, CONFIG)
     found = learn_basis(keys, metric, replace(CONFIG, impl=impl))
     torch.testing.assert_close(found, learn_basis(keys, metric, CONFIG), rtol=1e-3, atol=1e-4)
 
 
-def test_heads_are_learned_apart():
+def test_learn_basis_learns_heads_apart():
     keys, metric = gaussians(2, N), query_metric([gaussians(2, 500, seed=1)], 2, CONFIG)
     together = learn_basis(keys, metric, CONFIG)
     for head in range(2):
@@ -130,7 +130,7 @@ def test_heads_are_learned_apart():
         torch.testing.assert_close(together[head], alone[0], rtol=1e-3, atol=1e-4)
 
 
-def test_the_longest_vectors_in_the_metric_come_first():
+def test_learn_basis_puts_the_longest_vectors_in_the_metric_first():
     keys, metric = gaussians(2, N), query_metric([gaussians(2, 500, seed=1)], 2, CONFIG)
     basis = learn_basis(keys, metric, CONFIG).double()
     length = ((basis @ metric) * basis).sum(-1)
@@ -139,7 +139,7 @@ def test_the_longest_vectors_in_the_metric_come_first():
     assert (plain.diff(dim=-1) > 0).any()  # which is another order than that of their own lengths
 
 
-def test_the_scale_of_keys_and_of_queries_does_not_matter():
+def test_learn_basis_does_not_depend_on_the_scale_of_keys_and_of_queries():
     keys, queries = gaussians(1, N), gaussians(1, 500, seed=1)
     basis = learn_basis(keys, query_metric([queries], 1, CONFIG), CONFIG)
     for k, q in ((64.0, 1.0), (1.0, 2.0**-10), (2.0**-10, 64.0)):
@@ -147,7 +147,7 @@ def test_the_scale_of_keys_and_of_queries_does_not_matter():
         torch.testing.assert_close(other / k, basis, rtol=1e-4, atol=1e-5)
 
 
-def test_the_error_in_the_metric_is_that_of_the_scores():
+def test_query_metric_has_the_error_of_the_scores():
     """E (q·(k − k̂))² over queries and keys, added up one by one, is E (k − k̂)ᵀ M (k − k̂)."""
     config = LatticeConfig(rounds=3, floor=1e-12)
     keys, queries = gaussians(1, 400)[0], gaussians(2, 300, seed=1)
@@ -168,7 +168,7 @@ def test_the_error_in_the_metric_is_that_of_the_scores():
 
 
 @pytest.mark.parametrize("n_heads", [1, 2, 4])
-def test_the_metric_is_over_all_queries_that_read_a_head(n_heads):
+def test_query_metric_is_over_all_queries_that_read_a_head(n_heads):
     config = LatticeConfig(floor=0.5)
     readers = [gaussians(4, n, seed=seed) for seed, n in ((1, 30), (2, 50), (3, 7))]
     found = query_metric(readers, n_heads, config)
@@ -185,7 +185,7 @@ def test_the_metric_is_over_all_queries_that_read_a_head(n_heads):
     assert found.dtype == torch.float64
 
 
-def test_a_direction_that_no_query_looks_in_has_the_floor():
+def test_query_metric_has_its_floor_in_a_direction_that_no_query_looks_in():
     queries = torch.zeros(1, 9, D)
     queries[..., 0] = 4.0
     metric = query_metric([queries], 1, LatticeConfig(floor=0.01))[0]
@@ -194,7 +194,7 @@ def test_a_direction_that_no_query_looks_in_has_the_floor():
     assert torch.linalg.eigvalsh(metric).min() > 0.0099
 
 
-def test_heads_that_nothing_is_known_of_do_no_harm_to_others():
+def test_learn_basis_of_heads_that_nothing_is_known_of_does_no_harm_to_others():
     """Keys that are all one, and queries that are all zero, as a pruned head has."""
     keys, queries = gaussians(3, 200), gaussians(3, 200, seed=1)
     keys[1], queries[2] = 0, 0
@@ -214,7 +214,7 @@ def test_heads_that_nothing_is_known_of_do_no_harm_to_others():
     "change",
     [dict(rounds=0), dict(rounds=-1), dict(floor=0.0), dict(floor=-1e-3), dict(floor=float("nan"))],
 )
-def test_bad_settings_are_refused(change):
+def test_lattice_config_refuses_bad_settings(change):
     ((name, value),) = change.items()
     with pytest.raises(InputError, match=f"{name}={value}"):
         LatticeConfig(**change)
@@ -240,12 +240,12 @@ KEYS = gaussians(2, 40)
         (KEYS[..., :12], identity(2, 12), "head_dim 12"),
     ],
 )
-def test_keys_and_metrics_that_do_not_fit_are_refused(keys, metric, said):
+def test_learn_basis_refuses_keys_and_metrics_that_do_not_fit(keys, metric, said):
     with pytest.raises(InputError, match=said):
         learn_basis(keys, metric, CONFIG)
 
 
-def test_as_many_keys_as_coordinates_are_enough():
+def test_learn_basis_has_enough_in_as_many_keys_as_coordinates():
     assert learn_basis(KEYS[:, :D], identity(2), CONFIG).isfinite().all()
 
 
@@ -260,6 +260,6 @@ def test_as_many_keys_as_coordinates_are_enough():
         ([], "no queries"),
     ],
 )
-def test_queries_that_do_not_fit_are_refused(readers, said):
+def test_query_metric_refuses_queries_that_do_not_fit(readers, said):
     with pytest.raises(InputError, match=said):
         query_metric(readers, 2, CONFIG)

@@ -80,7 +80,7 @@ def dc_centred(n: int, d: int) -> Tensor:
     d=st.sampled_from([16, 20, 24]),
 )
 @settings(max_examples=25, deadline=None)
-def test_gradient_is_that_of_the_smoothed_l1_norm(seed, temperature, d):
+def test_smoothed_gradient_is_that_of_the_smoothed_l1_norm(seed, temperature, d):
     keys = unit(gaussian(50, d, seed, torch.float64))
     rotation = haar(d, seed, dtype=torch.float64).requires_grad_()
     size = (keys @ rotation.T).abs()
@@ -91,7 +91,7 @@ def test_gradient_is_that_of_the_smoothed_l1_norm(seed, temperature, d):
     torch.testing.assert_close(found, expected)
 
 
-def test_objective_is_beta_and_the_inner_product_with_its_gradient():
+def test_mean_cosine_is_beta_and_the_inner_product_with_its_gradient():
     keys, rotation = gaussian(300, 32, dtype=torch.float64) * 7, haar(32, 0, dtype=torch.float64)
     value = mean_cosine(unit(keys), rotation)
     assert value == pytest.approx(beta(keys @ rotation.T), abs=1e-12)
@@ -99,7 +99,7 @@ def test_objective_is_beta_and_the_inner_product_with_its_gradient():
     assert (gradient * rotation).sum().item() == pytest.approx(value, abs=1e-12)
 
 
-def test_hot_gradient_turns_as_the_fourth_moment_does():
+def test_smoothed_gradient_turns_when_hot_as_the_fourth_moment_does():
     keys, rotation = unit(planted(4000, 16).double()), haar(16, 0, dtype=torch.float64)
     y = keys @ rotation.T
     slopes = [smoothed_gradient(keys, rotation, 30.0), -(y**3).T @ keys]
@@ -107,7 +107,7 @@ def test_hot_gradient_turns_as_the_fourth_moment_does():
     assert torch.cosine_similarity(hot, fourth, dim=0) > 0.999
 
 
-def test_large_keys_are_summed_as_small_ones(monkeypatch):
+def test_smoothed_gradient_and_mean_cosine_sum_large_keys_as_small_ones(monkeypatch):
     keys, rotation = unit(gaussian(1000, 32, dtype=torch.float64)), haar(32, 0, dtype=torch.float64)
     whole = smoothed_gradient(keys, rotation, 0.0), mean_cosine(keys, rotation)
     monkeypatch.setattr("signlattice.rotations.objective._CHUNK", 32 * 7)
@@ -121,7 +121,7 @@ def test_large_keys_are_summed_as_small_ones(monkeypatch):
 
 @given(solver=st.sampled_from(SOLVERS), seed=st.integers(0, 999))
 @settings(max_examples=20, deadline=None)
-def test_steps_commute_with_a_change_of_axes(solver, seed):
+def test_solvers_take_steps_that_commute_with_a_change_of_axes(solver, seed):
     """Keys k -> Qk with a start R0 -> R0 Q^T go through the same objective to R Q^T."""
     keys = planted(4000, 16, seed=seed).double()
     start, axes = (haar(16, seed + i, dtype=torch.float64) for i in (1, 2))
@@ -138,7 +138,7 @@ def test_steps_commute_with_a_change_of_axes(solver, seed):
 
 @BY_SOLVER
 @pytest.mark.parametrize("keys", [planted, anisotropic, dc_centred, rank_deficient])
-def test_last_stage_is_monotone_and_the_result_orthogonal(solver, keys):
+def test_learn_rotation_has_a_monotone_last_stage_and_an_orthogonal_result(solver, keys):
     config = replace(SHORT[solver], trace_every=1)
     learned = learn_rotation(keys(6200, 48), config)
     assert orthogonality_defect(learned.matrix) <= 1e-6
@@ -150,7 +150,7 @@ def test_last_stage_is_monotone_and_the_result_orthogonal(solver, keys):
         assert learned.train_beta == pytest.approx(climb[-1], abs=1e-6)
 
 
-def test_itq_stops_when_it_gains_nothing():
+def test_learn_rotation_by_itq_stops_when_it_gains_nothing():
     learned = learn_rotation(planted(2100, 16), LearnConfig(solver="itq", trace_every=1))
     climb = [point.train_beta for point in learned.trace]
     assert len(climb) < 300
@@ -159,7 +159,7 @@ def test_itq_stops_when_it_gains_nothing():
 
 @pytest.mark.parametrize("initial", INITIALS)
 @pytest.mark.parametrize("d", [16, 32])
-def test_annealed_finds_a_planted_lattice(initial, d):
+def test_learn_rotation_annealed_finds_a_planted_lattice(initial, d):
     keys = planted(10240, d)
     learned = learn_rotation(keys[:8192], LearnConfig(initial=initial), held_out=keys[8192:])
     optimum = beta(keys[8192:] @ haar(d, 99).T)
@@ -169,11 +169,11 @@ def test_annealed_finds_a_planted_lattice(initial, d):
     assert learned.trace[-1].held_out_beta == pytest.approx(measured, abs=1e-6)
 
 
-def test_annealed_finds_a_lattice_without_noise():
+def test_learn_rotation_annealed_finds_a_lattice_without_noise():
     assert learn_rotation(planted(4096, 16, noise=0.0)).train_beta == pytest.approx(1, abs=1e-6)
 
 
-def test_plain_solvers_stall_where_annealed_does_not():
+def test_learn_rotation_by_plain_solvers_stalls_where_annealed_does_not():
     keys = planted(17408, 64, seed=1)
     found = {
         solver: learn_rotation(
@@ -186,7 +186,7 @@ def test_plain_solvers_stall_where_annealed_does_not():
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
-def test_annealed_is_not_below_itq_on_anisotropic_keys(power):
+def test_learn_rotation_annealed_is_not_below_itq_on_anisotropic_keys(power):
     """On the mean of several draws: both end in local maxima, and either may win a single one.
 
     At d = 64 single draws of these mixed keys are known to end up to .003 below ITQ.
@@ -202,7 +202,7 @@ def test_annealed_is_not_below_itq_on_anisotropic_keys(power):
     assert sum(difference) / len(difference) > -0.001
 
 
-def test_noise_teaches_nothing_but_overfitting():
+def test_learn_rotation_learns_nothing_from_noise_but_overfitting():
     with pytest.warns(CalibrationWarning):
         learned = learn_rotation(gaussian(512, 32), held_out=gaussian(4096, 32, 1))
     gap = learned.train_beta - learned.held_out_beta
@@ -210,7 +210,7 @@ def test_noise_teaches_nothing_but_overfitting():
     assert gap == pytest.approx(0.22 * math.sqrt(32 / 512), rel=0.25)
 
 
-def test_order_of_the_documents_does_not_matter():
+def test_learn_rotation_does_not_depend_on_the_order_of_the_documents():
     keys = planted(8192, 32)
     by_document = keys[(keys @ haar(32, 99).T)[:, 0].argsort()]
     learned = learn_rotation(by_document, LearnConfig(batch=2048))
@@ -221,7 +221,7 @@ def test_order_of_the_documents_does_not_matter():
 
 
 @BY_SOLVER
-def test_seed_decides_and_nothing_else(solver):
+def test_learn_rotation_is_decided_by_the_seed_and_nothing_else(solver):
     keys, config = planted(2100, 16), SHORT[solver]
     before = keys.clone()
     first = learn_rotation(keys, config)
@@ -234,14 +234,14 @@ def test_seed_decides_and_nothing_else(solver):
 
 
 @BY_SOLVER
-def test_norms_of_keys_do_not_matter(solver):
+def test_learn_rotation_does_not_depend_on_the_norms_of_keys(solver):
     keys = planted(2100, 16)
     scales = 2.0 ** torch.randint(-90, 90, (2100, 1), generator=torch.Generator().manual_seed(0))
     plain, scaled = (learn_rotation(k, SHORT[solver]).matrix for k in (keys, keys * scales))
     assert torch.equal(plain, scaled)
 
 
-def test_dtype_follows_the_keys_down_to_fp32():
+def test_learn_rotation_dtype_follows_the_keys_down_to_fp32():
     keys = planted(2100, 16)
     dtypes = {
         dtype: learn_rotation(keys.to(dtype), SHORT["itq"]).matrix.dtype
@@ -254,7 +254,7 @@ def test_dtype_follows_the_keys_down_to_fp32():
 # The trace, and the progress that shows it.
 
 
-def test_trace_holds_the_steps_that_the_paper_reports():
+def test_learn_rotation_trace_holds_the_steps_that_the_paper_reports():
     config = LearnConfig(solver="gradient", trace_every=1000)
     learned = learn_rotation(planted(2100, 16), config, held_out=planted(500, 16))
     assert [point.step for point in learned.trace] == [0, 50, 200, 500]
@@ -263,7 +263,7 @@ def test_trace_holds_the_steps_that_the_paper_reports():
     assert learned.n_keys == 2100
 
 
-def test_progress_sees_the_trace_as_it_grows():
+def test_learn_rotation_progress_sees_the_trace_as_it_grows():
     seen: list[TracePoint] = []
     learned = learn_rotation(planted(2100, 16), SHORT["annealed"], progress=seen.append)
     assert tuple(seen) == learned.trace
@@ -274,7 +274,7 @@ def test_progress_sees_the_trace_as_it_grows():
     assert all(a.seconds <= b.seconds for a, b in zip(seen, seen[1:]))
 
 
-def test_progress_bar_tells_both_betas(capsys):
+def test_learn_rotation_progress_bar_tells_both_betas(capsys):
     learn_rotation(planted(2100, 16), SHORT["itq"], held_out=planted(99, 16), progress=True)
     shown = capsys.readouterr().err
     assert "itq" in shown and "beta=" in shown and "held_out=" in shown and "25/25" in shown
@@ -307,7 +307,7 @@ def assert_same(resumed: LearnedRotation, straight: LearnedRotation) -> None:
 
 @BY_SOLVER
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_resumed_run_ends_as_an_uninterrupted_one(solver, error, tmp_path):
+def test_learn_rotation_ends_a_resumed_run_as_an_uninterrupted_one(solver, error, tmp_path):
     keys, held_out = planted(2100, 16), planted(300, 16)
     config = replace(SHORT[solver], trace_every=4, checkpoint_every=1000)
     straight = learn_rotation(keys, config, held_out=held_out)
@@ -326,7 +326,7 @@ def test_resumed_run_ends_as_an_uninterrupted_one(solver, error, tmp_path):
 
 
 @BY_SOLVER
-def test_run_that_was_killed_resumes_from_the_last_interval(solver, tmp_path):
+def test_learn_rotation_resumes_a_run_that_was_killed_from_the_last_interval(solver, tmp_path):
     keys, config = planted(2100, 16), replace(SHORT[solver], trace_every=1, checkpoint_every=7)
     file, kept = tmp_path / "run.safetensors", tmp_path / "kept.safetensors"
 
@@ -341,7 +341,7 @@ def test_run_that_was_killed_resumes_from_the_last_interval(solver, tmp_path):
     assert_same(resumed, straight)
 
 
-def test_finished_run_is_read_back(tmp_path):
+def test_learn_rotation_reads_back_a_finished_run(tmp_path):
     keys, file = planted(2100, 16), tmp_path / "new" / "run.safetensors"
     first = learn_rotation(keys, SHORT["annealed"], checkpoint=file)
     again = learn_rotation(keys, SHORT["annealed"], checkpoint=file, progress=Stop(1))
@@ -360,7 +360,7 @@ def test_finished_run_is_read_back(tmp_path):
         ({"held_out": planted(300, 16)}, "other keys"),
     ],
 )
-def test_checkpoint_of_another_run_is_refused(change, names, tmp_path):
+def test_learn_rotation_refuses_a_checkpoint_of_another_run(change, names, tmp_path):
     file = tmp_path / "run.safetensors"
     run = {"keys": planted(2100, 16), "config": SHORT["itq"], "held_out": None}
     learn_rotation(**run, checkpoint=file)
@@ -371,7 +371,7 @@ def test_checkpoint_of_another_run_is_refused(change, names, tmp_path):
     assert file.read_bytes() == before
 
 
-def test_damaged_checkpoint_is_refused(tmp_path):
+def test_learn_rotation_refuses_a_damaged_checkpoint(tmp_path):
     keys, good = planted(2100, 16), tmp_path / "good.safetensors"
     learn_rotation(keys, SHORT["itq"], checkpoint=good)
     files = {name: tmp_path / name for name in ("text", "short", "foreign", "schema")}
@@ -388,7 +388,7 @@ def test_damaged_checkpoint_is_refused(tmp_path):
             learn_rotation(keys, SHORT["itq"], checkpoint=file)
 
 
-def test_checkpoint_that_cannot_be_written_is_told_first(tmp_path):
+def test_learn_rotation_tells_first_of_a_checkpoint_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         learn_rotation(
@@ -405,7 +405,7 @@ def heads_of(make: Callable[..., Tensor], n: int, d: int, n_heads: int = 3) -> T
 
 @BY_SOLVER
 @pytest.mark.parametrize("impl", ["torch", "cpu"])
-def test_heads_learned_at_once_end_where_each_ends_alone(solver, impl):
+def test_learn_rotations_at_once_end_where_each_ends_alone(solver, impl):
     keys, held_out = heads_of(anisotropic, 2100, 16), heads_of(planted, 300, 16)
     config = replace(SHORT[solver], tolerance=1e-4, polish_steps=40, steps=40, trace_every=5)
     together = learn_rotations(keys, config, held_out=held_out, impl=impl)
@@ -420,7 +420,7 @@ def test_heads_learned_at_once_end_where_each_ends_alone(solver, impl):
         assert (learned.n_keys, learned.config) == (alone.n_keys, alone.config)
 
 
-def test_a_head_that_has_converged_moves_no_more():
+def test_learn_rotations_move_a_head_that_has_converged_no_more():
     keys = heads_of(anisotropic, 2100, 16)
     config = LearnConfig(solver="itq", tolerance=1e-4, trace_every=1)
     learned = learn_rotations(keys, config)
@@ -431,7 +431,7 @@ def test_a_head_that_has_converged_moves_no_more():
         assert len(climb) == steps + 1 and head.train_beta == pytest.approx(climb[-1], abs=1e-6)
 
 
-def test_progress_of_several_heads_is_their_mean():
+def test_learn_rotations_progress_is_the_mean_of_the_heads():
     seen: list[TracePoint] = []
     config = LearnConfig(solver="itq", tolerance=1e-4, trace_every=1000)
     keys, held_out = heads_of(anisotropic, 2100, 16), heads_of(planted, 300, 16)
@@ -444,7 +444,7 @@ def test_progress_of_several_heads_is_their_mean():
 
 
 @BY_SOLVER
-def test_heads_resume_as_one_does(solver, tmp_path):
+def test_learn_rotations_resume_heads_as_one_does(solver, tmp_path):
     keys, file = heads_of(anisotropic, 2100, 16), tmp_path / "run.safetensors"
     config = replace(SHORT[solver], tolerance=1e-4, trace_every=4)
     straight = learn_rotations(keys, config)
@@ -457,13 +457,13 @@ def test_heads_resume_as_one_does(solver, tmp_path):
         learn_rotation(keys[0], config, checkpoint=file)
 
 
-def test_one_head_takes_the_reference_s_steps_on_a_processor():
+def test_learn_rotation_takes_the_references_steps_on_a_processor():
     keys = planted(2100, 16)
     wanted, found = (learn_rotation(keys, SHORT["annealed"], impl=i) for i in ("torch", "auto"))
     assert_same(found, wanted)
 
 
-def test_heads_on_several_cores_take_the_steps_of_one_core():
+def test_learn_rotations_on_several_cores_take_the_steps_of_one_core():
     keys, config = heads_of(planted, 2100, 16), SHORT["annealed"]
     alone = learn_rotations(keys, config, impl="torch")
     torch.set_num_threads(2)
@@ -475,7 +475,7 @@ def test_heads_on_several_cores_take_the_steps_of_one_core():
     assert all(torch.equal(ours.matrix, theirs.matrix) for ours, theirs in zip(shared, alone))
 
 
-def test_kernels_of_a_gpu_find_the_same_lattice():
+def test_learn_rotations_by_kernels_of_a_gpu_find_the_same_lattice():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     keys = heads_of(planted, 2048, 16, n_heads=2).to(device)
     config = LearnConfig(warm_steps=16, steps=20, batch=512, polish_steps=4, trace_every=1000)
@@ -502,7 +502,7 @@ def test_kernels_of_a_gpu_find_the_same_lattice():
     ],
 )
 @pytest.mark.filterwarnings("ignore::signlattice.rotations.config.CalibrationWarning")
-def test_what_cannot_be_learned_at_once_is_told(keys, options, message):
+def test_learn_rotations_tell_what_cannot_be_learned_at_once(keys, options, message):
     with pytest.raises(InputError, match=message) as refusal:
         learn_rotations(keys, **options)
     assert "\n" not in str(refusal.value)
@@ -524,7 +524,7 @@ def test_what_cannot_be_learned_at_once_is_told(keys, options, message):
     ],
 )
 @pytest.mark.filterwarnings("ignore::signlattice.rotations.config.CalibrationWarning")
-def test_bad_keys_are_refused_in_one_line(keys, message):
+def test_learn_rotation_refuses_bad_keys_in_one_line(keys, message):
     with pytest.raises(InputError, match=message) as refusal:
         learn_rotation(keys)
     assert "\n" not in str(refusal.value)
@@ -538,7 +538,7 @@ def test_bad_keys_are_refused_in_one_line(keys, message):
         (torch.zeros(3, 16), "held_out hold 3 keys of zero norm"),
     ],
 )
-def test_bad_held_out_keys_are_refused(held_out, message):
+def test_learn_rotation_refuses_bad_held_out_keys(held_out, message):
     with pytest.raises(InputError, match=message):
         learn_rotation(planted(2100, 16), held_out=held_out)
 
@@ -569,13 +569,13 @@ def test_bad_held_out_keys_are_refused(held_out, message):
         ("learning_rate", math.nan),
     ],
 )
-def test_bad_config_is_refused_by_name_and_value(field, value):
+def test_learn_config_refuses_bad_settings_by_name_and_value(field, value):
     with pytest.raises(InputError, match=field) as refusal:
         LearnConfig(**{field: value})
     assert repr(value) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_few_keys_are_warned_of():
+def test_learn_rotation_warns_of_few_keys():
     with pytest.warns(CalibrationWarning, match=r"64 per dimension.*0\.028") as caught:
         learn_rotation(planted(1024, 16), SHORT["itq"])
     assert caught[0].filename == __file__

@@ -53,13 +53,13 @@ FORMATS = st.builds(
 LENGTHS = st.integers(1, 5000)
 
 
-def test_fp16_cache_of_olmoe_by_hand():
+def test_kv_bytes_of_the_fp16_cache_of_olmoe_by_hand():
     assert kv_bytes(OLMOE, FP16, 1) == 2 * 16 * 16 * 128 * 2
     assert kv_bytes(OLMOE, FP16, 4096, batch=3) == 3 * 4096 * 131072
     assert OLMOE.kv_dim == 2048
 
 
-def test_sign_keys_by_hand():
+def test_kv_bytes_of_sign_keys_by_hand():
     shape = KVShape(n_layers=2, n_kv_heads=3, head_dim=64, value_head_dim=32)
     per_token = 64 // 8 + 2 + 32 * 2
     static = 4 * (64 * 64 + 64 + 1)
@@ -68,7 +68,7 @@ def test_sign_keys_by_hand():
 
 @given(SHAPES, FORMATS, LENGTHS, st.integers(1, 3))
 @settings(deadline=None)
-def test_the_three_figures_agree(shape, fmt, seq_len, batch):
+def test_kv_bytes_agree_with_effective_bits_and_memory_reduction(shape, fmt, seq_len, batch):
     ours = kv_bytes(shape, fmt, seq_len, batch=batch)
     bits = effective_bits(shape, fmt, seq_len, batch=batch)
     vectors = shape.n_heads * batch * shape.cached_tokens(seq_len)
@@ -86,7 +86,7 @@ def test_the_three_figures_agree(shape, fmt, seq_len, batch):
     window=st.integers(0, 6000),
 )
 @settings(deadline=None)
-def test_the_closed_formula(d, meta, static, seq_len, window):
+def test_memory_reduction_is_the_closed_formula(d, meta, static, seq_len, window):
     """32 / (b_K + b_V + meta/d + static/(d T)), a window averaged in at 32 bits."""
     fmt = CacheFormat("x", 1, 16, key_scale_bits=meta, static_mean_bits=static, window=window)
     coded = Fraction(max(seq_len - window, 0), seq_len)
@@ -96,13 +96,13 @@ def test_the_closed_formula(d, meta, static, seq_len, window):
 
 @given(SHAPES, FORMATS, LENGTHS)
 @settings(deadline=None)
-def test_a_longer_sequence_never_weighs_less(shape, fmt, seq_len):
+def test_kv_bytes_of_a_longer_sequence_are_never_fewer(shape, fmt, seq_len):
     assert kv_bytes(shape, fmt, seq_len + 1) >= kv_bytes(shape, fmt, seq_len)
 
 
 @given(SHAPES, LENGTHS)
 @settings(deadline=None)
-def test_each_thing_that_is_stored_is_counted(shape, seq_len):
+def test_kv_bytes_count_each_thing_that_is_stored(shape, seq_len):
     plain = CacheFormat("plain", 1, 4)
     for stored in (
         {"key_scale_bits": 16},
@@ -117,32 +117,32 @@ def test_each_thing_that_is_stored_is_counted(shape, seq_len):
         assert kv_bytes(shape, replace(plain, **stored), seq_len) > kv_bytes(shape, plain, seq_len)
 
 
-def test_a_batch_shares_the_static_tables():
+def test_kv_bytes_of_a_batch_share_the_static_tables():
     one, four = (kv_bytes(OLMOE, SIGN_KEYS, 100, batch=b) for b in (1, 4))
     static = 16 * 16 * 4 * (128 * 128 + 128 + 1)
     assert four - static == 4 * (one - static)
 
 
-def test_value_groups_each_have_a_scale():
+def test_effective_bits_count_a_scale_for_each_value_group():
     fmt = CacheFormat("k1v2", 1, 2, value_scale_bits=32, value_group=32)
     assert effective_bits(KVShape(1, 1, 128), fmt, 10).value == 3
     assert effective_bits(KVShape(1, 1, 128, value_head_dim=33), fmt, 10).value * 33 == 72 + 64
 
 
-def test_codes_are_padded_to_words():
+def test_effective_bits_are_of_codes_padded_to_words():
     shape = KVShape(1, 1, 80)
     assert effective_bits(shape, CacheFormat("bytes", 1, 16), 10).key == 1
     padded = CacheFormat("int32 words", 1, 16, word_bits=32)
     assert effective_bits(shape, padded, 10).key == 96 / 80
 
 
-def test_a_cache_inside_its_window_is_fp16():
+def test_kv_bytes_of_a_cache_inside_its_window_are_those_of_fp16():
     fmt = replace(PAPER, window=128, sinks=4)
     assert kv_bytes(OLMOE, fmt, 132) == kv_bytes(OLMOE, FP16, 132)
     assert kv_bytes(OLMOE, fmt, 133) < kv_bytes(OLMOE, FP16, 133)
 
 
-def test_named_formats():
+def test_named_formats_of_one_bit_keys_save_less_than_fp8():
     assert [fmt.name for fmt in NAMED_FORMATS] == ["fp16", "fp8", "paper", "sign keys"]
     assert memory_reduction(OLMOE, FP16, 4096) == 1
     assert memory_reduction(OLMOE, FP8, 4096) == 2
@@ -150,7 +150,7 @@ def test_named_formats():
     assert all(memory_reduction(OLMOE, fmt, 10**6) < 2 for fmt in (PAPER, SIGN_KEYS))
 
 
-def test_sliding_layers_stop_growing():
+def test_kv_bytes_of_sliding_layers_stop_growing():
     local = KVShape(5, 2, 64, sliding_window=512)
     assert kv_bytes(local, FP16, 512) == kv_bytes(local, FP16, 100_000)
     assert kv_bytes(local, FP16, 100) == kv_bytes(replace(local, sliding_window=None), FP16, 100)
@@ -158,7 +158,7 @@ def test_sliding_layers_stop_growing():
 
 @given(SHAPES, FORMATS, st.integers(1, 10**9), st.integers(1, 3))
 @settings(deadline=None)
-def test_crossover_is_the_first_length_that_reaches_the_weights(shape, fmt, weights, batch):
+def test_crossover_length_is_the_first_that_reaches_the_weights(shape, fmt, weights, batch):
     length = crossover_length(weights, shape, fmt, batch=batch)
     if length is None:
         assert kv_bytes(shape, fmt, 10**12, batch=batch) < weights
@@ -167,7 +167,7 @@ def test_crossover_is_the_first_length_that_reaches_the_weights(shape, fmt, weig
     assert length == 1 or kv_bytes(shape, fmt, length - 1, batch=batch) <= weights
 
 
-def test_crossover_of_a_hybrid_adds_its_groups():
+def test_crossover_length_of_a_hybrid_adds_its_groups():
     local, full = KVShape(5, 2, 64, sliding_window=512), KVShape(1, 2, 64)
     weights = 10**8
     length = crossover_length(weights, [local, full])
@@ -176,7 +176,7 @@ def test_crossover_of_a_hybrid_adds_its_groups():
     assert crossover_length(weights, local) is None
 
 
-def test_configurations_are_frozen():
+def test_kv_shape_and_cache_format_are_frozen():
     with pytest.raises(FrozenInstanceError):
         OLMOE.head_dim = 64
     with pytest.raises(FrozenInstanceError):
@@ -202,6 +202,6 @@ def test_configurations_are_frozen():
         (lambda: crossover_length(10, []), "shapes is empty"),
     ],
 )
-def test_bad_arguments_are_named(call, message):
+def test_memory_names_bad_arguments(call, message):
     with pytest.raises(InputError, match=message):
         call()

@@ -41,7 +41,7 @@ def outputs(path: Path) -> list[str]:
     return ["".join(output.get("text", "") for output in cell.outputs) for cell in cells]
 
 
-def test_a_second_run_changes_no_byte(tmp_path: Path) -> None:
+def test_run_a_second_time_changes_no_byte(tmp_path: Path) -> None:
     path = write(tmp_path / "a.ipynb", SLIDER, "print(object())", "import time; time.time_ns()")
     nb = notebooks.read(path)
     nb.cells[-1].source = "print('x', flush=True); print('y')"
@@ -56,7 +56,7 @@ def test_a_second_run_changes_no_byte(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.ipynb"]
 
 
-def test_the_kernel_is_this_interpreter_whatever_is_installed(
+def test_run_uses_this_interpreter_whatever_kernel_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = tmp_path / "jupyter" / "kernels" / "python3"
@@ -71,7 +71,7 @@ def test_the_kernel_is_this_interpreter_whatever_is_installed(
     assert outputs(path) == [f"{sys.executable} {tmp_path.resolve()} inline\n"]
 
 
-def test_parameters_replace_defaults_and_do_not_outlive_their_run(tmp_path: Path) -> None:
+def test_run_with_parameters_replaces_defaults_for_that_run_alone(tmp_path: Path) -> None:
     defaults = "model = 'a'\nsteps: int = 3"
     path = write(tmp_path / "a.ipynb", "print(model, steps)", parameters=defaults)
     assert notebooks.parameters(notebooks.read(path)) == {"model": "a", "steps": 3}
@@ -82,7 +82,7 @@ def test_parameters_replace_defaults_and_do_not_outlive_their_run(tmp_path: Path
     assert outputs(path) == ["", "a 3\n"], "a default leaves no cell, and the old one is gone"
 
 
-def test_a_run_may_go_elsewhere_and_leave_the_notebook(tmp_path: Path) -> None:
+def test_run_may_go_elsewhere_and_leave_the_notebook(tmp_path: Path) -> None:
     path = write(tmp_path / "a.ipynb", "print(model)", parameters="model = 'a'")
     before = path.read_bytes()
     notebooks.run(path, {"model": "b"}, out=tmp_path / "out" / "b", progress=False)
@@ -102,7 +102,7 @@ def test_run_says_in_one_line_which_cell_failed_and_leaves_the_file(tmp_path: Pa
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.ipynb"]
 
 
-def test_a_dead_kernel_is_one_line(tmp_path: Path) -> None:
+def test_run_tells_a_dead_kernel_in_one_line(tmp_path: Path) -> None:
     path = write(tmp_path / "a.ipynb", "import os; os._exit(7)")
     before = path.read_bytes()
     with pytest.raises(NotebookError, match="the kernel stopped"):
@@ -136,20 +136,22 @@ def test_run_all_reads_every_notebook_before_anything_runs(tmp_path: Path) -> No
         notebooks.run_all([path, Path("missing.ipynb")])
 
 
-def test_whole_numbers_do_for_floats_and_anything_for_none(tmp_path: Path) -> None:
+def test_changed_parameters_take_whole_numbers_for_floats_and_anything_for_none(
+    tmp_path: Path,
+) -> None:
     path = write(tmp_path / "a.ipynb", parameters="lr = 0.1\nseed = None")
     nb = notebooks.read(path)
     values = {"lr": 1, "seed": "any"}
     assert notebooks._changed_parameters(nb, values, path) == values
 
 
-def test_a_notebook_without_parameters_says_so(tmp_path: Path) -> None:
+def test_run_says_that_a_notebook_has_no_parameters(tmp_path: Path) -> None:
     path = write(tmp_path / "a.ipynb", "x = 1")
     with pytest.raises(InputError, match="no cell is tagged 'parameters'"):
         notebooks.run(path, {"x": 2}, progress=False)
 
 
-def test_what_is_no_notebook_is_refused(tmp_path: Path) -> None:
+def test_read_refuses_what_is_no_notebook(tmp_path: Path) -> None:
     (tmp_path / "a.ipynb").write_text("{")
     with pytest.raises(IntegrityError, match="a.ipynb is not a notebook"):
         notebooks.read(tmp_path / "a.ipynb")
@@ -176,23 +178,23 @@ def stream(text: str, name: str = "stdout") -> NotebookNode:
         (["at 0x7f36a3b28280\n"], "at 0x0\n"),
     ],
 )
-def test_streams_have_one_form(chunks: list[str], text: str) -> None:
+def test_normalise_gives_streams_one_form(chunks: list[str], text: str) -> None:
     nb = normalise(executed(ran("x", *map(stream, chunks))))
     assert [output.text for output in nb.cells[0].outputs] == [text]
 
 
-def test_streams_of_two_names_stay_apart() -> None:
+def test_normalise_keeps_streams_of_two_names_apart() -> None:
     nb = normalise(executed(ran("x", stream("a"), stream("b", "stderr"), stream("c"))))
     assert [output.text for output in nb.cells[0].outputs] == ["a", "b", "c"]
 
 
-def test_progress_bars_are_not_kept() -> None:
+def test_normalise_keeps_no_progress_bars() -> None:
     bar = ran("x", stream("a"), stream("50 %", "stderr"), stream("b"), tags=["progress"])
     nb = normalise(executed(bar))
     assert [output.text for output in nb.cells[0].outputs] == ["ab"]
 
 
-def test_noise_goes_and_counts_start_from_one() -> None:
+def test_normalise_removes_noise_and_counts_from_one() -> None:
     value = new_output(
         "execute_result", data={"text/plain": "<f at 0x7f36a3b28280>"}, execution_count=9
     )
@@ -212,7 +214,7 @@ def test_noise_goes_and_counts_start_from_one() -> None:
 
 
 @given(st.permutations(["a" * 32, "b" * 32, "c" * 32, "d" * 32]))
-def test_widgets_have_one_form_whatever_their_ids(names: list[str]) -> None:
+def test_normalise_gives_widgets_one_form_whatever_their_ids(names: list[str]) -> None:
     top, child, first, second = names
     state = {
         second: {"model_name": "Other", "state": {"text": "second"}},
@@ -234,7 +236,7 @@ def test_widgets_have_one_form_whatever_their_ids(names: list[str]) -> None:
     assert to_text(normalise(done)) == to_text(done)
 
 
-def test_every_cell_has_an_id_that_stays() -> None:
+def test_normalise_gives_every_cell_an_id_that_stays() -> None:
     cells = [ran("a"), ran("b"), ran("c", tags=["injected-parameters"])]
     cells[0]["id"] = "own"
     del cells[1]["id"]
@@ -296,7 +298,7 @@ def test_run_all_records_how_long_each_notebook_takes(tmp_path: Path, monkeypatc
     assert notebooks.run_all([]) is None
 
 
-def test_an_environment_is_as_large_as_its_files(tmp_path: Path) -> None:
+def test_environment_bytes_are_those_of_its_files(tmp_path: Path) -> None:
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "a").write_bytes(b"12345")
     (tmp_path / "b").write_bytes(b"123")

@@ -280,7 +280,7 @@ def test_packed_layer_attends_alike_however_tokens_come(case):
     [Case(code, values=values) for code in ("rotation", "lattice") for values in VALUE_FORMATS]
     + [Case(window=window, sinks=sinks) for window in (0, 1, 64) for sinks in (0, 4)],
 )
-def test_a_query_sees_the_same_token_by_token(case):
+def test_packed_layer_shows_a_query_the_same_token_by_token(case):
     check(case, "one by one")
 
 
@@ -305,13 +305,13 @@ def test_a_query_sees_the_same_token_by_token(case):
         Case(sliding=24, sinks=0, centering="none", softcap=2.0, starts=(0, 70)),
     ],
 )
-def test_layers_of_other_kinds_keep_to_the_definition(case, way):
+def test_packed_layer_of_other_kinds_keeps_to_the_definition(case, way):
     check(case, way)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("keys", [fmt for fmt in KEY_FORMATS if fmt != "sign"])
-def test_other_keys_keep_to_the_definition(keys, way):
+def test_packed_layer_with_other_keys_keeps_to_the_definition(keys, way):
     check(Case(keys=keys, values="int8", starts=(0, 13)), way)
 
 
@@ -324,7 +324,7 @@ def test_other_keys_keep_to_the_definition(keys, way):
         Case("lattice", values="whole", dtype=torch.bfloat16),
     ],
 )
-def test_half_precision(case, way, device):
+def test_packed_layer_in_half_precision_keeps_to_the_definition(case, way, device):
     """A lattice: its signs are searched for in fp32, while a key that is rotated in half precision
     may come out with other signs near zero (`kernels.pack_into`)."""
     case = replace(case, starts=(0, 9), device=device)
@@ -333,7 +333,7 @@ def test_half_precision(case, way, device):
 
 
 @pytest.mark.parametrize("starts", [(0, 0), (0, 200)])
-def test_a_prompt_of_several_blocks(starts):
+def test_packed_layer_reads_a_prompt_of_several_blocks(starts):
     case = Case(n=2 * BLOCK + 30, starts=starts)
     x = given(case)
     expected = by_definition(case, x)
@@ -357,7 +357,7 @@ PADDED = [
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", PADDED)
-def test_a_sequence_is_the_same_alone_and_padded_in_a_batch(case, way):
+def test_packed_layer_reads_a_sequence_the_same_alone_and_padded_in_a_batch(case, way):
     """Its sinks are its own first tokens, whatever comes before them.
 
     The odd calls begin with one that is nothing but padding for the third.
@@ -372,7 +372,7 @@ def test_a_sequence_is_the_same_alone_and_padded_in_a_batch(case, way):
 
 
 @pytest.mark.parametrize("way", ["at once", "one by one"])
-def test_what_lies_in_the_padding_changes_nothing(way):
+def test_packed_layer_ignores_what_lies_in_the_padding(way):
     case = Case(starts=(0, 33))
     x, other = given(case), given(case, seed=1)
     changed = Tokens(*(part.clone() for part in (x.query, x.keys, x.values)))
@@ -392,7 +392,7 @@ ORDERS = {"reorder": [2, 0, 0], "repeat": [0, 0, 1, 1, 2, 2], "select": [2, 1]}
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("case", PADDED)
-def test_changes_of_the_batch_reach_every_part(case, change):
+def test_packed_layer_changes_of_the_batch_reach_every_part(case, change):
     x, order = given(case), torch.tensor(ORDERS[change])
     moved = replace(case, starts=tuple(case.starts[b] for b in order))
     layer, expected = case.layer(), moved.layer()
@@ -406,7 +406,7 @@ def test_changes_of_the_batch_reach_every_part(case, change):
     assert difference(got, run(moved, reordered, (1,) * 19, expected)) < TOLERANCE[case.dtype]
 
 
-def test_a_batch_of_another_size_is_refused():
+def test_packed_layer_update_refuses_a_batch_of_another_size():
     case = Case()
     layer, x = case.layer(), given(case)
     layer.update(x.keys, x.values)
@@ -415,13 +415,13 @@ def test_a_batch_of_another_size_is_refused():
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 16), (2, 2, 5, 32)])
-def test_keys_of_another_shape_are_refused(shape):
+def test_packed_layer_update_refuses_keys_of_another_shape(shape):
     other = torch.zeros(shape)
     with pytest.raises(InputError, match=r"heads of .* this cache was made for a model with 2 of"):
         Case().layer().update(other, other)
 
 
-def test_a_layer_that_was_reset_is_as_new():
+def test_packed_layer_reset_makes_it_as_new():
     case = Case(starts=(0, 5))
     layer, x = case.layer(), given(case)
     run(case, given(case, seed=1), (), layer)
@@ -430,7 +430,7 @@ def test_a_layer_that_was_reset_is_as_new():
     assert torch.equal(run(case, x, (70,), layer), run(case, x, (70,)))
 
 
-def test_keys_cannot_go_to_another_device():
+def test_packed_kv_refuses_to_go_to_another_device():
     case = Case()
     tokens, _ = case.layer().update(given(case).keys, given(case).values)
     assert tokens.to(torch.device("cpu")) is tokens
@@ -451,7 +451,7 @@ CROPPED = [
 
 @pytest.mark.parametrize("at", [3, 30, 64, 66])
 @pytest.mark.parametrize("case", CROPPED)
-def test_what_was_taken_back_leaves_no_trace(case, at):
+def test_packed_layer_crop_leaves_no_trace_of_what_was_taken_back(case, at):
     """Around the first tokens, where no window is full yet, and on both sides of a page."""
     x, wrong = given(case), given(replace(case, n=case.spare), seed=1)
     layer = case.layer()
@@ -467,7 +467,7 @@ def test_what_was_taken_back_leaves_no_trace(case, at):
 
 
 @pytest.mark.parametrize("case", CROPPED)
-def test_speculation_all_along_leaves_no_trace(case):
+def test_packed_layer_crop_leaves_no_trace_of_speculation_all_along(case):
     """Calls of six tokens of which four are taken back, attended to on the way."""
     case = replace(case, starts=(0, 0), n=300)
     x, wrong = given(case), given(case, seed=1)
@@ -501,7 +501,7 @@ def test_crop_takes_back_what_leaves_the_next_query_its_window():
 
 @pytest.mark.parametrize("removed", [80, 1000])
 @pytest.mark.parametrize("case", [Case(starts=(0, 5)), Case(sliding=10, sinks=0, n=80)])
-def test_all_can_be_taken_back(case, removed):
+def test_packed_layer_crop_can_take_all_back(case, removed):
     layer, x = case.layer(), given(case)
     run(case, given(case, seed=1), (), layer)
     layer.crop(-removed)
@@ -509,7 +509,7 @@ def test_all_can_be_taken_back(case, removed):
     assert difference(run(case, x, (), layer), run(case, x, ())) < TOLERANCE[case.dtype]
 
 
-def test_a_crop_is_given_as_a_number_below_zero():
+def test_packed_layer_crop_is_given_a_number_below_zero():
     case = Case()
     layer, x = case.layer(), given(case)
     layer.crop(-3)  # nothing there, nothing done
@@ -524,7 +524,7 @@ def test_a_crop_is_given_as_a_number_below_zero():
 
 
 @pytest.mark.parametrize("size", [1, 10, 400])
-def test_a_sliding_layer_forgets(size):
+def test_packed_layer_that_slides_forgets(size):
     case = Case(sliding=12, window=4, sinks=0, spare=3, n=401)
     x, layer = given(case), case.layer()
     most = 0
@@ -540,7 +540,7 @@ def test_a_sliding_layer_forgets(size):
 
 
 @pytest.mark.parametrize("sizes", [(), (1,) * 399, (7, 163, 1), (399,)])
-def test_several_windows_of_text_whatever_the_calls(sizes):
+def test_packed_layer_that_slides_reads_several_windows_whatever_the_calls(sizes):
     case = Case(sliding=12, window=4, sinks=0, spare=3, n=400, starts=(0, 150))
     x = given(case)
     got, expected = run(case, x, sizes), by_definition(case, x)
@@ -548,7 +548,7 @@ def test_several_windows_of_text_whatever_the_calls(sizes):
     assert difference(got[1, :, 150:], expected[1, :, 150:]) < TOLERANCE[case.dtype]
 
 
-def test_a_sliding_layer_cannot_take_back_what_it_would_need_again():
+def test_packed_layer_crop_refuses_what_a_sliding_layer_would_need_again():
     case = Case(sliding=12, window=4, sinks=0, spare=3, n=200)
     layer, x = case.layer(), given(case)
     run(case, x, (), layer)

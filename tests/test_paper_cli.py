@@ -18,7 +18,7 @@ from signlattice_paper.experiments.architectures import configured
 from signlattice_paper.notebooks import NotebookError
 
 
-def test_run_passes_its_options_on(monkeypatch, capsys) -> None:
+def test_cli_run_passes_its_options_on(monkeypatch, capsys) -> None:
     class Timing:
         def save(self) -> str:
             return "results/run_times/book.json"
@@ -47,7 +47,7 @@ def test_run_passes_its_options_on(monkeypatch, capsys) -> None:
         (["missing.ipynb"], "cannot read the notebook missing.ipynb"),
     ],
 )
-def test_run_tells_an_error_in_one_line(arguments: list[str], message: str, capsys) -> None:
+def test_cli_run_tells_an_error_in_one_line(arguments: list[str], message: str, capsys) -> None:
     assert main(["run", *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
@@ -60,7 +60,7 @@ def test_run_tells_an_error_in_one_line(arguments: list[str], message: str, caps
         (KeyboardInterrupt(), 130, "interrupted: no file is left half written"),
     ],
 )
-def test_run_returns_why_it_stopped(stop, code: int, message: str, monkeypatch, capsys) -> None:
+def test_cli_run_returns_why_it_stopped(stop, code: int, message: str, monkeypatch, capsys) -> None:
     def run_all(*arguments, **options) -> None:
         raise stop
 
@@ -69,7 +69,7 @@ def test_run_returns_why_it_stopped(stop, code: int, message: str, monkeypatch, 
     assert capsys.readouterr().err.startswith(message)
 
 
-def test_check_and_normalise_say_what_they_find_and_do(monkeypatch, capsys) -> None:
+def test_cli_check_and_normalise_say_what_they_find_and_do(monkeypatch, capsys) -> None:
     monkeypatch.setattr(notebooks, "problems", lambda path: (f"{path}: not normalised",))
     assert main(["check", "a.ipynb", "b.ipynb"]) == 1
     assert capsys.readouterr().out == "a.ipynb: not normalised\nb.ipynb: not normalised\n"
@@ -81,7 +81,7 @@ def test_check_and_normalise_say_what_they_find_and_do(monkeypatch, capsys) -> N
     assert capsys.readouterr().out == "a.ipynb: normalised\nb.ipynb: unchanged\n"
 
 
-def test_records_says_what_is_wrong(monkeypatch, capsys) -> None:
+def test_cli_records_says_what_is_wrong(monkeypatch, capsys) -> None:
     asked = []
     found: list[str] = []
     monkeypatch.setattr(provenance, "faults", lambda before_run: asked.append(before_run) or found)
@@ -93,7 +93,7 @@ def test_records_says_what_is_wrong(monkeypatch, capsys) -> None:
     assert asked == [False, True]
 
 
-def test_prepare_is_a_command_whose_arguments_reach_the_lab(monkeypatch, olmoe_folder, tmp_path):
+def test_cli_prepare_passes_its_arguments_to_the_lab(monkeypatch, olmoe_folder, tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("\n\n".join(TEXTS) * 80)
     calls = []
@@ -108,21 +108,21 @@ def test_prepare_is_a_command_whose_arguments_reach_the_lab(monkeypatch, olmoe_f
     assert workers == Workers() and tell is print
 
 
-def test_prepare_says_in_a_line_what_is_wrong(olmoe_folder, capsys):
+def test_cli_prepare_says_in_a_line_what_is_wrong(olmoe_folder, capsys):
     assert main(["prepare", str(olmoe_folder), "--context", "1"]) == 1
     message = capsys.readouterr().err
     assert message.startswith("error: ") and "windows of 2 to 64 tokens" in message
 
 
 @pytest.mark.parametrize("arguments", [[], ["run"], ["publish", "a.ipynb"], ["check", "--times"]])
-def test_parser_refuses_wrong_usage(arguments: list[str], capsys) -> None:
+def test_cli_refuses_wrong_usage(arguments: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("usage: signlattice-paper")
 
 
-def test_main_runs_as_a_module() -> None:
+def test_cli_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "signlattice_paper", "--help"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert all(name in printed for name in ("run", "normalise", "check", "records", "prepare"))

@@ -65,11 +65,11 @@ def own_models(project: Path) -> Path:
     return project / "models"
 
 
-def test_every_record_is_the_one_that_its_lab_would_make() -> None:
+def test_faults_are_none_as_every_record_is_the_one_its_lab_would_make() -> None:
     assert provenance.faults() == []
 
 
-def test_every_mini_is_in_the_models() -> None:
+def test_minis_are_all_in_the_models() -> None:
     """So that "for every model" means those that the library knows."""
     assert {file.parent.name for file in (ROOT / "models").glob("*/config.json")} == set(MINIS)
 
@@ -88,7 +88,7 @@ def test_every_mini_is_in_the_models() -> None:
         (lambda r: r.update(model="other"), "is the record of ablation/other"),
     ],
 )
-def test_a_stale_record_is_named_with_what_is_stale(project: Path, change, told: str) -> None:
+def test_faults_name_a_stale_record_with_what_is_stale(project: Path, change, told: str) -> None:
     path = project / "results" / "ablation" / f"{MODEL}.json"
     (line,) = told_by(project, in_json(path, change), before_run=True)
     assert told in line and f"results/ablation/{MODEL}.json" in line and "\n" not in line
@@ -112,7 +112,7 @@ def test_faults_name_a_record_with_a_changed_number_and_one_without_a_hash(proje
     )
 
 
-def test_a_missing_record_is_named_with_how_to_make_it(project: Path) -> None:
+def test_faults_name_a_missing_record_with_how_to_make_it(project: Path) -> None:
     found = told_by(project, (project / "results" / "solvers" / f"{MODEL}.json").unlink)
     assert f"`make lab LAB=solvers MODEL={MODEL}`" in found[0]
     assert any(line.startswith("book/s4_learned_rotation.ipynb reads") for line in found)
@@ -126,13 +126,15 @@ def test_a_missing_record_is_named_with_how_to_make_it(project: Path) -> None:
         ('documents(\\"evaluation\\")', 'documents(\\"train\\")', "token_hash is"),
     ],
 )
-def test_a_changed_lab_makes_its_record_stale(project: Path, old, new, told: str) -> None:
+def test_faults_tell_that_a_changed_lab_makes_its_record_stale(
+    project: Path, old, new, told: str
+) -> None:
     lab = project / "book" / "lab" / "ablation.ipynb"
     (line,) = told_by(project, in_text(lab, old, new))
     assert f"results/ablation/{MODEL}.json is stale: {told}" in line
 
 
-def test_a_model_without_records_is_told_for_every_lab_that_owes_one(project: Path) -> None:
+def test_faults_tell_a_model_without_records_for_every_lab_that_owes_one(project: Path) -> None:
     models = own_models(project)
     found = told_by(project, lambda: shutil.copytree(models / MODEL, models / "another-mini"))
     labs = sorted(provenance.EVERY_MODEL)
@@ -142,20 +144,20 @@ def test_a_model_without_records_is_told_for_every_lab_that_owes_one(project: Pa
         assert f"LAB={lab} MODEL=another-mini" in line
 
 
-def test_changed_weights_make_every_record_stale(project: Path) -> None:
+def test_faults_tell_that_changed_weights_make_every_record_stale(project: Path) -> None:
     weights = own_models(project) / MODEL / "model.safetensors"
     found = told_by(project, lambda: weights.write_bytes(weights.read_bytes() + b" "))
     told = {re.search(r"results/(\w+)/", line).group(1) for line in found}
     assert {"train", "ablation", "solvers", "bench_solvers"} <= told
 
 
-def test_a_claim_that_names_no_record_is_told(project: Path) -> None:
+def test_faults_tell_a_claim_that_names_no_record(project: Path) -> None:
     change = in_text(project / "claims.yml", "results/ablation/", "results/oblation/")
     (line,) = told_by(project, change)
     assert line.endswith(f"names the record results/oblation/{MODEL}.json, which does not exist")
 
 
-def test_a_chapter_of_an_earlier_run_is_told(project: Path) -> None:
+def test_faults_tell_a_chapter_of_an_earlier_run(project: Path) -> None:
     path = project / "results" / "ablation" / f"{MODEL}.json"
     later = in_json(path, lambda record: record.update(started="2031-01-01T00:00:00+00:00"))
     found = told_by(project, later)
@@ -172,13 +174,15 @@ def test_a_chapter_of_an_earlier_run_is_told(project: Path) -> None:
         (["records.begin('lab', model, config=config)"], "'config' is neither imported nor"),
     ],
 )
-def test_a_lab_that_cannot_be_read_says_why(cells: list[str], told: str, tmp_path: Path) -> None:
+def test_expected_says_why_a_lab_cannot_be_read(
+    cells: list[str], told: str, tmp_path: Path
+) -> None:
     with pytest.raises(InputError) as caught:
         provenance.expected(lab_of(cells, tmp_path), MODEL)
     assert told in str(caught.value)
 
 
-def test_a_lab_is_read_without_being_run(tmp_path: Path) -> None:
+def test_expected_reads_a_lab_without_running_it(tmp_path: Path) -> None:
     cells = [
         "model = 'olmoe-mini'\nsteps = 3",
         "from fractions import Fraction as F\nfrom signlattice import records",
@@ -191,7 +195,7 @@ def test_a_lab_is_read_without_being_run(tmp_path: Path) -> None:
     assert (wanted.seeds, wanted.token_hash, wanted.has_weights) == ((0, 1), None, False)
 
 
-def test_injected_parameters_count(tmp_path: Path) -> None:
+def test_expected_goes_by_injected_parameters(tmp_path: Path) -> None:
     cells = [
         "n = 1",
         "n = 2",

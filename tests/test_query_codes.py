@@ -47,7 +47,7 @@ def lab(request, tmp_path):
     return QueriesLab(loaded, TEXT, CONFIG, tmp_path)
 
 
-def test_every_layer_that_asks_has_a_frame_for_each_query_head(lab):
+def test_queries_lab_has_a_frame_for_each_query_head_of_every_layer_that_asks(lab):
     fit = lab.comparison.fit
     own = lab.rotations("own")
     assert set(own) == {reader for states in fit.values() for reader in states.queries}
@@ -59,7 +59,7 @@ def test_every_layer_that_asks_has_a_frame_for_each_query_head(lab):
             torch.testing.assert_close(own[reader] @ own[reader].mT, eye, atol=1e-4, rtol=0)
 
 
-def test_a_frame_of_its_own_is_nearer_to_the_queries_that_it_was_learned_on(lab):
+def test_queries_lab_own_frame_is_nearer_to_the_queries_it_was_learned_on(lab):
     """On calibration queries the mean cosine of each head is highest in the frame of that head."""
     for index, states in lab.comparison.fit.items():
         for reader, queries in states.queries.items():
@@ -73,7 +73,7 @@ def test_a_frame_of_its_own_is_nearer_to_the_queries_that_it_was_learned_on(lab)
                 assert (own > cosine(lab.rotations(frame)[index]) + 0.01).all()
 
 
-def test_a_signed_query_is_its_signs_turned_back_in_the_frame_that_was_asked_for(lab):
+def test_queries_lab_signed_query_is_its_signs_turned_back_in_the_frame_asked_for(lab):
     index, states = next(iter(lab.comparison.fit.items()))
     reader, queries = list(states.queries.items())[-1]
     groups = len(queries) // len(states.keys)
@@ -91,7 +91,7 @@ def test_a_signed_query_is_its_signs_turned_back_in_the_frame_that_was_asked_for
                 torch.testing.assert_close(read[head], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_scores_of_two_frames_go_through_the_matrix_between_them(lab):
+def test_queries_lab_scores_of_two_frames_go_through_the_matrix_between_them(lab):
     index, states = next(iter(lab.comparison.fit.items()))
     reader, queries = next(iter(states.queries.items()))
     case = Case("rotation", "own")
@@ -108,7 +108,7 @@ def test_scores_of_two_frames_go_through_the_matrix_between_them(lab):
     assert not Case("rotation", "keys", 4).counted and not Case("whole", "keys").counted
 
 
-def test_a_mean_of_queries_that_is_left_out_is_missed_and_one_that_is_kept_is_not(lab):
+def test_queries_lab_misses_a_mean_that_is_left_out_and_not_one_that_is_kept(lab):
     """Unlike a mean of keys, which softmax does not see."""
     comparison = lab.comparison
     dropped = lab.queries(Case("whole", mean="dropped"))
@@ -130,7 +130,7 @@ def test_a_mean_of_queries_that_is_left_out_is_missed_and_one_that_is_kept_is_no
         assert row["score_error"] > 1e-4
 
 
-def test_the_share_of_the_mean_is_that_of_scores_one_by_one():
+def test_mean_rows_share_of_the_mean_is_that_of_scores_one_by_one():
     keys, queries = gaussian(2, 50, 8), gaussian(4, 60, 8, seed=1) + 2 * gaussian(4, 1, 8, seed=2)
     rows = mean_rows({3: LayerStates(keys, keys, {3: queries, 5: 2 * queries})})
     assert [(row["layer"], row["query_head"], row["head"]) for row in rows] == [
@@ -160,7 +160,7 @@ def test_pooled_queries_are_of_every_head_and_layer_that_reads():
     assert (pooled_queries(LayerStates(keys, keys, queries), True) == 0).all()
 
 
-def test_the_lab_measures_every_case_and_goes_on_where_it_was(gemma, tmp_path, monkeypatch):
+def test_queries_lab_measures_every_case_and_goes_on_where_it_was(gemma, tmp_path, monkeypatch):
     every = query_codes.cases(CONFIG)
     assert len(set(every)) == len(every)
     wanted = [
@@ -199,7 +199,7 @@ def test_the_lab_measures_every_case_and_goes_on_where_it_was(gemma, tmp_path, m
     assert again["rows"] == tables["rows"] and again["heads"] == tables["heads"]
 
 
-def test_a_width_of_queries_that_there_is_not_is_refused():
+def test_queries_config_refuses_a_width_that_there_is_not():
     for width in (1, 9):
         with pytest.raises(InputError):
             replace(CONFIG, widths=(width,))

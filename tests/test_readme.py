@@ -23,24 +23,24 @@ TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"),
 
 
 @pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
-def test_commands_are_targets_of_the_makefile(text: str) -> None:
+def test_readme_and_contributing_commands_are_targets_of_the_makefile(text: str) -> None:
     commands = re.findall(r"(?:^|`)make (?:[A-Z]+=\S+ )*([a-z-]+)", text, re.MULTILINE)
     assert commands and set(commands) <= TARGETS
 
 
-def test_every_target_is_explained_by_make_help() -> None:
+def test_make_help_explains_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
     explained = set(re.findall(r"^([a-z-]+):.* ## ", makefile, re.MULTILINE))
     assert explained == TARGETS
 
 
 @pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
-def test_links_lead_somewhere(text: str) -> None:
+def test_readme_and_contributing_links_lead_somewhere(text: str) -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_the_library_in_five_lines_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_library_in_five_lines_runs(capsys: pytest.CaptureFixture[str]) -> None:
     code = next(block for block in CODE if "learn_rotation" in block)
     generator = torch.Generator().manual_seed(0)
     signs = torch.randn(4096, 16, generator=generator).sign()
@@ -50,7 +50,7 @@ def test_the_library_in_five_lines_runs(capsys: pytest.CaptureFixture[str]) -> N
     assert train_beta > math.sqrt(2 / math.pi) and abs(train_beta - held_out_beta) < 0.05
 
 
-def test_the_cache_in_five_lines_packs_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_cache_in_five_lines_packs_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     code = next(block for block in CODE if "SignKeyCache" in block)
     assert len(code.strip().splitlines()) == 5
     monkeypatch.chdir(ROOT)
@@ -60,7 +60,7 @@ def test_the_cache_in_five_lines_packs_keys(monkeypatch: pytest.MonkeyPatch) -> 
     assert stats.n_packed > 0 and stats.n_tokens == names["text"].shape[1] - 1
 
 
-def test_three_commands_go_from_a_model_to_a_judgement(tmp_path: Path) -> None:
+def test_readme_three_commands_go_from_a_model_to_a_judgement(tmp_path: Path) -> None:
     """As they are written, in an empty folder."""
     found = Path(sys.executable).with_name("signlattice")
     assert found.is_file(), "the package is not installed: make .venv/.installed"
@@ -82,7 +82,7 @@ def test_three_commands_go_from_a_model_to_a_judgement(tmp_path: Path) -> None:
     assert "lattice" in learned and "fp8" in judged and "smaller" in generated
 
 
-def test_what_is_said_of_caches_is_in_their_records() -> None:
+def test_readme_says_of_caches_what_is_in_their_records() -> None:
     """Losses in the rows, and in the heading the bits of the same caches at the same length."""
     section = re.search(r"caches: begin -->(.*)<!-- caches: end", README, re.DOTALL).group(1)
     (heading,) = re.findall(r"^\| model \| (.+) \|$", section, re.MULTILINE)
@@ -111,7 +111,7 @@ def test_what_is_said_of_caches_is_in_their_records() -> None:
         assert head == sorted({f"{least:.1f}" for least in (min(column), max(column))})
 
 
-def test_the_results_are_those_of_the_record() -> None:
+def test_readme_results_are_those_of_the_record() -> None:
     """Every number of the table, and those below it, read off the ablation's record."""
     record = records.read("ablation", "olmoe-mini")
     rows = tables.select(record.table("rows"), centering="token_mean")

@@ -37,7 +37,7 @@ def record(tmp_path: Path) -> RunRecord:
     return run.finish(METRICS)
 
 
-def test_a_saved_record_comes_back(record: RunRecord, tmp_path: Path) -> None:
+def test_run_record_comes_back_as_it_was_saved(record: RunRecord, tmp_path: Path) -> None:
     path = record.save(tmp_path / "record.json")
     loaded = records.load(path)
     assert loaded.metric("itq.beta") == METRICS["itq"]["beta"]
@@ -49,7 +49,9 @@ def test_a_saved_record_comes_back(record: RunRecord, tmp_path: Path) -> None:
     assert loaded.save(tmp_path / "again.json").read_bytes() == path.read_bytes()
 
 
-def test_the_file_is_sorted_rounded_and_alone(record: RunRecord, tmp_path: Path) -> None:
+def test_run_record_save_leaves_a_file_that_is_sorted_rounded_and_alone(
+    record: RunRecord, tmp_path: Path
+) -> None:
     long = replace(record, metrics={"x": Metric(math.pi), "a": Metric(1.0)})
     text = long.save(tmp_path / "one" / "record.json").read_text()
     assert json.loads(text)["metrics"]["x"] == {"value": 3.1415927}
@@ -58,20 +60,20 @@ def test_the_file_is_sorted_rounded_and_alone(record: RunRecord, tmp_path: Path)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.floats(0, 1e9))
-def test_rounding_keeps_eight_digits_and_stays(value: float, std: float) -> None:
+def test_metric_rounding_keeps_eight_digits_and_stays(value: float, std: float) -> None:
     once = records._plain(Metric(value, std=std), "m")
     assert once["value"] == pytest.approx(value, rel=1e-7, abs=1e-300)
     assert records._plain(Metric(**once), "m") == once
 
 
-def test_a_run_knows_where_it_comes_from(record: RunRecord) -> None:
+def test_run_record_knows_where_it_comes_from(record: RunRecord) -> None:
     assert record.versions["python"].count(".") == 2
     assert {"torch", "numpy", "signlattice"} <= set(record.versions)
     assert record.started.endswith("+00:00") and record.seconds >= 0
     assert "threads" in record.device
 
 
-def test_wall_time_can_be_that_of_a_resumed_run(tmp_path: Path) -> None:
+def test_run_finish_can_take_the_wall_time_of_a_resumed_run(tmp_path: Path) -> None:
     run = records.begin("lab", "mini", config={}, results=tmp_path)
     assert run.finish({}, seconds=1800.0).seconds == 1800.0
 
@@ -111,7 +113,7 @@ def test_source_state_is_the_commit_of_the_tree_itself(tmp_path: Path) -> None:
         ({"value": True}, "value=True"),
     ],
 )
-def test_a_metric_is_finite_and_inside_its_interval(arguments: dict, told: str) -> None:
+def test_metric_is_finite_and_inside_its_interval(arguments: dict, told: str) -> None:
     with pytest.raises(InputError, match=told):
         Metric(**arguments)
 
@@ -127,26 +129,28 @@ def test_a_metric_is_finite_and_inside_its_interval(arguments: dict, told: str) 
         ({"a": [1, 2]}, r"a\[0\]"),
     ],
 )
-def test_metrics_of_another_shape_are_refused(metrics: dict, told: str, tmp_path: Path) -> None:
+def test_run_finish_refuses_metrics_of_another_shape(
+    metrics: dict, told: str, tmp_path: Path
+) -> None:
     run = records.begin("lab", "mini", config={}, results=tmp_path)
     with pytest.raises(InputError, match=told):
         run.finish(metrics)
 
 
-def test_a_missing_record_names_the_command_that_makes_it(tmp_path: Path) -> None:
+def test_read_names_the_command_that_makes_a_missing_record(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="make lab LAB=ablation MODEL=mini") as caught:
         records.read("ablation", "mini", tmp_path)
     assert "\n" not in str(caught.value) and "ablation/mini.json" in str(caught.value)
 
 
-def test_a_record_in_another_records_place_is_refused(record: RunRecord, tmp_path: Path) -> None:
+def test_read_refuses_a_record_in_another_records_place(record: RunRecord, tmp_path: Path) -> None:
     record.save(records.records_path("other", "mini", tmp_path))
     with pytest.raises(IntegrityError, match="record of lab/mini"):
         records.read("other", "mini", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])
-def test_names_stay_inside_the_folder(name: str) -> None:
+def test_records_path_keeps_names_inside_the_folder(name: str) -> None:
     with pytest.raises(InputError, match="use letters"):
         records.records_path(name, "mini")
 
@@ -163,7 +167,9 @@ def test_names_stay_inside_the_folder(name: str) -> None:
         (lambda c: c["metrics"].update(x=3), "x is a int"),
     ],
 )
-def test_a_damaged_record_is_refused(change, told: str, record: RunRecord, tmp_path: Path) -> None:
+def test_load_refuses_a_damaged_record(
+    change, told: str, record: RunRecord, tmp_path: Path
+) -> None:
     path = record.save(tmp_path / "record.json")
     content = json.loads(path.read_text())
     change(content)
@@ -190,7 +196,7 @@ def test_load_refuses_a_record_that_was_changed_and_reads_one_without_a_hash(
     assert records.load(path) == saved and records.load(path).content_hash is None
 
 
-def test_half_a_file_is_refused(record: RunRecord, tmp_path: Path) -> None:
+def test_load_refuses_half_a_file(record: RunRecord, tmp_path: Path) -> None:
     path = record.save(tmp_path / "record.json")
     path.write_text(path.read_text()[:40])
     with pytest.raises(IntegrityError, match="not JSON"):
@@ -198,12 +204,12 @@ def test_half_a_file_is_refused(record: RunRecord, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["itq.gamma", "itq", "losses.x", "losses"])
-def test_a_metric_that_is_not_there_is_named(name: str, record: RunRecord) -> None:
+def test_run_record_metric_names_one_that_is_not_there(name: str, record: RunRecord) -> None:
     with pytest.raises(InputError, match=name.split(".")[-1]):
         record.metric(name)
 
 
-def test_an_unwritable_folder_is_told_before_the_work(tmp_path: Path) -> None:
+def test_begin_tells_an_unwritable_folder_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "results").write_text("a file where the folder should be")
     with pytest.raises(InputError, match="cannot write to .*results") as caught:
         records.begin("lab", "mini", config={}, results=tmp_path / "results")
@@ -211,13 +217,13 @@ def test_an_unwritable_folder_is_told_before_the_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_is_told(tmp_path: Path) -> None:
+def test_check_writable_tells_a_folder_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(InputError, match="cannot write"):
         check_writable(tmp_path)
 
 
-def test_writing_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
+def test_write_text_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):

@@ -93,9 +93,7 @@ def test_registry_entries_are_stored_quantizers():
         assert issubclass(registry.quantizer(name), StoredQuantizer)
 
 
-def test_registered_quantizer_goes_from_learning_to_the_cache(
-    registered, olmoe_folder, text, tmp_path
-):
+def test_registry_entry_goes_from_learning_to_the_cache(registered, olmoe_folder, text, tmp_path):
     loaded = load_model(olmoe_folder)
     codec = learn_codec(loaded, text, CalibrationConfig(code="three_levels", keys_per_dim=8))
     codec.save(tmp_path / "codec.safetensors", bits=8)
@@ -115,9 +113,7 @@ def test_registered_quantizer_goes_from_learning_to_the_cache(
     assert packed == stats.expected
 
 
-def test_registered_quantizer_is_known_to_the_command_line(
-    registered, olmoe_folder, tmp_path, capsys
-):
+def test_registry_entry_is_known_to_the_command_line(registered, olmoe_folder, tmp_path, capsys):
     own = tmp_path / "text.txt"
     own.write_text("\n\n".join(f"line {i} of a text, {i * 7 % 13}" for i in range(3000)))
     output = tmp_path / "codec.safetensors"
@@ -129,6 +125,6 @@ def test_registered_quantizer_is_known_to_the_command_line(
     assert {layer["code"] for layer in layers} == {"three_levels"}
 
 
-def test_registered_quantizer_gets_a_row_of_the_ladder(registered, olmoe_folder):
+def test_registry_entry_gets_a_row_of_the_ladder(registered, olmoe_folder):
     names = [entry.name for entry in ladder_entries(load_model(olmoe_folder), LadderConfig())]
     assert "three_levels, V 4" in names and len(set(names)) == len(names)

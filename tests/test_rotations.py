@@ -24,7 +24,7 @@ from signlattice.rotations.fixed import haar, identity, orthogonality_defect, pc
 SMALL_DIMS = [d for d in supported_head_dims() if d <= 256]
 
 
-def test_supported_dims_are_exactly_core_times_power_of_two():
+def test_supported_head_dims_are_exactly_core_times_power_of_two():
     def by_rule(d):
         return any(d % k == 0 and math.log2(d // k).is_integer() for k in (1, 12, 20, 28))
 
@@ -57,7 +57,7 @@ def test_hadamard_calls_share_no_memory():
 
 @pytest.mark.parametrize("d", SMALL_DIMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_all_rotations_are_orthogonal(d, dtype):
+def test_rotations_are_all_orthogonal(d, dtype):
     keys = torch.randn(3 * d, d, generator=torch.Generator().manual_seed(d))
     bound = 1e-6 if dtype == torch.float32 else 1e-13
     for rotation in (
@@ -72,13 +72,13 @@ def test_all_rotations_are_orthogonal(d, dtype):
 
 
 @pytest.mark.parametrize("d", [80, 512])
-def test_seeds_decide_the_draw(d):
+def test_haar_and_srht_seeds_decide_the_draw(d):
     for draw in (haar, srht, lambda d, s: srht(d, s, rounds=2)):
         assert torch.equal(draw(d, 7), draw(d, 7))
         assert not torch.equal(draw(d, 7), draw(d, 8))
 
 
-def test_drawing_leaves_the_global_generator_alone():
+def test_haar_and_srht_leave_the_global_generator_alone():
     state = torch.get_rng_state()
     haar(64, 1), srht(64, 1, rounds=3)
     assert torch.equal(torch.get_rng_state(), state)
@@ -106,7 +106,7 @@ def test_srht_is_hadamard_times_signs():
         assert 0 < (signs.diagonal() > 0).sum() < d
 
 
-def test_two_rounds_use_independent_signs():
+def test_srht_of_two_rounds_uses_independent_signs():
     one, two = srht(64, 5, dtype=torch.float64), srht(64, 5, rounds=2, dtype=torch.float64)
     signs = hadamard(64, dtype=torch.float64).T @ two @ one.T
     # two = (H D2)(H D1) and one = H D1, hence H^T two one^T = D2.
@@ -117,7 +117,7 @@ def test_two_rounds_use_independent_signs():
 
 @given(seed=st.integers(0, 2**32), d=st.sampled_from(SMALL_DIMS))
 @settings(max_examples=25, deadline=None)
-def test_scores_survive_when_query_and_keys_turn_together(seed, d):
+def test_haar_and_srht_keep_scores_when_query_and_keys_turn_together(seed, d):
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(d, generator=generator, dtype=torch.float64)
     keys = torch.randn(9, d, generator=generator, dtype=torch.float64)
@@ -179,7 +179,7 @@ def test_orthogonality_defect_measures_the_largest_deviation():
     ("d", "nearest"),
     [(100, "96 and 112"), (15, "16"), (2049, "2048"), (33, "32 and 40"), (8, "nearest: 16")],
 )
-def test_unsupported_dims_name_the_nearest(d, nearest):
+def test_rotations_of_unsupported_dims_name_the_nearest(d, nearest):
     for make in (hadamard, identity, lambda d: haar(d, 0), lambda d: srht(d, 0)):
         with pytest.raises(InputError, match=f"{d}.*{nearest}$"):
             make(d)
@@ -188,12 +188,12 @@ def test_unsupported_dims_name_the_nearest(d, nearest):
 
 
 @pytest.mark.parametrize("d", ["64", None, 63.5, True])
-def test_a_dimension_that_is_no_integer_is_refused(d):
+def test_hadamard_refuses_a_dimension_that_is_no_integer(d):
     with pytest.raises(InputError, match="head_dim"):
         hadamard(d)
 
 
-def test_bad_arguments_are_refused():
+def test_rotations_refuse_bad_arguments():
     with pytest.raises(InputError, match="rounds=0"):
         srht(64, 0, rounds=0)
     for draw in (haar, srht):
@@ -213,7 +213,7 @@ def test_bad_arguments_are_refused():
         orthogonality_defect(torch.ones(3, 4))
 
 
-def test_a_rotation_is_independent_of_keys_drawn_from_its_own_seed():
+def test_haar_is_independent_of_keys_drawn_from_its_own_seed():
     d, values = 64, []
     for seed in range(30):
         key = torch.randn(1, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -23,7 +23,7 @@ def resolved(dim: int) -> Schedule:
 
 
 @pytest.mark.filterwarnings("ignore::signlattice.rotations.config.CalibrationWarning")
-def test_operations_are_those_that_training_does():
+def test_key_flops_and_matrix_flops_are_those_that_training_does():
     dim, n_keys = 32, 20_000
     keys = torch.randn(n_keys, dim, generator=torch.Generator().manual_seed(0)) ** 3
     config = LearnConfig(warm_steps=7, steps=11, batch=6000, polish_steps=9, trace_every=5)
@@ -39,7 +39,7 @@ def test_operations_are_those_that_training_does():
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
 
 
-def test_a_polar_factor_takes_as_many_products_as_counted():
+def test_polar_takes_as_many_products_as_counted():
     dim = 24
     noise = torch.randn(dim, dim, generator=torch.Generator().manual_seed(1))
     matrix = torch.eye(dim) + noise / 20  # no singular value is a thousandth of the largest
@@ -49,7 +49,7 @@ def test_a_polar_factor_takes_as_many_products_as_counted():
     assert counter.get_total_flops() == cost.POLAR * dim**3
 
 
-def test_the_kernel_serves_dimensions_up_to_its_own_limit():
+def test_machine_gradient_rate_is_of_the_kernel_up_to_its_own_limit():
     assert cost.KERNEL_DIM == MAX_DIM[cost.SINGLE]
     for machine in (A100, H100):
         assert machine.gradient_rate(cost.KERNEL_DIM) == machine.tf32 / 3
@@ -66,7 +66,7 @@ def test_hours_of_learning_by_hand():
     assert found.disk == pytest.approx(2 * 1.048576e12 / 5e9 / 3600)
 
 
-def test_the_appendix_case_by_hand():
+def test_keys_and_training_flops_of_the_appendix_case_by_hand():
     assert PAPER.n_bytes() == 16 * 16_000_000 * 2048 * 2 == 1_048_576_000_000
     assert PAPER.state_bytes() == 16 * 2 * 2048**2 * 4
     schedule = resolved(2048)
@@ -77,14 +77,14 @@ def test_the_appendix_case_by_hand():
     assert polish < cost.training_flops(schedule, PAPER) < 2 * polish
 
 
-def test_heads_of_a_layer_hold_the_same_bytes_and_cost_less_to_learn():
+def test_keys_of_heads_hold_the_bytes_of_their_layer_and_cost_less_to_learn():
     heads = dataclasses.replace(PAPER, n_heads=16, dim=128)
     assert heads.n_bytes() == PAPER.n_bytes()
     per_head = cost.training_flops(resolved(128), heads)
     assert per_head < cost.training_flops(resolved(2048), PAPER) / 10
 
 
-def test_a_layer_takes_its_keys_in_fp32_and_the_state_of_its_rotations():
+def test_keys_layer_bytes_are_fp32_keys_and_the_state_of_rotations():
     assert PAPER.layer_bytes == 16_000_000 * 2048 * 4 + 2 * 2048**2 * 4
     heads = dataclasses.replace(PAPER, n_heads=16, dim=128)
     assert heads.layer_bytes == 16 * (16_000_000 * 128 * 4 + 2 * 128**2 * 4)
@@ -106,23 +106,23 @@ def test_hours_of_learning_are_those_of_the_gpu_with_the_most_layers(n_gpus, lay
         assert several.disk == one.disk, "one disk serves all"
 
 
-def test_the_half_precision_and_tf32_rates_are_of_one_data_sheet():
+def test_machine_half_precision_and_tf32_rates_are_of_one_data_sheet():
     for machine in (A100, H100):
         assert machine.tf32 == pytest.approx(machine.device.flops / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("change", [{"dim": 0}, {"n_tokens": 1.5}, {"n_layers": True}])
-def test_sizes_that_are_none_are_told(change):
+def test_keys_tell_sizes_that_are_none(change):
     with pytest.raises(InputError, match="expected an integer of at least 1"):
         dataclasses.replace(PAPER, **change)
 
 
 @pytest.mark.parametrize("change", [{"efficiency": 1.5}, {"tf32": 0.0}])
-def test_a_machine_that_cannot_be_is_told(change):
+def test_machine_that_cannot_be_is_told(change):
     with pytest.raises(InputError, match="efficiency of at most 1"):
         dataclasses.replace(H100, **change)
 
 
-def test_no_gpu_is_told():
+def test_hours_without_a_gpu_are_refused():
     with pytest.raises(InputError, match="n_gpus=0"):
         cost.hours(0, PAPER, resolved(2048), A100, 0)

@@ -58,7 +58,7 @@ def energy_left(code, vectors=VECTORS):
     return (rest.square().sum(-1) / vectors.square().sum(-1)).mean().item()
 
 
-def test_the_same_rotation_twice_is_the_second_code_of_the_planted_keys():
+def test_residual_quantizer_of_one_rotation_twice_is_the_second_code_of_planted_keys():
     """With scales of least error it leaves what `convergence.code_errors` says."""
     code = ResidualQuantizer(Centering("none"), FIRST, FIRST, "mse")
     for head in range(2):
@@ -71,7 +71,7 @@ def test_the_same_rotation_twice_is_the_second_code_of_the_planted_keys():
 
 @pytest.mark.parametrize("second", [FIRST, SECOND])
 @pytest.mark.parametrize("two_scales", [False, True])
-def test_each_rule_keeps_what_it_says(second, two_scales):
+def test_residual_quantizer_keeps_what_each_rule_says(second, two_scales):
     mean = gaussian(2, D, seed=3)
     centering, keys = Centering("token_mean", mean), VECTORS + mean[:, None]
     read = {
@@ -90,7 +90,7 @@ def test_each_rule_keeps_what_it_says(second, two_scales):
     assert ((rest * read["mse"]).sum(-1).abs() < 2e-3 * x.square().sum(-1)).all()
 
 
-def test_two_scales_together_leave_the_least():
+def test_residual_quantizer_of_two_scales_together_leaves_the_least():
     """By hand: normal equations of every token; and never more than one gain for both."""
     y1, p1 = VECTORS @ FIRST.mT, sign(VECTORS @ FIRST.mT) @ FIRST
     rest = VECTORS - token_scale(y1, "mse")[..., None] * p1
@@ -110,7 +110,7 @@ def test_two_scales_together_leave_the_least():
     assert (one[1] == 0).all()
 
 
-def test_the_second_code_is_of_what_the_first_leaves():
+def test_residual_quantizer_second_code_is_of_what_the_first_leaves():
     """Learned on a residual that is one lattice exactly, it leaves nothing."""
     points = 2 * sign(gaussian(1, 2, 100, D)) @ FIRST
     small = 0.3 * sign(gaussian(1, 2, 100, D, seed=1)) @ SECOND
@@ -126,7 +126,7 @@ def test_the_second_code_is_of_what_the_first_leaves():
     assert (rest[keep] < 0.5 * small.square().sum(-1)[keep]).float().mean() > 0.9
 
 
-def test_bits_and_bytes_of_two_bit_codes():
+def test_residual_quantizer_and_basis_quantizer_count_bits_and_bytes():
     static = Centering("token_mean", torch.zeros(2, D))
     code = ResidualQuantizer(static, FIRST, SECOND, n_learned=2)
     assert code.bits == 2 + 32 / D
@@ -138,7 +138,7 @@ def test_bits_and_bytes_of_two_bit_codes():
 
 
 @pytest.mark.parametrize("rule", ["mse", "norm", "unbiased"])
-def test_a_lattice_of_d_vectors_is_the_layer_codec(rule):
+def test_basis_quantizer_of_d_vectors_is_the_layer_codec(rule):
     metric = query_metric([gaussian(2, 300, D, seed=2)], 2, LatticeConfig()).float()
     basis = learn_basis(VECTORS[0], metric, LatticeConfig(rounds=3))
     centering = Centering("token_mean", gaussian(2, D, seed=3))
@@ -149,7 +149,7 @@ def test_a_lattice_of_d_vectors_is_the_layer_codec(rule):
 
 
 @pytest.mark.parametrize(("spread", "most"), [(1.0, 1.15), (0.1, 0.6)])
-def test_twice_as_many_vectors_leave_less_where_directions_are_unequal(spread, most):
+def test_basis_quantizer_of_twice_the_vectors_leaves_less_of_unequal_directions(spread, most):
     """Of noise that is the same in all directions a lattice is nearly as good as two codes."""
     widths = spread ** torch.linspace(0, 1, D)
     keys, held_out = (gaussian(2, 2048, D, seed=seed) * widths @ FIRST for seed in (0, 1))
@@ -166,7 +166,7 @@ def test_twice_as_many_vectors_leave_less_where_directions_are_unequal(spread, m
     assert lost[1] < most * energy_left(two, held_out[None])
 
 
-def test_one_vector_to_a_dimension_is_the_lattice_as_it_was():
+def test_learn_basis_of_one_vector_to_a_dimension_is_the_lattice_as_it_was():
     metric = query_metric([gaussian(2, 300, D, seed=2)], 2, LatticeConfig())
     config = LatticeConfig(rounds=3)
     plain = learn_basis(VECTORS[0], metric, config)
@@ -177,7 +177,7 @@ def test_one_vector_to_a_dimension_is_the_lattice_as_it_was():
         learn_basis(VECTORS[0, :, :20], metric, config, vectors_per_dim=2)
 
 
-def test_what_does_not_fit_is_refused():
+def test_residual_quantizer_basis_quantizer_and_config_refuse_what_does_not_fit():
     with pytest.raises(InputError, match="give two alike"):
         ResidualQuantizer(Centering("none"), FIRST, turns(0, 1))
     with pytest.raises(InputError, match="unknown scale rule 'best'"):
@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_refused():
             SecondConfig(**change)
 
 
-def test_the_lab_measures_every_case_once_and_goes_on_where_it_was(gemma, tmp_path, monkeypatch):
+def test_second_lab_measures_every_case_once_and_goes_on_where_it_was(gemma, tmp_path, monkeypatch):
     tables = SecondLab(gemma, TEXT, CONFIG, tmp_path).run()
     wanted = second_code.cases(CONFIG)
     assert len(set(wanted)) == len(wanted) == len(tables["rows"])
@@ -224,7 +224,7 @@ def test_the_lab_measures_every_case_once_and_goes_on_where_it_was(gemma, tmp_pa
     assert again["rows"] == tables["rows"] and again["windowed"] == tables["windowed"]
 
 
-def test_the_verdict_is_of_gaps_that_are_alike():
+def test_verdict_is_of_gaps_that_are_alike():
     def row(gap, **other):
         common = {
             "code": "signs",

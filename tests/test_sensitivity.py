@@ -183,7 +183,7 @@ def test_domains_keep_their_sides(text):
         domains(text, replace(CONFIG, packages=("cows",)))
 
 
-def test_nothing_is_learned_from_what_is_judged(ran):
+def test_sensitivity_lab_learns_nothing_from_what_is_judged(ran):
     learned, judged = ran.read["learned"], ran.read["judged"]
     assert any("calibration" in piece for piece in learned)
     assert any("evaluation" in piece for piece in judged)
@@ -194,7 +194,7 @@ def test_nothing_is_learned_from_what_is_judged(ran):
 # Tables
 
 
-def test_as_many_keys_are_used_as_are_told(ran):
+def test_sensitivity_lab_uses_as_many_keys_as_are_told(ran):
     """The last number is more than the text has, and has no row."""
     rows = ran.tables["calibration"]
     assert [(row["setting"], row["n_keys"]) for row in rows] == [
@@ -211,7 +211,7 @@ def test_as_many_keys_are_used_as_are_told(ran):
         assert row["null_in_sample"] > row["null_held_out"] and row["n_packed"] > 0
 
 
-def test_a_smaller_sample_is_part_of_a_larger(loaded, text, tmp_path):
+def test_sensitivity_lab_smaller_sample_is_part_of_a_larger(loaded, text, tmp_path):
     lab = SensitivityLab(loaded, text, CONFIG, tmp_path)
     whole, few = lab.source.bank, lab.source.sample(20, 0)
     more, other = lab.source.sample(40, 0), lab.source.sample(20, 1)
@@ -224,7 +224,7 @@ def test_a_smaller_sample_is_part_of_a_larger(loaded, text, tmp_path):
     assert not torch.equal(few.keys(0), other.keys(0))
 
 
-def test_the_matrix_of_domains_is_whole(tables):
+def test_sensitivity_lab_matrix_of_domains_is_whole(tables):
     names = ("ants", PROSE, ALL)
     found = [(row["evaluated"], row["setting"], row["code"]) for row in tables["domain"]]
     assert sorted(found) == sorted(
@@ -236,7 +236,7 @@ def test_the_matrix_of_domains_is_whole(tables):
     assert len({row["beta_in_sample"] for row in own}) == 1
 
 
-def test_seeds_differ_and_are_the_same_again(loaded, text, tables, tmp_path):
+def test_sensitivity_lab_seeds_differ_and_are_the_same_again(loaded, text, tables, tmp_path):
     for code in ("lattice", "rotation", "srht"):
         rows = rows_of(tables, "seeds", code=code)
         assert [row["setting"] for row in rows] == ["0", "1"]
@@ -251,7 +251,7 @@ def test_seeds_differ_and_are_the_same_again(loaded, text, tables, tmp_path):
     )  # no two transforms are alike
 
 
-def test_sets_of_layers_are_all_different():
+def test_exemptions_are_all_different():
     assert exemptions([0]) == {"none": ()}
     assert exemptions([2, 5]) == {"none": (), "2": (2,), "5": (5,)}
     four = exemptions([0, 1, 2, 3])
@@ -259,7 +259,7 @@ def test_sets_of_layers_are_all_different():
     assert len(four) == 10 == len(set(four.values()))
 
 
-def test_layers_and_tokens_that_are_whole_are_not_packed(tables):
+def test_sensitivity_lab_does_not_pack_layers_and_tokens_that_are_whole(tables):
     exempt = {row["setting"]: row["n_packed"] for row in tables["exempt"]}
     assert exempt["0"] == exempt["1"] == exempt["none"] / 2 > 0
     windows = {row["setting"]: row["n_packed"] for row in tables["window"]}
@@ -268,14 +268,14 @@ def test_layers_and_tokens_that_are_whole_are_not_packed(tables):
     assert exempt["none"] == windows["7"]
 
 
-def test_contexts_keep_a_number_or_a_share(tables):
+def test_sensitivity_lab_contexts_keep_a_number_or_a_share(tables):
     rows = rows_of(tables, "context", code="lattice")
     assert [(row["setting"], row["window"]) for row in rows] == [("64", 7), ("72", 7), ("72", 8)]
     base = rows_of(tables, "window", code="lattice", setting="7")[0]
     assert rows[1]["gap"] == base["gap"] == tables["exempt"][0]["gap"]
 
 
-def test_an_interrupted_run_goes_on(ran, text, loaded, monkeypatch):
+def test_sensitivity_lab_goes_on_after_an_interruption(ran, text, loaded, monkeypatch):
     """Each code is learned once and each cache judged once, and a third run does neither."""
     n_rows = sum(len(rows) for name, rows in ran.tables.items() if name != "summary")
     assert len(ran.learned) == 4 + 2 * 3 + 2 * 2  # calibration, domains, seeds
@@ -294,7 +294,7 @@ def test_an_interrupted_run_goes_on(ran, text, loaded, monkeypatch):
 # Summary
 
 
-def test_a_summary_is_of_the_rows(tables):
+def test_summary_is_of_the_rows(tables):
     found = {row["factor"]: row for row in tables["summary"] if row["measure"] == "gap"}
     base = rows_of(tables, "window", code="lattice", setting="7")[0]["gap"]
     seeds = [row["gap"] for row in rows_of(tables, "seeds", code="lattice")]
@@ -314,7 +314,7 @@ def test_a_summary_is_of_the_rows(tables):
     assert worst["range"] >= found["text calibrated on"]["range"]
 
 
-def test_a_choice_is_held_against_the_code():
+def test_summary_holds_a_choice_against_the_code():
     """Gaps that are made up: the rotation makes out 2 and the code 1, without a window 20 and 5."""
 
     def rows(settings, gaps, **more):
@@ -367,7 +367,7 @@ def test_a_choice_is_held_against_the_code():
     assert [row["kind"] for row in found.values()] == 10 * ["choice"] + 4 * ["code"]
 
 
-def test_figures_are_drawn_of_a_record(tables):
+def test_sensitivity_figures_are_drawn_of_a_record(tables):
     run = begin("sensitivity", "tiny", config=CONFIG, seeds=(0,), model_id="tiny")
     record = run.finish(tables)
     for draw in (figures.fig_calibration, figures.fig_domain, figures.fig_factors):
@@ -396,7 +396,7 @@ def test_figures_are_drawn_of_a_record(tables):
         ({"packages": ("sympy", PROSE)}, r"packages=.*\['docstrings'\] are domains already"),
     ],
 )
-def test_a_bad_configuration_is_refused_by_name(changes, said):
+def test_sensitivity_config_refuses_bad_settings_by_name(changes, said):
     with pytest.raises(InputError, match=said):
         SensitivityConfig(**changes)
 
@@ -409,6 +409,8 @@ def test_a_bad_configuration_is_refused_by_name(changes, said):
         ({"sample": 10**5}, "tiny has .* tokens to calibrate on: give 1600000"),
     ],
 )
-def test_what_does_not_fit_model_or_text_is_refused(loaded, text, tmp_path, changes, said):
+def test_sensitivity_lab_refuses_what_does_not_fit_model_or_text(
+    loaded, text, tmp_path, changes, said
+):
     with pytest.raises(InputError, match=said):
         SensitivityLab(loaded, text, replace(CONFIG, **changes), tmp_path)

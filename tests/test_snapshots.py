@@ -14,7 +14,7 @@ from signlattice_paper.experiments.snapshots import snapshots
 
 
 @pytest.mark.parametrize("solver", ["annealed", "itq", "gradient"])
-def test_a_run_looked_at_is_the_run(solver: str) -> None:
+def test_snapshots_of_a_run_are_the_run(solver: str) -> None:
     planted = planted_keys(16, 2048)
     config = LearnConfig(solver=solver, steps=12, warm_steps=10, polish_steps=5, trace_every=5)
     learned = learn_rotation(planted.keys, config, held_out=planted.held_out)
@@ -26,7 +26,7 @@ def test_a_run_looked_at_is_the_run(solver: str) -> None:
     torch.testing.assert_close(found[-1].rotation, learned.matrix, atol=1e-5, rtol=0)
 
 
-def test_every_snapshot_is_the_rotation_of_its_point() -> None:
+def test_snapshots_are_each_the_rotation_of_their_point() -> None:
     planted = planted_keys(16, 2048)
     unit = 4 * planted.held_out / planted.held_out.norm(dim=1, keepdim=True)
     config = LearnConfig(steps=10, warm_steps=10, polish_steps=2, trace_every=5)

@@ -35,7 +35,7 @@ def test_planted_keys_are_at_their_optimum_only_in_the_frame_they_were_planted_i
     assert torch.cdist(keys.held_out, keys.keys).min() > 0.1
 
 
-def test_every_head_has_keys_centred_by_its_calibration_mean(heads):
+def test_head_keys_are_centred_by_the_calibration_mean_of_every_head(heads):
     assert len(heads) == 2 * 2 * 4
     bare, centred = heads[0], heads[8]
     assert (bare.kind, centred.kind) == ("none", "token_mean")
@@ -54,13 +54,13 @@ def test_traced_sets_are_planted_noise_and_heads(heads):
     }
 
 
-def test_the_bar_compares_held_out_betas(heads):
+def test_bar_row_compares_held_out_betas(heads):
     row = solvers.bar_row(heads[0], SMALL)
     assert row["difference"] == pytest.approx(row["annealed"] - row["itq"])
     assert row["time_ratio"] == pytest.approx(row["annealed_seconds"] / row["itq_seconds"])
 
 
-def test_noise_is_over_fitted_the_less_the_more_keys_there_are():
+def test_null_row_over_fits_noise_the_less_the_more_keys_there_are():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rows = [
@@ -71,7 +71,7 @@ def test_noise_is_over_fitted_the_less_the_more_keys_there_are():
         assert small["in_sample"] > large["in_sample"] > large["held_out"]
 
 
-def test_lab_has_every_solver_on_every_set(olmoe, small_corpus, tmp_path):
+def test_solver_lab_has_every_solver_on_every_set(olmoe, small_corpus, tmp_path):
     small_corpus()
     lab, parts = solvers.SolverLab(olmoe, read_text("corpus"), SMALL, tmp_path), []
     tables = lab.run(parts.append)
@@ -87,13 +87,13 @@ def test_lab_has_every_solver_on_every_set(olmoe, small_corpus, tmp_path):
 @pytest.mark.parametrize(
     "wrong", [{"centerings": ("mean",)}, {"null_solvers": ("adam",)}, {"n_keys": 0}]
 )
-def test_wrong_settings_are_told_in_one_line(wrong):
+def test_solver_config_tells_wrong_settings_in_one_line(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))) as told:
         solvers.SolverConfig(**wrong)
     assert "\n" not in str(told.value)
 
 
-def test_layers_that_the_model_lacks_are_named(olmoe, texts, heads):
+def test_head_keys_name_layers_that_the_model_lacks(olmoe, texts, heads):
     with pytest.raises(InputError, match=r"layers \[7\]"):
         config = solvers.SolverConfig(n_keys=64, layers=(0, 7))
         solvers.head_keys(olmoe, read_text("corpus"), config)

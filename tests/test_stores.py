@@ -52,7 +52,7 @@ def filled(case: tuple, given: Tensor, sizes: tuple[int, ...] | None = None) -> 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", STORES)
-def test_vectors_that_come_in_parts_are_those_that_come_at_once(case, device):
+def test_store_append_in_parts_is_the_same_as_at_once(case, device):
     given = vectors(2 * PAGE + 9, device=device)
     whole = filled(case, given)
     parts = filled(case, given, (7, PAGE, 1, 1, PAGE))
@@ -64,7 +64,7 @@ def test_vectors_that_come_in_parts_are_those_that_come_at_once(case, device):
 
 
 @pytest.mark.parametrize("code", [case for _, case in KEYS if case])
-def test_signs_are_read_as_the_codec_has_them_but_centred(code):
+def test_sign_storage_reads_signs_as_the_codec_has_them_but_centred(code):
     given = vectors(20)
     codec = layer_code(code[0], HEADS, D, code[1])
     expected = codec.decode(codec.encode(given))
@@ -75,7 +75,7 @@ def test_signs_are_read_as_the_codec_has_them_but_centred(code):
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
-def test_values_are_read_within_half_a_step(bits):
+def test_integer_storage_reads_values_within_half_a_step(bits):
     given = vectors(20)
     got = filled(("values", f"int{bits}", None), given).read(0, 20, torch.float32)
     step = (given.amax(-1) - given.amin(-1)) / (2**bits - 1)
@@ -85,7 +85,7 @@ def test_values_are_read_within_half_a_step(bits):
     assert difference(got, given) > 1e-4  # it was rounded
 
 
-def test_fp8_is_that_of_torch_and_never_infinite():
+def test_full_precision_storage_fp8_is_that_of_torch_and_never_infinite():
     given = vectors(20)
     given[0, 0, 0, 0] = 1e4  # e4m3 ends at 448, and what is beyond would be NaN
     got = filled(("values", "fp8", None), given).read(0, 20, torch.float32)
@@ -93,7 +93,7 @@ def test_fp8_is_that_of_torch_and_never_infinite():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_whole_vectors_are_as_they_came(dtype):
+def test_full_precision_storage_keeps_whole_vectors_as_they_came(dtype):
     given = vectors(20).to(dtype)
     store = value_storage("whole", dtype)
     store.append(0, given)
@@ -102,7 +102,7 @@ def test_whole_vectors_are_as_they_came(dtype):
 
 
 @pytest.mark.parametrize("bits", [4, 2])
-def test_keys_with_an_outlier_are_rounded_better_once_they_are_turned(bits):
+def test_key_storage_rounds_keys_with_an_outlier_better_once_they_are_turned(bits):
     """Without the rotation one large coordinate takes the whole range, and the others are lost."""
     given = vectors(200)
     given[..., 3] += 12
@@ -112,7 +112,7 @@ def test_keys_with_an_outlier_are_rounded_better_once_they_are_turned(bits):
 
 
 @pytest.mark.parametrize("case", STORES)
-def test_a_store_without_its_first_tokens_has_the_others(case):
+def test_store_without_its_first_tokens_has_the_others(case):
     given = vectors(PAGE + 30)
     store = filled(case, given)
     before = store.read(0, PAGE + 30, torch.float32)
@@ -131,7 +131,7 @@ def test_a_store_without_its_first_tokens_has_the_others(case):
 
 
 @pytest.mark.parametrize("case", STORES)
-def test_a_change_reaches_every_part(case):
+def test_store_each_change_reaches_every_part(case):
     given, order = vectors(20), torch.tensor([2, 0, 0, 1])
     store, expected = filled(case, given), filled(case, given[order])
     store.each(lambda part: part.index_select(0, order))
@@ -144,7 +144,7 @@ def test_a_change_reaches_every_part(case):
 
 @pytest.mark.parametrize("n", [1, PAGE, PAGE + 1])
 @pytest.mark.parametrize("case", STORES)
-def test_bytes_are_those_of_the_storages(case, n):
+def test_store_n_bytes_are_those_of_its_storages(case, n):
     store = filled(case, vectors(n))
     storages = {part.untyped_storage().data_ptr(): part for part in store.parts.values()}
     assert len(storages) == len(store.parts)
@@ -152,12 +152,12 @@ def test_bytes_are_those_of_the_storages(case, n):
     assert store.n_bytes % store.room == 0 and store.room == -(-n // PAGE) * PAGE
 
 
-def test_a_packed_key_takes_a_bit_a_coordinate_and_a_scale():
+def test_sign_storage_key_takes_a_bit_a_coordinate_and_a_scale():
     store = filled(("keys", "sign", ("rotation", "token_mean")), vectors(PAGE))
     assert 8 * store.n_bytes == 3 * HEADS * PAGE * (D + 16)
 
 
-def test_what_the_kernels_read_are_the_parts_themselves():
+def test_sign_storage_and_integer_storage_give_kernels_the_parts_themselves():
     """No copy: attention reads the store as it lies."""
     keys = filled(("keys", "sign", ("rotation", "dc")), vectors(20))
     values = filled(("values", "int4", None), vectors(20))
@@ -169,7 +169,7 @@ def test_what_the_kernels_read_are_the_parts_themselves():
     assert isinstance(values.packed, PackedValues) and values.packed.bits == 4
 
 
-def test_what_is_unknown_is_refused():
+def test_value_storage_and_key_storage_refuse_what_is_unknown():
     with pytest.raises(InputError, match="value_format='int3': choose one of whole, fp8, int8"):
         value_storage("int3", torch.float32)
     with pytest.raises(InputError, match="key_format='bit': choose one of sign, whole, fp8"):

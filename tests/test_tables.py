@@ -16,7 +16,7 @@ ROWS = [
 ]
 
 
-def test_a_table_shows_each_row_in_its_format():
+def test_table_shows_each_row_in_its_format():
     shown = table(ROWS, {"name": "code", "value": "β", "fitted": "τ"}, {"value": ".3f"}).data
     assert shown.splitlines() == [
         "| code | β | τ |",
@@ -31,7 +31,7 @@ def test_select_takes_one_value_or_any_of_several():
     assert select(ROWS, name=("a", "b"), fitted=True) == [ROWS[0]]
 
 
-def test_an_empty_selection_and_a_missing_column_are_told():
+def test_select_and_table_tell_an_empty_selection_and_a_missing_column():
     with pytest.raises(InputError, match="no row has {'name': 'c'}"):
         select(ROWS, name="c")
     with pytest.raises(InputError, match="lacks the column 'gap'; it has name, value, fitted"):
@@ -40,7 +40,7 @@ def test_an_empty_selection_and_a_missing_column_are_told():
         table([], {"name": "code"})
 
 
-def test_a_table_says_which_records_made_its_numbers():
+def test_table_says_which_records_made_its_numbers():
     record = records.read("ablation", "olmoe-mini")
     lines = table(ROWS, {"name": "code"}, record=record).data.splitlines()
     assert lines[-2] == "" and lines[:-2] == table(ROWS, {"name": "code"}).data.splitlines()
@@ -51,7 +51,7 @@ def test_a_table_says_which_records_made_its_numbers():
         assert (PROJECT / path).is_file()
 
 
-def test_several_records_are_all_named_and_a_bench_without_a_lab_has_no_link_to_one():
+def test_provenance_names_several_records_and_links_no_lab_of_a_bench_without_one():
     made = [records.read(lab, "olmoe-mini") for lab in ("train", "bench_solvers")]
     line = provenance(made)[-1]
     assert "results/train/" in line and "results/bench_solvers/" in line
@@ -59,7 +59,7 @@ def test_several_records_are_all_named_and_a_bench_without_a_lab_has_no_link_to_
     assert provenance(None) == []
 
 
-def test_a_place_is_kept_for_a_lab_that_has_not_run():
+def test_recorded_keeps_a_place_for_a_lab_that_has_not_run():
     made = records.read("train", "olmoe-mini")
     assert recorded("train", "olmoe-mini", "loss_curve", {"tokens": "tokens"}).data == (
         table(made.table("loss_curve"), {"tokens": "tokens"}, record=made).data
@@ -71,7 +71,7 @@ def test_a_place_is_kept_for_a_lab_that_has_not_run():
     assert "`make bench`" in kept
 
 
-def test_every_record_has_its_place_in_the_list_of_origins():
+def test_origins_have_a_place_for_every_record():
     every = records.every()
     lines = origins(every).data.splitlines()
     assert len(lines) == len(every) >= 4

@@ -38,7 +38,7 @@ def join_banks(documents) -> str:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_file_is_cut_without_loss_and_its_last_fifth_held_out(tmp_path, seed):
+def test_read_text_cuts_a_file_without_loss_and_holds_out_its_last_fifth(tmp_path, seed):
     whole = prose(400_000, seed)
     (tmp_path / "own.txt").write_text(whole)
     text = read_text(tmp_path / "own.txt")
@@ -50,7 +50,7 @@ def test_a_file_is_cut_without_loss_and_its_last_fifth_held_out(tmp_path, seed):
 
 
 @pytest.mark.parametrize("stretch", ["word " * 30_000, "a line\n" * 20_000, "é" * 70_000])
-def test_a_text_without_blank_lines_is_cut_all_the_same(tmp_path, stretch):
+def test_read_text_cuts_a_text_without_blank_lines_all_the_same(tmp_path, stretch):
     (tmp_path / "own.txt").write_text(stretch)
     text = read_text(tmp_path / "own.txt")
     assert join_banks(text.calibration) + join_banks(text.evaluation) == stretch
@@ -64,7 +64,7 @@ def test_pieces_lose_nothing_but_blanks_at_the_end(whole):
     assert whole.startswith(found) and not whole[len(found) :].strip()
 
 
-def test_pieces_of_a_folder_are_of_one_file_each(tmp_path):
+def test_read_text_pieces_of_a_folder_are_of_one_file_each(tmp_path):
     for name in "ba":
         (tmp_path / f"{name}.txt").write_text(name * 30_000)
     (tmp_path / "other.md").write_text("c" * 30_000)
@@ -73,7 +73,7 @@ def test_pieces_of_a_folder_are_of_one_file_each(tmp_path):
     assert all(len(set(d.text)) == 1 for d in (*text.calibration, *text.evaluation))
 
 
-def test_the_fingerprint_follows_the_text(tmp_path):
+def test_text_fingerprint_follows_the_text(tmp_path):
     file = tmp_path / "own.txt"
     found = []
     for seed in (0, 0, 1):
@@ -82,7 +82,7 @@ def test_the_fingerprint_follows_the_text(tmp_path):
     assert found[0] == found[1] != found[2]
 
 
-def test_reading_ends_in_the_document_that_reaches_the_limit(tmp_path):
+def test_read_text_ends_in_the_document_that_reaches_the_limit(tmp_path):
     (tmp_path / "own.txt").write_text(prose(400_000))
     text = read_text(tmp_path / "own.txt", calibration_bytes=50_000, evaluation_bytes=1)
     assert 50_000 <= len(join_banks(text.calibration)) < 50_000 + 3 * PIECE
@@ -99,13 +99,13 @@ def test_reading_ends_in_the_document_that_reaches_the_limit(tmp_path):
         (b"\0\1" * 30_000, "is binary"),
     ],
 )
-def test_a_file_that_is_no_text_is_told(tmp_path, content, told):
+def test_read_text_tells_a_file_that_is_no_text(tmp_path, content, told):
     (tmp_path / "own.txt").write_bytes(content)
     with pytest.raises(InputError, match=told):
         read_text(tmp_path / "own.txt")
 
 
-def test_what_is_not_there_is_told(tmp_path):
+def test_read_text_tells_what_is_not_there(tmp_path):
     with pytest.raises(InputError, match="'news': choose one of corpus, prose, wiki, wikitext"):
         read_text("news")
     with pytest.raises(InputError, match="no .txt file in"):
@@ -114,7 +114,7 @@ def test_what_is_not_there_is_told(tmp_path):
         read_text("corpus", evaluation_bytes=0)
 
 
-def test_the_corpus_keeps_its_sides(small_corpus):
+def test_read_text_of_the_corpus_keeps_its_sides(small_corpus):
     small_corpus()
     text = read_text("corpus")
     assert {d.split for d in text.calibration} == {"calibration"}
@@ -187,7 +187,7 @@ def commits(monkeypatch, tmp_path):
     return offline
 
 
-def test_lines_of_wikitext_become_articles(wikitext, commits, tmp_path):
+def test_read_text_makes_articles_of_lines_of_wikitext(wikitext, commits, tmp_path):
     text = read_text("wikitext", cache=tmp_path / "kept")
     assert text.source == f"{wikitext}@{SHA}"
     assert [d.text for d in text.calibration] == [
@@ -198,7 +198,7 @@ def test_lines_of_wikitext_become_articles(wikitext, commits, tmp_path):
     assert [d.text for d in text.evaluation] == [ARTICLES[3] + " fourth \n"]
 
 
-def test_a_text_of_the_hub_without_datasets_names_the_extra(
+def test_read_text_of_the_hub_without_datasets_names_the_extra(
     wikitext, commits, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -206,7 +206,7 @@ def test_a_text_of_the_hub_without_datasets_names_the_extra(
         read_text("wikitext", cache=tmp_path / "kept")
 
 
-def test_c4_is_read_no_further_than_asked(c4, commits, tmp_path):
+def test_read_text_reads_c4_no_further_than_asked(c4, commits, tmp_path):
     text = read_text("c4", calibration_bytes=200, cache=tmp_path / "kept")
     n = len(text.calibration)
     assert [d.text for d in text.calibration] == c4[:n]
@@ -214,7 +214,7 @@ def test_c4_is_read_no_further_than_asked(c4, commits, tmp_path):
     assert [d.text for d in text.evaluation] == ["held out"]
 
 
-def test_what_was_read_is_read_again_without_a_network(c4, commits, tmp_path):
+def test_read_text_reads_again_without_a_network_what_was_read(c4, commits, tmp_path):
     options = {"calibration_bytes": 500, "cache": tmp_path / "kept"}
     first = read_text("c4", **options)
     commits()
@@ -226,7 +226,7 @@ def test_what_was_read_is_read_again_without_a_network(c4, commits, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda t: t[:-9], lambda t: t.replace("Page 1", "Page 2")])
-def test_a_kept_text_that_was_damaged_is_told(c4, commits, tmp_path, damage):
+def test_read_text_tells_a_kept_text_that_was_damaged(c4, commits, tmp_path, damage):
     options = {"calibration_bytes": 500, "cache": tmp_path / "kept"}
     read_text("c4", **options)
     (file,) = (tmp_path / "kept").iterdir()

@@ -31,25 +31,25 @@ NAMED_BY_THE_PAPER = {
 EACH = pytest.mark.parametrize("theorem", LOADED.values(), ids=list(LOADED))
 
 
-def test_every_named_theorem_of_the_paper_is_there_with_its_claims_verdict() -> None:
+def test_load_theorems_has_every_named_theorem_with_its_claims_verdict() -> None:
     named = {t.name: t for t in LOADED.values() if t.origin == "paper"}
     assert {name: t.claims[0].id for name, t in named.items()} == NAMED_BY_THE_PAPER
     assert all(t.verdict == CLAIMS[NAMED_BY_THE_PAPER[name]].verdict for name, t in named.items())
 
 
 @EACH
-def test_its_tests_exist_and_test_something(theorem: Theorem) -> None:
+def test_theorem_tests_exist_and_test_something(theorem: Theorem) -> None:
     for file in theorem.tests:
         assert "\ndef test_" in (ROOT / "tests" / "equations" / file).read_text(encoding="utf-8")
 
 
 @EACH
-def test_the_first_claims_chapter_is_among_its_own(theorem: Theorem) -> None:
+def test_theorem_chapters_have_that_of_its_first_claim(theorem: Theorem) -> None:
     assert theorem.claims[0].chapter in theorem.chapters
 
 
 @EACH
-def test_the_page_states_it_proves_it_and_shows_its_verdict(theorem: Theorem) -> None:
+def test_theorems_page_states_each_proves_it_and_shows_its_verdict(theorem: Theorem) -> None:
     _, _, rest = PROSE.partition(f"({theorem.target})=\n### {theorem.title}\n")
     section, _, _ = rest.partition("\n### ")
     assert f":label: theorem-{theorem.id}\n" in section
@@ -57,17 +57,17 @@ def test_the_page_states_it_proves_it_and_shows_its_verdict(theorem: Theorem) ->
     assert CODE.count(f'theorem_box(theorems["{theorem.id}"])') == 1
 
 
-def test_the_page_holds_no_theorem_that_the_file_does_not_know() -> None:
+def test_theorems_page_holds_no_theorem_that_the_file_does_not_know() -> None:
     assert sorted(re.findall(r"^\(theorems-([\w-]+)\)=$", PROSE, re.MULTILINE)) == sorted(LOADED)
     assert set(re.findall(r" `([a-z]+_\w+_\w+)`", PROSE)) <= set(NAMED_BY_THE_PAPER)
 
 
-def test_no_verdict_is_written_by_hand() -> None:
+def test_theorems_have_no_verdict_written_by_hand() -> None:
     assert "verdict" not in {key for entry in yaml.safe_load(THEOREMS.read_text()) for key in entry}
     assert [word for word in VERDICTS if f"**{word}" in PROSE] == []
 
 
-def test_the_page_says_that_no_formal_proof_was_had() -> None:
+def test_theorems_page_says_that_no_formal_proof_was_had() -> None:
     assert "could not be had, and no proof assistant runs here" in PROSE
 
 
@@ -94,7 +94,7 @@ def test_its_section_stands_in_its_part(theorem: Theorem) -> None:
     assert re.findall(r"^## (.+)$", before, re.MULTILINE)[-1] == theorem.part
 
 
-def test_the_box_names_verdict_test_claim_and_chapter() -> None:
+def test_theorem_box_names_verdict_test_claim_and_chapter() -> None:
     box = theorem_box(LOADED["dc-ceiling"]).data
     verdict = CLAIMS["dc-lifts-ceiling"].verdict
     assert box.startswith(f"> **`dc_centering_lifts_rotational_ceiling`: {verdict}.**")
@@ -142,12 +142,12 @@ def written(folder: Path, *entries: object) -> Path:
         ([], "must be a list of theorems"),
     ],
 )
-def test_a_fault_is_told_in_one_line(tmp_path: Path, entries: list, told: str) -> None:
+def test_load_theorems_tells_a_fault_in_one_line(tmp_path: Path, entries: list, told: str) -> None:
     with pytest.raises(IntegrityError) as caught:
         load_theorems(CLAIMS, written(tmp_path, *entries))
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_told(tmp_path: Path) -> None:
+def test_load_theorems_tells_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot read the theorems"):
         load_theorems(CLAIMS, tmp_path / "none.yml")

@@ -41,14 +41,14 @@ def small_corpus(monkeypatch, texts):
     monkeypatch.setattr(corpus, "documents", lambda split: documents)
 
 
-def test_the_loss_falls(tmp_path):
+def test_train_makes_the_loss_fall(tmp_path):
     losses = train(TINY, CONFIG, tmp_path).losses
     assert losses[-1].loss < losses[0].loss - 0.3
     assert [point.step for point in losses] == list(range(1, 13))
     assert losses[-1].tokens == 12 * 2 * 16
 
 
-def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path):
+def test_train_that_is_interrupted_ends_where_an_uninterrupted_one_does(tmp_path):
     whole = train(TINY, CONFIG, tmp_path / "whole")
 
     def interrupt(part):
@@ -72,7 +72,7 @@ def test_train_does_not_go_on_from_a_checkpoint_of_another_configuration(tmp_pat
     assert longer.losses[1].loss != first.losses[1].loss
 
 
-def test_the_written_checkpoint_is_the_model_in_half_precision(tmp_path, monkeypatch):
+def test_save_checkpoint_writes_the_model_in_half_precision(tmp_path, monkeypatch):
     trained = train(TINY, CONFIG, tmp_path / "scratch")
     digest = save_checkpoint(trained, TINY, tmp_path / "tiny")
     monkeypatch.setattr(loading, "MODELS", tmp_path)
@@ -96,12 +96,12 @@ def test_the_written_checkpoint_is_the_model_in_half_precision(tmp_path, monkeyp
         ({"precision": "int8"}, "'int8'.*float32"),
     ],
 )
-def test_bad_settings_are_refused(setting, said):
+def test_train_config_refuses_bad_settings(setting, said):
     with pytest.raises(InputError, match=said):
         TrainConfig(**setting)
 
 
-def test_the_learning_rate_warms_up_peaks_and_decays():
+def test_train_config_lr_at_warms_up_peaks_and_decays():
     config = TrainConfig(steps=100, warmup=10, lr=1e-2)
     rates = [config.lr_at(step) for step in range(100)]
     assert max(rates) == rates[9] == pytest.approx(1e-2)

@@ -82,14 +82,14 @@ def lab(request, tmp_path_factory):
     return SimpleNamespace(loaded=loaded, tables=ValuesLab(loaded, TEXT, CONFIG, place).run())
 
 
-def test_every_table_is_flat(lab):
+def test_values_lab_tables_are_all_flat(lab):
     for name, rows in lab.tables.items():
         assert len({tuple(row) for row in rows}) == 1, name
         kinds = {type(value) for row in rows for value in row.values()}
         assert kinds <= {str, int, float, bool, type(None)}, name
 
 
-def test_bits_count_the_scale_and_what_is_whole(lab):
+def test_values_lab_bits_count_the_scale_and_what_is_whole(lab):
     d = next(iter(lab.tables["rows"]))["value_bits"] - 1
     assert d in (16 / 16, 16 / 32)
     for row in lab.tables["rows"]:
@@ -100,7 +100,7 @@ def test_bits_count_the_scale_and_what_is_whole(lab):
     assert (alone["key_bits"], alone["value_bits"]) == (4 + d, 16)
 
 
-def test_what_values_add_is_over_the_model_with_coded_keys(lab):
+def test_values_lab_added_gap_is_over_the_model_with_coded_keys(lab):
     """Perplexities: both over exact is both over keys alone, times keys alone over exact."""
     rows, sides = lab.tables["rows"], lab.tables["sides"]
     keys = picked(sides, code="lattice", side="keys")[0]["gap"]
@@ -114,7 +114,7 @@ def test_what_values_add_is_over_the_model_with_coded_keys(lab):
     assert abs(keys) > 0.1
 
 
-def test_values_alone_are_the_rows_with_exact_keys_and_sides_differ(lab):
+def test_values_lab_values_alone_are_the_rows_with_exact_keys_and_sides_differ(lab):
     for case in picked(lab.tables["sides"], side="values"):
         row = picked(
             lab.tables["rows"],
@@ -132,7 +132,7 @@ def test_values_alone_are_the_rows_with_exact_keys_and_sides_differ(lab):
     assert len(set(one)) == 3 and min(one) > 0
 
 
-def test_one_layer_alone_is_the_code_of_that_layer(lab, tmp_path):
+def test_values_lab_one_layer_alone_is_the_code_of_that_layer(lab, tmp_path):
     comparison = Comparison(lab.loaded, TEXT, CONFIG.comparison, Scratch(tmp_path))
     layer = max(comparison.layers)
     states = comparison.fit[layer].values
@@ -143,7 +143,7 @@ def test_one_layer_alone_is_the_code_of_that_layer(lab, tmp_path):
     assert row["gap"] == pytest.approx(expected["gap"], rel=1e-4)
 
 
-def test_outputs_are_the_errors_of_one_side(lab, tmp_path):
+def test_values_lab_outputs_are_the_errors_of_one_side(lab, tmp_path):
     comparison = Comparison(lab.loaded, TEXT, CONFIG.comparison, Scratch(tmp_path))
     codes = {}
     for layer, states in comparison.fit.items():
@@ -157,7 +157,7 @@ def test_outputs_are_the_errors_of_one_side(lab, tmp_path):
         assert coarse["values"] > 4 * row["values"] > 0
 
 
-def test_heads_hold_beta_and_the_keys_that_attention_uses(lab, tmp_path):
+def test_values_lab_heads_hold_beta_and_the_keys_that_attention_uses(lab, tmp_path):
     """β by its own definition, effective keys by the weights that transformers returns."""
     comparison = Comparison(lab.loaded, TEXT, CONFIG.comparison, Scratch(tmp_path))
     pieces = spread(comparison.exact.pieces, 2)
@@ -182,7 +182,7 @@ def test_heads_hold_beta_and_the_keys_that_attention_uses(lab, tmp_path):
 
 
 @pytest.mark.parametrize(("bits", "rule"), [(1, "unbiased"), (2, "mse"), (3, "norm")])
-def test_absorbed_into_the_weights_it_is_the_rotation_where_values_are_read(llama, bits, rule):
+def test_with_absorbed_rotations_is_the_rotation_where_values_are_read(llama, bits, rule):
     """Two KV heads, each read by two query heads, each with a rotation that was learned."""
     states = Comparison(llama, TEXT, CONFIG.comparison, None).fit
     mean = {layer: Centering.fit(s.values, "token_mean") for layer, s in states.items()}
@@ -205,7 +205,7 @@ def test_absorbed_into_the_weights_it_is_the_rotation_where_values_are_read(llam
     assert (found[2] - found[0]).abs().max() > 0.1
 
 
-def test_learned_is_per_head_of_the_directions_alone():
+def test_learned_rotations_are_per_head_of_the_directions_alone():
     """Planted: each head's values are signs in a frame of its own, at norms that differ widely."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randn(2, 3000, 16, generator=generator).sign()
@@ -216,7 +216,7 @@ def test_learned_is_per_head_of_the_directions_alone():
     assert beta(planted[0] @ found[1].T) < 0.9
 
 
-def test_a_lattice_beside_the_model_is_taken_and_that_of_another_is_not(
+def test_values_lab_takes_a_lattice_beside_the_model_and_not_that_of_another(
     llama_folder, tmp_path, monkeypatch
 ):
     folder = shutil.copytree(llama_folder, tmp_path / "model")
@@ -235,7 +235,7 @@ def test_a_lattice_beside_the_model_is_taken_and_that_of_another_is_not(
     torch.testing.assert_close(learned, expected, atol=0.01, rtol=0)
 
 
-def test_everything_that_is_asked_for_is_crossed():
+def test_value_codes_and_side_cases_cross_everything_that_is_asked_for():
     full = ValuesConfig(rules_of_eight=("mse", "norm", "unbiased"))
     assert len(set(values.value_codes(full))) == 5 * 3 * 3 * 3
     assert len(set(values.value_codes(ValuesConfig()))) == 4 * 27 + 9
@@ -254,7 +254,7 @@ def row(bits, gap, high, k="exact", rotation="srht"):
     return {"bits": bits, "gap": gap, "gap_high": high, "k": k, "rotation": rotation}
 
 
-def test_bits_are_needed_until_the_upper_end_is_small_enough():
+def test_needed_bits_end_where_the_upper_end_is_small_enough():
     rows = [row(1, 0.5, 3.0), row(2, 1.0, 1.5), row(2, 0.4, 2.5), row(4, 0.1, 0.3, "one bit")]
     assert needed_bits(rows, 2) == 2
     assert needed_bits(rows, 1) == 4
@@ -274,12 +274,12 @@ def test_bits_are_needed_until_the_upper_end_is_small_enough():
         ({"rules_of_eight": ()}, "rules_of_eight=.*: choose some of mse, norm, unbiased"),
     ],
 )
-def test_what_cannot_be_crossed_is_refused(change, message):
+def test_values_config_refuses_what_cannot_be_crossed(change, message):
     with pytest.raises(InputError, match=message):
         ValuesConfig(**change)
 
 
-def test_figures_show_the_rows(lab):
+def test_values_figures_show_the_rows(lab):
     record = SimpleNamespace(
         table=lambda name: tuple(lab.tables[name]), config=asdict(CONFIG), model="tiny"
     )

@@ -22,7 +22,7 @@ def gaussian(*shape, seed=0):
 @pytest.mark.parametrize(
     ("bits", "error"), [(1, 1 - 2 / math.pi), (2, 0.1175), (3, 0.03454), (4, 0.009497)]
 )
-def test_levels_are_lloyd_and_maxs(bits, error):
+def test_gaussian_levels_are_lloyd_and_maxs(bits, error):
     levels = gaussian_levels(bits)
     assert len(levels) == 2**bits
     torch.testing.assert_close(levels, -levels.flip(0), atol=1e-5, rtol=0)
@@ -31,7 +31,7 @@ def test_levels_are_lloyd_and_maxs(bits, error):
     assert (x - code).square().mean().item() == pytest.approx(error, rel=0.02)
 
 
-def test_two_bit_levels_are_those_in_the_tables():
+def test_gaussian_levels_of_two_bits_are_those_in_the_tables():
     assert gaussian_levels(2)[2:].tolist() == pytest.approx([0.4528, 1.5104], abs=1e-4)
     with pytest.raises(InputError, match="bits=0"):
         gaussian_levels(0)
@@ -45,7 +45,7 @@ def level_code(bits=1, rule="mse", method="token_mean", d=16, heads=2):
 
 @pytest.mark.parametrize("rule", ["mse", "norm", "unbiased"])
 @pytest.mark.parametrize("method", ["none", "dc", "token_mean"])
-def test_a_level_code_of_one_bit_is_the_sign_code(rule, method):
+def test_level_quantizer_of_one_bit_is_the_sign_code(rule, method):
     vectors = gaussian(3, 2, 30, 16, seed=1)
     code = level_code(rule=rule, method=method)
     keys = SignQuantizer(code.rotation, code.centering, rule)
@@ -60,7 +60,7 @@ def test_a_level_code_of_one_bit_is_the_sign_code(rule, method):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_each_scale_rule_keeps_what_it_says(bits):
+def test_level_quantizer_keeps_what_each_scale_rule_says(bits):
     x = gaussian(1, 1, 50, 32, seed=1)
     mse, norm, unbiased = (
         level_code(bits, rule, "none", d=32, heads=1).reconstruct(x)
@@ -72,7 +72,7 @@ def test_each_scale_rule_keeps_what_it_says(bits):
     torch.testing.assert_close(((x - unbiased) * x).sum(-1), zero, atol=1e-3, rtol=0)
 
 
-def test_more_bits_lose_less_and_eight_nearly_nothing():
+def test_level_quantizer_of_more_bits_loses_less_and_of_eight_nearly_nothing():
     x = gaussian(1, 2, 200, 64, seed=1)
     lost = [
         (level_code(bits, "mse", "none", d=64).reconstruct(x) - x).square().mean().item()
@@ -81,7 +81,7 @@ def test_more_bits_lose_less_and_eight_nearly_nothing():
     assert lost == sorted(lost, reverse=True) and lost[-1] < 1e-4
 
 
-def test_what_is_learned_weighs_and_what_comes_of_a_seed_does_not():
+def test_level_quantizer_static_bytes_are_of_what_is_learned_and_not_of_a_seed():
     code = level_code()
     assert code.static_bytes == 2 * 16 * 4  # the mean
     learned = LevelQuantizer(code.centering, code.rotation, learned=True)
@@ -91,7 +91,7 @@ def test_what_is_learned_weighs_and_what_comes_of_a_seed_does_not():
     assert lattice.static_bytes == 2 * 2 * 16 * 16 + 2 * 16 * 4
 
 
-def test_a_level_code_refuses_a_rule_and_a_width_that_there_is_not():
+def test_level_quantizer_refuses_a_rule_and_a_width_that_there_is_not():
     with pytest.raises(InputError, match="unknown scale rule 'best'"):
         level_code(rule="best")
     with pytest.raises(InputError, match="bits=9: use 1 to 8"):

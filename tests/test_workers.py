@@ -87,7 +87,7 @@ def alone(llama_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_learn_writes_the_same_file_by_any_number_of_processes(
+def test_cli_learn_writes_the_same_file_by_any_number_of_processes(
     count, alone, llama_folder, text, tmp_path
 ):
     output = tmp_path / "codec.safetensors"
@@ -98,7 +98,7 @@ def test_learn_writes_the_same_file_by_any_number_of_processes(
     assert "codec.safetensors" in said[0] and not any(said[1:]), "one process reports"
 
 
-def test_learn_resumes_by_another_number_of_processes(alone, llama_folder, text, tmp_path):
+def test_cli_learn_resumes_by_another_number_of_processes(alone, llama_folder, text, tmp_path):
     output = tmp_path / "codec.safetensors"
     codes = run_workers(3, learn_until_one_is_killed, llama_folder, text, output)
     assert codes[1] == -signal.SIGKILL and 0 not in codes and not output.exists()

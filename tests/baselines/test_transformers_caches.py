@@ -32,7 +32,7 @@ def logits(loaded, cache, step=140):
 
 
 @pytest.mark.parametrize("code", [Rounded(2, 32, "tokens"), NSNQuantLike(16, 2, 32)])
-def test_block_codes_do_not_depend_on_how_a_text_is_cut(llama, code):
+def test_simulated_cache_of_block_codes_does_not_depend_on_how_a_text_is_cut(llama, code):
     codes = dict.fromkeys(compressible_layers(llama), code)
     config = CacheConfig(window=31, sinks=0, dtype=torch.float32)
     once = logits(llama, SimulatedCache(llama, codes, codes, config))

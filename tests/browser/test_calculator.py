@@ -47,7 +47,9 @@ def display_path(calculator: Locator) -> int:
 
 
 @pytest.mark.parametrize("fmt", [FP16, FP8, PAPER], ids=lambda fmt: fmt.name)
-def test_named_formats_weigh_what_memory_says(calculator: Locator, fmt: CacheFormat) -> None:
+def test_calculator_named_formats_weigh_what_memory_says(
+    calculator: Locator, fmt: CacheFormat
+) -> None:
     calculator.locator("select").nth(1).select_option(fmt.name)
     assert display_path(calculator) == kv_bytes(SHAPES[MODEL][0], fmt, 8192)
 
@@ -65,14 +67,14 @@ def test_named_formats_weigh_what_memory_says(calculator: Locator, fmt: CacheFor
         ),
     ],
 )
-def test_any_numbers_weigh_what_memory_says(
+def test_calculator_numbers_of_any_kind_weigh_what_memory_says(
     calculator: Locator, shape: KVShape, fmt: CacheFormat, length: int, batch: int
 ) -> None:
     write(calculator, **vars(shape), **format_settings(fmt), seq_len=length, batch=batch)
     assert display_path(calculator) == kv_bytes(shape, fmt, length, batch=batch)
 
 
-def test_bad_input_is_told_and_mended(calculator: Locator) -> None:
+def test_calculator_tells_bad_input_until_it_is_mended(calculator: Locator) -> None:
     write(calculator, head_dim=0)
     field = calculator.locator("input[data-name=head_dim]")
     told = calculator.locator(".kv-told")
@@ -83,7 +85,9 @@ def test_bad_input_is_told_and_mended(calculator: Locator) -> None:
     assert "times smaller" in told.inner_text()
 
 
-def test_every_number_can_be_reached_by_keyboard_and_is_labelled(calculator: Locator) -> None:
+def test_calculator_numbers_can_be_reached_by_keyboard_and_are_labelled(
+    calculator: Locator,
+) -> None:
     silent = calculator.locator("input, select").evaluate_all(
         "(all) => all.filter((e) => !e.labels?.length && !e.ariaLabel || e.tabIndex < 0)"
         ".map((e) => e.outerHTML)"

@@ -55,14 +55,14 @@ def broken(link: str, opened: Opened) -> bool:
     return not known
 
 
-def test_links_inside_the_book_lead_somewhere(opened: Opened) -> None:
+def test_page_links_inside_the_book_lead_somewhere(opened: Opened) -> None:
     links = opened.page.eval_on_selector_all("a[href]", "(all) => all.map((a) => a.href)")
     inside = sorted({link for link in links if link.startswith(opened.address)})
     assert inside, "a page without a link to another"
     assert [link for link in inside if broken(link, opened)] == []
 
 
-def test_equations_render(opened: Opened) -> None:
+def test_page_equations_render(opened: Opened) -> None:
     state = opened.page.evaluate(
         r"""() => {
           const math = [...document.querySelectorAll(".math")];
@@ -170,7 +170,7 @@ def test_page_is_light(opened: Opened) -> None:
     assert total < PAGE_BYTES, f"{total} bytes gzipped"
 
 
-def test_the_front_door_leads_to_the_first_page(browser: Browser, address: str) -> None:
+def test_front_door_leads_to_the_first_page(browser: Browser, address: str) -> None:
     page = browser.new_page()
     page.goto(f"{address}/")
     page.wait_for_url(f"**/{chromium.pages()[0]}.html")

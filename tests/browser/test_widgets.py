@@ -103,13 +103,15 @@ def touch(handle: Locator) -> None:
 
 
 @pytest.mark.parametrize("act", [press, drag, touch], ids=lambda act: act.__name__)
-def test_sliders_change_what_is_shown(opened: Opened, act: Callable[[Locator], None]) -> None:
+def test_widget_sliders_change_what_is_shown(
+    opened: Opened, act: Callable[[Locator], None]
+) -> None:
     dead = [name(h) for h in handles(opened.page) if not changes(h, lambda: act(h))]
     assert dead == []
     assert opened.errors == [] and opened.failed == [] and opened.outside == []
 
 
-def test_sliders_are_named_and_speak_their_value(opened: Opened) -> None:
+def test_widget_sliders_are_named_and_speak_their_value(opened: Opened) -> None:
     silent = [
         handle.evaluate("(e) => e.outerHTML")
         for handle in opened.page.locator(".noUi-handle").all()
@@ -118,7 +120,7 @@ def test_sliders_are_named_and_speak_their_value(opened: Opened) -> None:
     assert silent == []
 
 
-def test_choices_change_what_is_shown(opened: Opened) -> None:
+def test_widget_choices_change_what_is_shown(opened: Opened) -> None:
     dead = []
     for choice in opened.page.locator(CHOICES).all():
         other = choice.evaluate("(e) => (e.selectedIndex + 1) % e.options.length")
@@ -127,7 +129,7 @@ def test_choices_change_what_is_shown(opened: Opened) -> None:
     assert dead == []
 
 
-def test_players_play(opened: Opened) -> None:
+def test_widget_players_play(opened: Opened) -> None:
     dead = []
     for player in opened.page.locator(PLAYERS).all():
         button = player.locator("button").first
@@ -137,7 +139,7 @@ def test_players_play(opened: Opened) -> None:
     assert dead == []
 
 
-def test_every_widget_of_the_page_stands(opened: Opened) -> None:
+def test_widgets_of_the_page_all_stand(opened: Opened) -> None:
     empty = opened.page.eval_on_selector_all(
         ".cell_output .widget-subarea",
         "(all) => all.filter((e) => e.getBoundingClientRect().height < 10).map((e) => e.outerHTML)",

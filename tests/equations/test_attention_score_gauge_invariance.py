@@ -56,20 +56,20 @@ def gap(ours, reference):
     return ((ours - reference).norm() / reference.norm()).item()
 
 
-def test_absorbed_into_both_weights_it_is_exact_without_rope_and_gain():
+def test_attention_score_of_both_weights_rotated_is_exact_without_rope_and_gain():
     assert gap(scores(R @ W_Q, R @ W_K), scores(W_Q, W_K)) < 1e-13
 
 
-def test_absorbed_into_the_key_weight_alone_it_changes_the_scores():
+def test_attention_score_changes_by_a_rotation_of_the_key_weight_alone():
     assert gap(scores(W_Q, R @ W_K), scores(W_Q, W_K)) > 0.5
 
 
-def test_rope_does_not_let_it_through():
+def test_attention_score_with_rope_lets_no_absorbed_rotation_through():
     reference = scores(W_Q, W_K, positions=True)
     assert gap(scores(R @ W_Q, R @ W_K, positions=True), reference) > 0.3
 
 
-def test_a_qk_norm_gain_does_not_let_it_through():
+def test_attention_score_with_a_qk_norm_gain_lets_no_absorbed_rotation_through():
     gains = (GAIN_Q, GAIN_K)
     assert gap(scores(R @ W_Q, R @ W_K, gains=gains), scores(W_Q, W_K, gains=gains)) > 0.3
     ones = (torch.ones(D, dtype=torch.float64),) * 2
@@ -92,13 +92,13 @@ def test_a_rotation_among_coordinates_of_one_product_of_gains_passes_and_no_othe
 
 
 @pytest.mark.parametrize("rotation", [R, srht(D, 0, dtype=torch.float64)])
-def test_applied_to_both_after_everything_it_is_exact(rotation):
+def test_attention_score_of_both_rotated_after_everything_is_exact(rotation):
     setting = {"gains": (GAIN_Q, GAIN_K), "positions": True}
     ours = scores(W_Q, W_K, **setting, online=rotation)
     assert gap(ours, scores(W_Q, W_K, **setting)) < 1e-13
 
 
-def test_the_gauge_group_of_the_score_is_the_general_linear_group():
+def test_attention_score_gauge_group_is_the_general_linear_group():
     a = gaussian(D, D, seed=6) / math.sqrt(D) + 2 * torch.eye(D, dtype=torch.float64)
     assert (a @ a.T - torch.eye(D)).abs().max() > 1
     setting = {"gains": (GAIN_Q, GAIN_K), "positions": True}

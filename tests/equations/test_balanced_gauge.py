@@ -36,7 +36,7 @@ def geometric_mean() -> torch.Tensor:
     return inverse @ power(half @ Q @ half, 0.5) @ inverse
 
 
-def test_the_error_is_what_errors_alike_in_all_directions_make_of_scores():
+def test_gauge_error_is_what_errors_alike_in_all_directions_make_of_scores():
     generator = torch.Generator().manual_seed(3)
     n, gauge = 200_000, power(moment(4), 0.5)
     q, k, e = (torch.randn(n, D, generator=generator, dtype=torch.float64) for _ in range(3))
@@ -48,7 +48,7 @@ def test_the_error_is_what_errors_alike_in_all_directions_make_of_scores():
     assert (q * off).sum(-1).square().mean().item() == pytest.approx(expected.item(), rel=0.02)
 
 
-def test_the_geometric_mean_reaches_the_bound_and_makes_both_moments_equal():
+def test_balanced_gauge_reaches_the_bound_and_makes_both_moments_equal():
     mean = geometric_mean()
     torch.testing.assert_close(mean @ K @ mean, Q)
     torch.testing.assert_close(error(mean), LEAST)
@@ -58,16 +58,16 @@ def test_the_geometric_mean_reaches_the_bound_and_makes_both_moments_equal():
 
 
 @pytest.mark.parametrize("seed", range(5, 25))
-def test_no_other_gauge_is_below_it(seed):
+def test_balanced_gauge_has_no_other_below_it(seed):
     assert error(moment(seed)) > LEAST * (1 + 1e-9)
 
 
-def test_whitening_the_queries_or_the_keys_is_not_the_best():
+def test_balanced_gauge_is_better_than_whitening_queries_or_keys():
     for other in (torch.eye(D, dtype=torch.float64), Q, power(Q, 0.5), torch.linalg.inv(K)):
         assert error(other) > 1.05 * LEAST
     # one is as bad as the other: both are D tr(Q K)
     torch.testing.assert_close(error(Q), error(torch.linalg.inv(K)))
 
 
-def test_a_scale_of_the_gauge_changes_nothing():
+def test_balanced_gauge_scale_changes_nothing():
     torch.testing.assert_close(error(7 * geometric_mean()), LEAST)

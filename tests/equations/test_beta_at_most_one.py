@@ -19,7 +19,7 @@ MAGNITUDES = arrays(np.float64, st.integers(2, 40), elements=st.floats(0.01, 10)
 
 @given(MAGNITUDES, st.integers(0, 2**32))
 @settings(deadline=None)
-def test_one_is_reached_exactly_when_all_magnitudes_are_equal(magnitudes, seed):
+def test_beta_is_one_exactly_when_all_magnitudes_are_equal(magnitudes, seed):
     generator = torch.Generator().manual_seed(seed)
     signs = 2.0 * torch.randint(0, 2, (len(magnitudes),), generator=generator) - 1
     y = torch.from_numpy(magnitudes) * signs

@@ -44,7 +44,7 @@ def curvature(keys, omega, step):
 
 @given(st.integers(0, 10**6), st.floats(0, 1))
 @settings(max_examples=25, deadline=None)
-def test_the_objective_is_convex_in_the_ambient_matrix(seed, t):
+def test_beta_objective_is_convex_in_the_ambient_matrix(seed, t):
     a, b, keys = gaussian(6, 6, seed=seed), gaussian(6, 6, seed=seed + 1), gaussian(9, 6, seed=1)
 
     def objective(matrix):
@@ -54,7 +54,7 @@ def test_the_objective_is_convex_in_the_ambient_matrix(seed, t):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_at_a_perfect_lattice_the_hessian_is_minus_the_energy_of_omega(seed):
+def test_beta_hessian_at_a_perfect_lattice_is_minus_the_energy_of_omega(seed):
     d = 32
     bits = torch.randint(0, 2, (200, d), generator=torch.Generator().manual_seed(seed))
     keys = 2.0 * bits.double() - 1
@@ -65,7 +65,7 @@ def test_at_a_perfect_lattice_the_hessian_is_minus_the_energy_of_omega(seed):
 
 
 @pytest.mark.parametrize(("a", "delta"), [(1.4, 0.1), (0.7, 0.5), (2.0, 0.7)])
-def test_elsewhere_the_hessian_has_both_signs(a, delta):
+def test_beta_hessian_elsewhere_has_both_signs(a, delta):
     """Axes 0 and 1 on the lattice of their plane (a maximum), axes 2 and 3 spiky (a minimum).
 
     All corners of the first pair, with all half axes of the second and a fine grid of smears.
@@ -82,7 +82,7 @@ def test_elsewhere_the_hessian_has_both_signs(a, delta):
     assert down < -0.1 < 0.1 < up or delta > 0.6
 
 
-def test_without_the_corners_of_the_absolute_value_a_minimum_is_called_a_maximum():
+def test_beta_hessian_without_the_corners_calls_a_minimum_a_maximum():
     """A noisy lattice with each pair of axes turned by 45 degrees: corners become spikes."""
     d, n = 16, 40_000
     lattice = gaussian(n, d, seed=0).sign() + 0.3 * gaussian(n, d, seed=1)

@@ -47,7 +47,7 @@ def divergence(queries, keys, reconstruction):
     return (true.exp() * (true - ours)).sum(-1).mean().item()
 
 
-def test_same_beta_and_another_loss():
+def test_beta_can_be_the_same_with_another_loss():
     rotation = srht(D, 0, dtype=torch.float64)
     directions = torch.nn.functional.normalize(gaussian(N, D, seed=0), dim=-1)
     loss = []
@@ -59,7 +59,7 @@ def test_same_beta_and_another_loss():
     assert loss[1][1] > 1.9 * loss[0][1]
 
 
-def test_a_high_uncentred_beta_can_carry_no_information():
+def test_beta_that_is_high_uncentred_can_carry_no_information():
     noise, queries = gaussian(N, D, seed=2), 2 * gaussian(64, D, seed=4)
     direction = torch.nn.functional.normalize(gaussian(D, seed=3), dim=0)
     keys = noise + math.sqrt(ETA * D) * direction

@@ -32,20 +32,20 @@ def gaussian_keys():
     return torch.randn(8000, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def test_gaussian_keys_have_two_different_floors(gaussian_keys):
+def test_beta_and_moment_ratio_have_two_different_gaussian_floors(gaussian_keys):
     assert GAUSSIAN_BETA == pytest.approx(0.7979, abs=5e-5)
     assert GAUSSIAN_MOMENT_RATIO == pytest.approx(0.6366, abs=5e-5)
     assert beta(gaussian_keys) == pytest.approx(haar_beta(D), abs=1e-3)
     assert moment_ratio(gaussian_keys) == pytest.approx(GAUSSIAN_MOMENT_RATIO, abs=1e-3)
 
 
-def test_for_one_vector_the_ratio_is_the_cosine_squared(gaussian_keys):
+def test_moment_ratio_of_one_vector_is_the_cosine_squared(gaussian_keys):
     for key in gaussian_keys[:20]:
         assert moment_ratio(key) == pytest.approx(cosine(key).item() ** 2, abs=1e-12)
 
 
 @pytest.mark.parametrize("c", [0.6, 0.7979, 0.866, 0.919, 0.965])
-def test_for_independent_coordinates_the_ratio_tends_to_the_cosine_squared(c):
+def test_moment_ratio_of_independent_coordinates_tends_to_the_cosine_squared(c):
     keys = torch.from_numpy(density(c).sample(400, 1024, seed=3))
     assert beta(keys) == pytest.approx(c, abs=4e-3)
     assert moment_ratio(keys) == pytest.approx(c**2, abs=4e-3)
@@ -66,7 +66,7 @@ def test_moment_ratio_is_the_weighted_mean_of_the_cosines_and_at_most_their_mean
     assert ratio <= c.square().mean().item() + 1e-12
 
 
-def test_unequal_norms_move_the_ratio_and_leave_the_cosine(gaussian_keys):
+def test_moment_ratio_moves_by_unequal_norms_and_the_cosine_does_not(gaussian_keys):
     """Log-normal norms (log-sd 1) divide the pooled ratio by E[n^2] / E[n]^2 = e."""
     norms = torch.randn(len(gaussian_keys), 1, generator=torch.Generator().manual_seed(1)).exp()
     keys = gaussian_keys * norms.double()

@@ -40,7 +40,7 @@ def signs(y):
 
 
 @pytest.mark.parametrize("d", [64, 112])
-def test_one_minus_beta_is_one_minus_cos_theta_until_the_first_flip(d):
+def test_beta_falls_by_one_minus_cos_theta_until_the_first_flip(d):
     keys, omega = lattice_keys(500, d), complex_structure(d)
     first_flip = math.atan(1 / (keys @ omega.T).abs().max().item())
     assert first_flip > 0.2
@@ -80,7 +80,7 @@ def test_one_minus_beta_is_at_most_half_the_mean_square_angle(seed):
 
 
 @pytest.mark.parametrize("d", [64, 128])
-def test_the_polar_iteration_needs_a_handful_of_steps_whatever_the_tolerance(d):
+def test_polar_iteration_needs_a_handful_of_steps_whatever_the_tolerance(d):
     lattice = lattice_keys(32 * d, d)
     skew = torch.randn(d, d, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     skew = skew - skew.T

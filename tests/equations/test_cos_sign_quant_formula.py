@@ -25,7 +25,7 @@ def cosine_between(a, b):
 
 @given(arrays(np.float64, st.integers(1, 60), elements=st.integers(-5, 5).map(float)))
 @settings(deadline=None)
-def test_formula_with_zeros_counted_as_positive(values):
+def test_cosine_is_the_formula_with_zeros_counted_as_positive(values):
     y = torch.from_numpy(values)
     y[0] = 1
     sign = torch.where(y >= 0, 1.0, -1.0).double()
@@ -45,7 +45,7 @@ def test_cosine_is_that_of_the_closest_of_all_sign_vectors(values):
     )
 
 
-def test_formula_fails_where_the_sign_of_zero_is_zero():
+def test_cosine_is_not_the_formula_where_the_sign_of_zero_is_zero():
     y = torch.tensor([1.0, 0.0])
     assert cosine_between(y, y.sign()) == 1
     assert cosine(y).item() == pytest.approx(1 / math.sqrt(2))

@@ -49,7 +49,7 @@ def reflection_to(corner, key):
     return eye - 2 * torch.outer(normal, normal) / normal.dot(normal)
 
 
-def test_for_one_vector_both_suprema_are_one(noise):
+def test_rotational_ceiling_of_one_vector_is_one_centred_or_not(noise):
     corner = torch.ones(D, dtype=torch.float64)
     for key in noise[:5] + 1:
         centred, _ = Centering("dc").split(key)
@@ -58,7 +58,7 @@ def test_for_one_vector_both_suprema_are_one(noise):
 
 
 @pytest.mark.parametrize(("eta", "uncentred"), [(1, 0.825), (2, 0.858), (4, 0.902), (16, 0.970)])
-def test_in_expectation_the_uncentred_supremum_is_the_larger(noise, eta, uncentred):
+def test_rotational_ceiling_in_expectation_is_the_larger_uncentred(noise, eta, uncentred):
     keys = noise + math.sqrt(eta)
     assert folded_normal_beta(eta) == pytest.approx(uncentred, abs=5e-4)
     assert beta(keys @ identity(D, dtype=torch.float64).T) == pytest.approx(uncentred, abs=2e-3)
@@ -97,7 +97,7 @@ def test_the_integrand_of_the_proof_changes_its_sign_once_and_its_integral_stays
 
 @given(seed=st.integers(0, 10**6), eta=st.floats(0.01, 30), spread=st.floats(0.1, 3))
 @settings(max_examples=50, deadline=None)
-def test_a_corner_is_the_best_place_for_the_constant(seed, eta, spread):
+def test_folded_normal_beta_is_largest_with_the_constant_in_a_corner(seed, eta, spread):
     """Jensen: a folded normal's mean magnitude is concave in the energy of its offset."""
     generator = torch.Generator().manual_seed(seed)
     energy = (spread * torch.randn(D, generator=generator, dtype=torch.float64)).exp()
@@ -108,14 +108,14 @@ def test_a_corner_is_the_best_place_for_the_constant(seed, eta, spread):
 
 
 @pytest.mark.parametrize("eta", [1, 4, 16])
-def test_learning_finds_that_corner_and_nothing_better(eta):
+def test_learn_rotation_finds_that_corner_and_nothing_better(eta):
     generator = torch.Generator().manual_seed(2)
     keys, held_out = torch.randn(2, 4096, 64, generator=generator) + math.sqrt(eta)
     learned = learn_rotation(keys, LearnConfig(solver="itq", steps=60), held_out=held_out)
     assert learned.held_out_beta == pytest.approx(folded_normal_beta(eta), abs=4e-3)
 
 
-def test_keys_with_corners_of_their_own_gain_by_centering():
+def test_centering_lifts_keys_with_corners_of_their_own():
     planted = synthetic.planted_keys(d=32, n_keys=4096)
     shift = planted.keys.square().mean().sqrt()
     found = {}
@@ -131,7 +131,7 @@ def test_keys_with_corners_of_their_own_gain_by_centering():
 
 
 @pytest.mark.parametrize("eta", [4, 16])
-def test_the_higher_beta_belongs_to_the_worse_code(noise, eta):
+def test_beta_is_the_higher_for_the_worse_code(noise, eta):
     keys, error = noise + math.sqrt(eta), {}
     for method in ("none", "dc"):
         codec = SignQuantizer(

@@ -28,7 +28,7 @@ def rotations(d, seed):
 
 @given(seed=st.integers(0, 10**6), d=st.sampled_from([16, 20, 64, 112]), shift=st.floats(-9, 9))
 @settings(max_examples=25, deadline=None)
-def test_identity_and_its_independence_of_the_rotation(seed, d, shift):
+def test_dc_energy_identity_holds_whatever_the_rotation(seed, d, shift):
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(5, d, generator=generator, dtype=torch.float64) + shift
     v, offset = Centering("dc").split(keys)
@@ -39,7 +39,7 @@ def test_identity_and_its_independence_of_the_rotation(seed, d, shift):
         torch.testing.assert_close(left, keys.square().sum(-1))
 
 
-def test_the_two_parts_stay_orthogonal():
+def test_dc_energy_parts_stay_orthogonal():
     d = 80
     keys = torch.randn(5, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     v, _ = Centering("dc").split(keys)

@@ -23,11 +23,11 @@ def overhead(fmt, length):
 
 
 @pytest.mark.parametrize("length", [1, 512, 8192, 10**7])
-def test_a_mean_per_token_costs_the_same_share_at_every_length(length):
+def test_effective_bits_of_a_mean_per_token_are_the_same_share_at_every_length(length):
     assert overhead(PAPER, length) == pytest.approx(16 / 128)
 
 
-def test_a_static_mean_fades_with_length():
+def test_effective_bits_of_a_static_mean_fade_with_length():
     assert overhead(STATIC, 1) == 16
     assert overhead(STATIC, 8192) == pytest.approx(16 / 8192)
     assert overhead(STATIC, 10**7) < 1e-5

@@ -24,7 +24,7 @@ def generalised_gaussian(p):
     return np.exp(gammaln(2 / p) - 0.5 * (gammaln(1 / p) + gammaln(3 / p)))
 
 
-def test_the_two_inequalities_of_the_proof():
+def test_density_family_inequalities_of_the_proof_hold():
     h = X * digamma(X)
     assert (2 * polygamma(1, X) + X * polygamma(2, X) > 0).all()  # h'' > 0
     assert (2 * X * digamma(2 * X) < 0.5 * h + 0.5 * 3 * X * digamma(3 * X)).all()
@@ -40,7 +40,7 @@ def test_beta_rises_along_both_branches_and_they_meet():
 
 
 @pytest.mark.parametrize("beta", [0.3, 0.7071, 0.79, 0.81, 0.866, 0.9, 0.919, 0.965])
-def test_the_member_of_the_family_has_the_beta_it_is_named_by(beta):
+def test_density_has_the_beta_it_is_named_by(beta):
     law = density(beta)
     edge = law.scale if math.isfinite(law.b) else math.inf
     for power, expected in ((0, 1), (1, beta), (2, 1)):

@@ -47,7 +47,7 @@ def test_pca_hadamard_attains_it_and_random_rotations_do_not(heavy):
             assert beta(keys @ draw(D, seed, dtype=torch.float64).T) < ceiling - 0.005
 
 
-def test_no_rotation_close_by_is_better():
+def test_pca_hadamard_has_no_better_rotation_close_by():
     keys = elliptical_keys(POWER_LAW, seed=3)
     best = pca_hadamard(keys, dtype=torch.float64)
     value = beta(keys @ best.T)
@@ -58,7 +58,7 @@ def test_no_rotation_close_by_is_better():
 
 
 @pytest.mark.parametrize(("rank", "value"), [(1, 1.0), (2, 0.9003), (3, 0.8660), (4, 0.8488)])
-def test_isotropic_keys_of_low_rank(rank, value):
+def test_rank_ceiling_is_reached_by_isotropic_keys_of_low_rank(rank, value):
     spectrum = torch.zeros(D, dtype=torch.float64)
     spectrum[:rank] = 1
     assert rank_ceiling(rank) == pytest.approx(value, abs=5e-5)
@@ -82,7 +82,7 @@ def test_where_lengths_depend_on_directions_it_takes_tylers_scatter_and_not_the_
     assert beta(keys @ diagonal) > elliptical_ceiling(torch.ones(2)) + 0.008
 
 
-def test_lattice_structure_goes_above_it():
+def test_elliptical_ceiling_is_below_lattice_structure():
     """Noisy lattice keys have an isotropic covariance, and a rotation far above its ceiling."""
     bits = torch.randint(0, 2, (N, D), generator=torch.Generator().manual_seed(0)).double()
     planted = 2 * bits - 1 + 0.48 * gaussian(N, D, seed=1)

@@ -45,13 +45,13 @@ def exact_beta(rotation, spectrum):
 
 
 @pytest.mark.parametrize("norm", [0.03, 1.0, 40.0])
-def test_step_1_one_over_the_norm_is_a_gaussian_integral(norm):
+def test_elliptical_ceiling_step_1_one_over_the_norm_is_a_gaussian_integral(norm):
     integral = integrate.quad(lambda t: math.exp(-((t * norm) ** 2) / 2), 0, 40 / norm)[0]
     assert math.sqrt(2 / math.pi) * integral == pytest.approx(1 / norm, rel=1e-9)
 
 
 @pytest.mark.parametrize("t", [0.3, 1.0, 5.0])
-def test_step_2_the_weight_tilts_the_gaussian(t):
+def test_elliptical_ceiling_step_2_the_weight_tilts_the_gaussian(t):
     r = torch.nn.functional.normalize(gaussian(4, seed=1), dim=0)
     keys = gaussian(N, 4, seed=2) * SPECTRUM.sqrt()
     values = (keys @ r).abs() * (-0.5 * t**2 * keys.square().sum(-1)).exp()
@@ -62,7 +62,7 @@ def test_step_2_the_weight_tilts_the_gaussian(t):
 
 
 @pytest.mark.parametrize("tails", ["none", "student", "of the key itself"])
-def test_step_3_one_row_and_any_tails(tails):
+def test_elliptical_ceiling_step_3_the_row_expectation_holds_for_any_tails(tails):
     r = torch.nn.functional.normalize(gaussian(4, seed=3), dim=0)
     z = gaussian(N, 4, seed=4)
     keys = z * SPECTRUM.sqrt()
@@ -77,13 +77,13 @@ def test_step_3_one_row_and_any_tails(tails):
 
 @given(st.integers(0, 10**6), st.floats(0, 1))
 @settings(max_examples=60)
-def test_step_4_the_row_expectation_is_concave(seed, s):
+def test_elliptical_ceiling_step_4_the_row_expectation_is_concave(seed, s):
     p, q = torch.from_numpy(np.random.default_rng(seed).dirichlet(np.full(4, 0.4), size=2))
     ends = (1 - s) * row_expectation(p[None], SPECTRUM) + s * row_expectation(q[None], SPECTRUM)
     assert row_expectation(((1 - s) * p + s * q)[None], SPECTRUM) >= ends - 1e-12
 
 
-def test_step_5_squared_entries_are_doubly_stochastic():
+def test_elliptical_ceiling_step_5_squared_entries_are_doubly_stochastic():
     p = haar(64, 0, dtype=torch.float64).square()
     for axis in (0, 1):
         torch.testing.assert_close(p.sum(axis), torch.ones(64, dtype=torch.float64))
@@ -91,7 +91,7 @@ def test_step_5_squared_entries_are_doubly_stochastic():
 
 @given(st.integers(0, 10**6), st.floats(0, 4))
 @settings(max_examples=40)
-def test_step_6_no_rotation_exceeds_the_ceiling_and_hadamard_attains_it(seed, power):
+def test_elliptical_ceiling_step_6_no_rotation_exceeds_it_and_hadamard_attains_it(seed, power):
     d = 20
     spectrum = torch.arange(1, d + 1, dtype=torch.float64) ** -power
     ceiling = elliptical_ceiling(spectrum)
@@ -100,7 +100,7 @@ def test_step_6_no_rotation_exceeds_the_ceiling_and_hadamard_attains_it(seed, po
     assert ceiling >= haar_beta(d) - 1e-10  # what a random rotation has on average
 
 
-def test_the_ceiling_is_a_self_normalised_sum():
+def test_elliptical_ceiling_is_a_self_normalised_sum():
     """Under PCA-Hadamard every coordinate is sum_j x_j / sqrt(d), up to signs."""
     keys = gaussian(N, 4, seed=6) * SPECTRUM.sqrt()
     values = keys.sum(-1).abs() / keys.norm(dim=-1)
@@ -108,7 +108,7 @@ def test_the_ceiling_is_a_self_normalised_sum():
     assert values.mean().item() == pytest.approx(expected, abs=5 * values.std().item() / N**0.5)
 
 
-def test_directions_without_variance_change_nothing():
+def test_elliptical_ceiling_ignores_directions_without_variance():
     padded = torch.cat([SPECTRUM, torch.zeros(60, dtype=torch.float64)])
     assert elliptical_ceiling(padded) == pytest.approx(elliptical_ceiling(SPECTRUM), abs=1e-12)
 
@@ -127,13 +127,13 @@ def best_in_three_dimensions(spectrum):
     )
 
 
-def test_without_a_hadamard_matrix_a_simple_spectrum_stays_below():
+def test_elliptical_ceiling_is_above_a_simple_spectrum_without_a_hadamard_matrix():
     spectrum = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
     best, ceiling = best_in_three_dimensions(spectrum), elliptical_ceiling(spectrum)
     assert haar_beta(3) < best < ceiling - 1e-5  # below, though not by much
 
 
-def test_without_a_hadamard_matrix_repeated_eigenvalues_can_reach_it():
+def test_elliptical_ceiling_can_be_reached_by_repeated_eigenvalues_without_hadamard():
     """Two eigenspaces: each row needs the same share of both, which Schur and Horn grant."""
     spectrum = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
     third = torch.full((3, 1), 3**-0.5, dtype=torch.float64)
@@ -145,6 +145,6 @@ def test_without_a_hadamard_matrix_repeated_eigenvalues_can_reach_it():
 
 
 @pytest.mark.parametrize("r", [1, 2, 3, 7, 40])
-def test_the_isotropic_corollary_by_its_own_integral(r):
+def test_rank_ceiling_is_that_of_its_own_integral(r):
     integral = integrate.quad(lambda s: (1 + s * s) ** (-(r + 1) / 2), 0, math.inf)[0]
     assert 2 / math.pi * math.sqrt(r) * integral == pytest.approx(rank_ceiling(r), abs=1e-9)

@@ -20,7 +20,7 @@ def gaussian(*shape, seed=0):
 
 
 @pytest.mark.parametrize("d", [64, 80, 128])
-def test_a_fixed_key_under_many_rotations_has_the_haar_value(d):
+def test_haar_beta_is_that_of_a_fixed_key_under_many_rotations(d):
     key = torch.zeros(d, dtype=torch.float64)
     key[0] = 1
     n = 200
@@ -28,7 +28,7 @@ def test_a_fixed_key_under_many_rotations_has_the_haar_value(d):
     assert beta(rotated) == pytest.approx(haar_beta(d), abs=4 * (0.045 / d / n) ** 0.5)
 
 
-def test_the_deviation_by_dimension():
+def test_haar_beta_deviates_less_from_the_floor_as_the_dimension_grows():
     deviation = {d: haar_beta(d) - GAUSSIAN_BETA for d in (16, 64, 128, 256, 2048)}
     assert deviation[16] > 0.012
     assert deviation[64] > 0.003 > deviation[128]
@@ -36,7 +36,7 @@ def test_the_deviation_by_dimension():
 
 
 @pytest.mark.parametrize(("rank", "low", "high"), [(1, 0.018, 0.034), (64, 0.0, 0.003)])
-def test_low_rank_keys_deviate_from_draw_to_draw(rank, low, high):
+def test_beta_of_low_rank_keys_deviates_from_draw_to_draw(rank, low, high):
     d = 64
     keys = gaussian(500, rank, seed=0) @ gaussian(rank, d, seed=1)
     draws = torch.tensor([beta(keys @ haar(d, seed, dtype=torch.float64).T) for seed in range(40)])

@@ -13,14 +13,14 @@ from signlattice.alignment import GAUSSIAN_BETA, cosine, residual_energy
 from signlattice.rotations.fixed import haar
 
 
-def test_energy_lost_at_the_papers_figures():
+def test_residual_energy_lost_at_the_papers_figures():
     assert residual_energy(GAUSSIAN_BETA) == pytest.approx(0.363, abs=5e-4)
     assert residual_energy(0.919) == pytest.approx(0.155, abs=5e-4)
     assert residual_energy(0.965) == pytest.approx(0.069, abs=5e-4)
     assert 1 - GAUSSIAN_BETA == pytest.approx(0.20, abs=5e-3)
 
 
-def test_no_scale_of_the_sign_code_loses_less():
+def test_residual_energy_is_the_least_of_all_scales_of_the_sign_code():
     """The error over all scales, as a least-squares problem, has its minimum at 1 - c^2."""
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(2000, 256, generator=generator, dtype=torch.float64) @ haar(256, 0).double()

@@ -16,19 +16,19 @@ from signlattice.alignment import GAUSSIAN_BETA, GAUSSIAN_MOMENT_RATIO, haar_bet
 from signlattice_paper.densities import REGIMES, density
 
 
-def test_first_absolute_moment_of_the_gaussian():
+def test_gaussian_beta_is_the_first_absolute_moment():
     first, _ = integrate.quad(lambda x: 2 * x * stats.norm.pdf(x), 0, 40)
     assert GAUSSIAN_BETA == pytest.approx(first, abs=1e-12)
     assert GAUSSIAN_BETA == REGIMES["Gaussian"]
 
 
-def test_the_moment_ratio_has_another_floor():
+def test_moment_ratio_has_another_floor():
     assert density(GAUSSIAN_BETA).moment_ratio == pytest.approx(GAUSSIAN_MOMENT_RATIO)
     assert GAUSSIAN_MOMENT_RATIO == pytest.approx(2 / math.pi) != GAUSSIAN_BETA
 
 
 @pytest.mark.parametrize("d", [3, 16, 64, 128, 2048])
-def test_finite_dimension_by_integration(d):
+def test_haar_beta_of_finite_dimension_is_that_by_integration(d):
     """E c = sqrt(d) E|x|, x a coordinate of a uniform direction: density (1 - x^2)^((d-3)/2)."""
     shape = lambda x: (1 - x * x) ** ((d - 3) / 2)
     edge = min(1, 12 / math.sqrt(d))
@@ -37,7 +37,7 @@ def test_finite_dimension_by_integration(d):
     assert haar_beta(d) == pytest.approx(math.sqrt(d) * mean, abs=1e-9)
 
 
-def test_the_floor_is_approached_from_above():
+def test_haar_beta_approaches_the_floor_from_above():
     values = [haar_beta(d) for d in (1, 2, 4, 16, 64, 256, 1024, 10**6)]
     assert values == sorted(values, reverse=True) and values[0] == pytest.approx(1)
     assert values[-1] > GAUSSIAN_BETA

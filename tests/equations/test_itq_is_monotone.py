@@ -38,7 +38,7 @@ def objective(keys, matrix):
 
 @given(st.integers(0, 10**6))
 @settings(max_examples=30)
-def test_the_linear_function_touches_from_below(seed):
+def test_itq_linear_function_touches_from_below(seed):
     keys, here = gaussian(40, 16, seed=seed), haar(16, seed, dtype=torch.float64)
     m = touching(keys, here)
     torch.testing.assert_close((m * here).sum(), objective(keys, here))
@@ -48,7 +48,7 @@ def test_the_linear_function_touches_from_below(seed):
 
 @given(st.integers(0, 10**6))
 @settings(max_examples=20)
-def test_the_polar_factor_maximises_it(seed):
+def test_polar_maximises_the_linear_function(seed):
     m = gaussian(16, 16, seed=seed)
     best = (m * polar(m)).sum()
     assert best.item() == pytest.approx(torch.linalg.svdvals(m).sum().item())
@@ -57,7 +57,7 @@ def test_the_polar_factor_maximises_it(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_beta_never_falls_and_comes_to_rest(seed):
+def test_itq_beta_never_falls_and_comes_to_rest(seed):
     keys = gaussian(300, 16, seed=seed).pow(3)
     rotation, values = haar(16, seed, dtype=torch.float64), []
     for _ in range(400):
@@ -68,7 +68,7 @@ def test_beta_never_falls_and_comes_to_rest(seed):
     assert values[-1] == pytest.approx(values[-2], abs=1e-12) and values[-1] > values[0] + 0.01
 
 
-def test_one_step_is_enough_once_the_signs_are_those_of_the_lattice():
+def test_itq_needs_one_step_once_the_signs_are_those_of_the_lattice():
     d = 32
     bits = torch.randint(0, 2, (20 * d, d), generator=torch.Generator().manual_seed(0)).double()
     lattice, hidden = 2 * bits - 1, haar(d, 1, dtype=torch.float64)

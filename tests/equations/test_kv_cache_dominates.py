@@ -16,12 +16,12 @@ WEIGHT_BYTES = 2 * 6_920_000_000
 CONTEXT = 4096
 
 
-def test_the_cache_is_a_small_part_at_the_papers_length():
+def test_kv_bytes_are_a_small_part_at_the_papers_length():
     assert kv_bytes(OLMOE, FP16, 8192) == 2**30
     assert kv_bytes(OLMOE, FP16, 8192) < WEIGHT_BYTES / 12
 
 
-def test_the_length_at_which_they_are_equal():
+def test_crossover_length_is_far_beyond_the_context():
     length = crossover_length(WEIGHT_BYTES, OLMOE)
     assert length == pytest.approx(105_600, rel=1e-3)
     assert length > 25 * CONTEXT
@@ -29,6 +29,6 @@ def test_the_length_at_which_they_are_equal():
     assert crossover_length(WEIGHT_BYTES, OLMOE, PAPER) == pytest.approx(1.8686 * length, rel=1e-3)
 
 
-def test_a_batch_brings_it_into_the_context():
+def test_crossover_length_comes_into_the_context_by_a_batch():
     assert crossover_length(WEIGHT_BYTES, OLMOE, batch=25) > CONTEXT
     assert crossover_length(WEIGHT_BYTES, OLMOE, batch=26) <= CONTEXT

@@ -19,11 +19,11 @@ def gaussian(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_olmoe_has_sixteen_heads_of_128():
+def test_kv_dim_of_olmoe_is_sixteen_heads_of_128():
     assert KVShape(n_layers=16, n_kv_heads=16, head_dim=128).kv_dim == 2048
 
 
-def test_a_rotation_across_heads_needs_queries_of_the_full_width():
+def test_kv_dim_rotation_across_heads_needs_queries_of_the_full_width():
     heads, d, kv_dim = SHAPE.n_kv_heads, SHAPE.head_dim, SHAPE.kv_dim
     rotation = haar(kv_dim, 0, dtype=torch.float64)
     keys, query = gaussian(20, heads, d, seed=1), gaussian(d, seed=2)

@@ -28,20 +28,20 @@ def head(d):
         (32, (1.8286, 1.8551, 1.8686, 1.8755, 1.8806)),
     ],
 )
-def test_the_reduction_by_dimension_and_metadata(meta, values):
+def test_memory_reduction_follows_dimension_and_metadata(meta, values):
     fmt = replace(PAPER, mean_bits=meta)
     for d, value in zip(DIMS, values, strict=True):
         assert memory_reduction(head(d), fmt, T) == pytest.approx(32 / (17 + meta / d), rel=1e-12)
         assert memory_reduction(head(d), fmt, T) == pytest.approx(value, abs=5e-5)
 
 
-def test_the_two_accountings_that_give_the_papers_figure():
+def test_memory_reduction_of_the_paper_comes_of_two_accountings():
     one_scalar = memory_reduction(head(128), PAPER, T)
     mean_and_scale = memory_reduction(head(256), replace(PAPER, key_scale_bits=16), T)
     assert one_scalar == mean_and_scale == pytest.approx(1.87, abs=5e-3)
 
 
-def test_it_does_not_depend_on_layers_heads_batch_or_length():
+def test_memory_reduction_does_not_depend_on_layers_heads_batch_or_length():
     for shape in (KVShape(16, 16, 128), KVShape(30, 2, 128)):
         for length in (100, T, 10**6):
             assert memory_reduction(shape, PAPER, length, batch=3) == memory_reduction(
@@ -49,18 +49,18 @@ def test_it_does_not_depend_on_layers_heads_batch_or_length():
             )
 
 
-def test_a_full_precision_window_is_averaged_in():
+def test_memory_reduction_averages_a_full_precision_window_in():
     fmt = replace(PAPER, window=128)
     assert memory_reduction(head(128), fmt, T) == pytest.approx(1.844, abs=5e-4)
 
 
 @pytest.mark.parametrize(("d", "value"), [(128, 1.855), (512, 1.778), (2048, 1.524)])
-def test_a_stored_rotation_weighs_more_the_larger_the_head(d, value):
+def test_memory_reduction_by_a_stored_rotation_is_less_the_larger_the_head(d, value):
     fmt = CacheFormat("signs and a rotation", key_bits=1, value_bits=16, rotation_bits=16)
     assert memory_reduction(head(d), fmt, T) == pytest.approx(value, abs=5e-4)
 
 
-def test_sliding_layers_that_stay_in_16_bits_take_most_of_it_away():
+def test_memory_reduction_is_mostly_taken_away_by_sliding_layers_in_16_bits():
     """25 sliding layers (8 heads of 256, window 1024) beside 5 full ones (2 heads of 512)."""
     full = KVShape(5, 2, 512)
     sliding = KVShape(25, 8, 256, sliding_window=1024)

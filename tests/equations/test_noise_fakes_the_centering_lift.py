@@ -31,7 +31,7 @@ def trained(step):
         yield learn_rotation(fit, config, held_out=held_out)
 
 
-def test_a_large_step_shows_the_cited_lift_in_sample_and_none_held_out():
+def test_centering_lift_of_a_large_step_is_as_cited_in_sample_and_none_held_out():
     none, dc = trained(step=0.2)
     low, high = load_claims()["centering-lift"].paper_value
     assert low < dc.train_beta - none.train_beta < high + 0.02
@@ -39,7 +39,7 @@ def test_a_large_step_shows_the_cited_lift_in_sample_and_none_held_out():
     assert none.held_out_beta < haar_beta(D) - 0.03
 
 
-def test_a_small_step_shows_none():
+def test_centering_lift_of_a_small_step_is_none():
     none, dc = trained(step=0.02)
     assert dc.train_beta - none.train_beta < 0.02
     assert none.held_out_beta > dc.held_out_beta + 0.005

@@ -17,7 +17,7 @@ from signlattice.rotations.fixed import orthogonality_defect, srht
 
 
 @pytest.mark.parametrize("d", [64, 80, 96, 112, 128])
-def test_the_transform_exists_and_reaches_the_floor(d):
+def test_hadamard_exists_and_reaches_the_floor_beyond_powers_of_two(d):
     assert orthogonality_defect(hadamard(d, dtype=torch.float64)) < 1e-13
     assert torch.allclose(hadamard(d).abs(), torch.full((d, d), 1 / math.sqrt(d)))
     # Skewed, coordinate-wise unequal keys, whose own beta is well below the floor.

@@ -25,11 +25,11 @@ def reduction(d, scale_bits):
 @pytest.mark.parametrize(
     ("d", "scale_bits", "value"), [(64, 16, 12.8), (128, 16, 14.22), (128, 0, 16)]
 )
-def test_both_at_one_bit(d, scale_bits, value):
+def test_memory_reduction_of_both_at_one_bit_is_sixteen_at_most(d, scale_bits, value):
     assert reduction(d, scale_bits) == pytest.approx(value, abs=5e-3)
 
 
-def test_where_the_papers_figure_comes_from():
+def test_memory_reduction_squared_is_where_the_papers_figure_comes_from():
     one = memory_reduction(KVShape(1, 1, 128), PAPER, 8192)
     assert round(one, 2) ** 2 == pytest.approx(3.5, abs=0.01)
     assert reduction(64, 16) > 3 * one**2

@@ -33,24 +33,24 @@ def one_round(key):
     return cosine(padded @ H.T).mean().item()
 
 
-def test_the_expected_cosine_is_the_rademacher_sum():
+def test_rademacher_sum_is_the_expected_cosine():
     key = torch.randn(D, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 3
     assert one_round(key) == pytest.approx(rademacher(key), abs=1e-12)
 
 
 @given(st.lists(st.floats(-4, 4), min_size=D, max_size=D).filter(lambda k: max(map(abs, k)) > 1e-3))
 @settings(max_examples=80)
-def test_it_lies_between_one_over_root_two_and_one(values):
+def test_rademacher_sum_lies_between_one_over_root_two_and_one(values):
     value = rademacher(torch.tensor(values, dtype=torch.float64))
     assert math.sqrt(0.5) - 1e-9 <= value <= 1 + 1e-9
 
 
-def test_both_ends_are_reached():
+def test_rademacher_sum_reaches_both_ends():
     spikes = torch.zeros(2, D, dtype=torch.float64)
     spikes[0, 3], spikes[1, 3], spikes[1, 8] = -2, 1, 1
     assert rademacher(spikes[0]) == pytest.approx(1)
     assert rademacher(spikes[1]) == pytest.approx(math.sqrt(0.5))
 
 
-def test_a_key_spread_over_many_coordinates_is_near_the_gaussian():
+def test_rademacher_sum_of_a_key_over_many_coordinates_is_near_the_gaussian():
     assert rademacher(torch.ones(D, dtype=torch.float64)) == pytest.approx(GAUSSIAN_BETA, abs=0.02)

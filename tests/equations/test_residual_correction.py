@@ -20,7 +20,7 @@ from signlattice_paper.experiments.convergence import code_errors
 
 
 @pytest.mark.parametrize("d", [32, 64])
-def test_two_codes_without_training_leave_less_than_one_at_the_best_rotation(d):
+def test_code_errors_of_two_untrained_codes_are_less_than_of_one_at_its_best(d):
     keys = planted_keys(d, 128 * d)
     best, random = haar(d, 1), haar(d, 99)
     assert beta(keys.held_out @ best.T) == pytest.approx(keys.optimum)
@@ -29,7 +29,7 @@ def test_two_codes_without_training_leave_less_than_one_at_the_best_rotation(d):
     assert at_random[1] < 0.8 * at_best[0]
 
 
-def test_more_steps_end_at_the_optimum():
+def test_code_errors_of_more_steps_end_at_the_optimum():
     keys = planted_keys(32, 4096)
     learned = learn_rotation(keys.keys, LearnConfig(solver="gradient", steps=1500))
     (one,) = code_errors(keys.held_out @ learned.matrix.T, 1)
@@ -38,7 +38,7 @@ def test_more_steps_end_at_the_optimum():
     assert code_errors(keys.held_out, 2)[1] < 0.8 * least
 
 
-def test_a_second_code_of_gaussian_keys_is_worth_a_beta_that_they_cannot_have():
+def test_second_code_of_gaussian_keys_is_worth_a_beta_that_they_cannot_have():
     """Second scale m (2 erf(m/√2) − 2 + 2 exp(−m²/2)), m = √(2/π): error .130, as at .932."""
     m = math.sqrt(2 / math.pi)
     second = 2 * m * (math.erf(m / math.sqrt(2)) - 1 + math.exp(-m * m / 2))

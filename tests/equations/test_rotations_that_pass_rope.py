@@ -31,13 +31,13 @@ def worst(rotation, frequency=FREQUENCY):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rotations_of_the_planes_pass(seed):
+def test_rope_lets_rotations_of_the_planes_pass(seed):
     angles = 6 * torch.rand(HALF, generator=torch.Generator().manual_seed(seed)).double()
     assert worst(turn(angles)) < 1e-12
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_others_do_not(seed):
+def test_rope_lets_no_other_rotations_pass(seed):
     assert worst(haar(D, seed, dtype=torch.float64)) > 0.5
 
 

@@ -29,7 +29,7 @@ def signs(y):
 
 @pytest.mark.parametrize("rule", SCALE_RULES)
 @given(seed=st.integers(0, 10**6), power=st.floats(0.2, 4))
-def test_error_and_slope_of_a_single_key(rule, seed, power):
+def test_token_scale_gives_a_single_key_the_error_and_slope_of_its_rule(rule, seed, power):
     y = gaussian(5, 48, seed=seed)
     y = signs(y) * y.abs() ** power  # from nearly two-valued to spiky
     c, energy = cosine(y), y.square().sum(-1)
@@ -38,7 +38,7 @@ def test_error_and_slope_of_a_single_key(rule, seed, power):
     torch.testing.assert_close((code * y).sum(-1) / energy, SLOPE[rule](c))
 
 
-def test_the_rules_are_ordered_and_meet_on_the_lattice():
+def test_scale_rules_are_ordered_and_meet_on_the_lattice():
     c = torch.linspace(0.05, 1, 200, dtype=torch.float64)
     mse, norm, unbiased = (LOSS[rule](c) for rule in ("mse", "norm", "unbiased"))
     assert (mse <= norm + 1e-12).all() and (norm <= unbiased + 1e-12).all()

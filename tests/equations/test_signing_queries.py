@@ -22,7 +22,7 @@ def correlation(a, b):
 
 
 @pytest.mark.parametrize("c", [GAUSSIAN_BETA, 0.919, 0.965])
-def test_correlation_of_logits(c):
+def test_logit_correlation_is_that_of_the_cosines(c):
     keys = torch.from_numpy(density(c).sample(N, D, seed=1))
     queries = torch.randn(N, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     assert beta(keys) == pytest.approx(c, abs=3e-3)
@@ -36,7 +36,7 @@ def test_correlation_of_logits(c):
 
 
 @pytest.mark.parametrize(("power", "least"), [(0.5, 0.03), (1.0, 0.15)])
-def test_logits_of_few_shared_directions_keep_more(power, least):
+def test_logit_correlation_of_few_shared_directions_keeps_more(power, least):
     """Equal spectra in one frame, turned at random: the cosines stay, the correlation grows."""
     spread = torch.arange(1, D + 1, dtype=torch.float64) ** -power
     turn = haar(D, 0, dtype=torch.float64)

@@ -15,7 +15,7 @@ from signlattice_paper.densities import REGIMES, density, effective_rank
 MEASURED = (0.919, 0.965)
 
 
-def test_the_order_of_the_named_laws():
+def test_density_regimes_are_in_order_and_the_measured_lie_above():
     values = [round(REGIMES[n], 4) for n in ("Laplace", "Gaussian", "uniform", "arcsine")]
     assert values == [0.7071, 0.7979, 0.8660, 0.9003]
     assert max(REGIMES["uniform"], REGIMES["arcsine"]) < MEASURED[0]
@@ -23,7 +23,7 @@ def test_the_order_of_the_named_laws():
         assert density(beta).regime == "between arcsine and two-point"
 
 
-def test_the_value_of_the_uniform_law_by_integration():
+def test_density_of_the_uniform_law_has_its_value_by_integration():
     law = density(REGIMES["uniform"])
     edge = 3**0.5
     assert law.scale == pytest.approx(edge)
@@ -31,7 +31,7 @@ def test_the_value_of_the_uniform_law_by_integration():
     assert mean == pytest.approx(0.8660, abs=5e-5)
 
 
-def test_the_measured_laws_pile_up_at_the_edges():
+def test_density_of_the_measured_laws_piles_up_at_the_edges():
     for beta in MEASURED:
         law = density(beta)
         assert law.pdf(0.98 * law.scale) > 2 * law.pdf(0)

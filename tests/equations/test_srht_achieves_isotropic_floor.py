@@ -40,19 +40,19 @@ def equal_coordinates(n):
 
 
 @pytest.mark.parametrize("d", DIMS)
-def test_the_identity_leaves_beta_where_it_was(d):
+def test_identity_leaves_beta_where_it_was(d):
     lattice = torch.ones(d, dtype=torch.float64)
     assert beta(identity(d, dtype=torch.float64) @ lattice) == 1
     assert beta(identity(d, dtype=torch.float64) @ spikes(d, 1)) == pytest.approx(1 / math.sqrt(d))
 
 
 @pytest.mark.parametrize("d", DIMS)
-def test_one_round_puts_a_one_hot_key_on_the_lattice(d):
+def test_srht_of_one_round_puts_a_one_hot_key_on_the_lattice(d):
     assert under(one_round, spikes(d, 1)) == pytest.approx([1] * len(SEEDS))
 
 
 @pytest.mark.parametrize("d", DIMS)
-def test_one_round_puts_two_spikes_below_the_floor(d):
+def test_srht_of_one_round_puts_two_spikes_below_the_floor(d):
     assert under(one_round, spikes(d, 2)) == pytest.approx([math.sqrt(0.5)] * len(SEEDS))
 
 
@@ -78,6 +78,6 @@ def test_haar_brings_two_spikes_to_the_floor(d):
 
 
 @pytest.mark.parametrize("d", DIMS)
-def test_one_round_is_enough_for_isotropic_keys(d):
+def test_srht_of_one_round_is_enough_for_isotropic_keys(d):
     keys = torch.randn(2000, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert beta(keys @ one_round(d, 0).T) == pytest.approx(haar_beta(d), abs=2e-3)

@@ -40,7 +40,7 @@ def with_means_in_the_bias(model, means):
 
 
 @pytest.mark.parametrize("folder", ["olmoe_folder", "llama_folder"])
-def test_in_a_model_it_may_become_a_bias_of_the_output_projection(folder, request):
+def test_static_value_mean_may_become_a_bias_of_a_models_output_projection(folder, request):
     model = load_model(request.getfixturevalue(folder)).model
     means = {
         index: 3 * gaussian(layer.n_heads, layer.head_dim, seed=index).float()
@@ -61,13 +61,13 @@ def test_in_a_model_it_may_become_a_bias_of_the_output_projection(folder, reques
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])
-def test_added_after_attention_it_is_exact_with_a_soft_cap_too(cap):
+def test_static_value_mean_added_after_attention_is_exact_with_a_soft_cap_too(cap):
     scores = SCORES if cap is None else cap * (SCORES / cap).tanh()
     weights = scores.softmax(-1)
     torch.testing.assert_close(weights @ (VALUES - MEAN) + MEAN, weights @ VALUES)
 
 
-def test_a_sink_logit_takes_its_share_of_the_mean_away():
+def test_static_value_mean_loses_the_share_that_a_sink_logit_takes():
     sink = torch.full((len(SCORES), 1), 6.0, dtype=torch.float64)
     weights = torch.cat([sink, SCORES], -1).softmax(-1)[:, 1:]
     left = weights.sum(-1, keepdim=True)

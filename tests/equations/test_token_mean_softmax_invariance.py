@@ -38,21 +38,21 @@ def attention(keys, cap=None, sink=None):
 CENTRED, OFFSET = Centering.fit(KEYS, "token_mean").split(KEYS)
 
 
-def test_the_scores_move_by_one_number_per_query():
+def test_token_mean_moves_the_scores_by_one_number_per_query():
     moved = scores(KEYS) - scores(CENTRED)
     assert moved.std(-1).max() < 1e-12 and moved.abs().max() > 0.5
 
 
-def test_no_attention_weight_changes():
+def test_token_mean_changes_no_attention_weight():
     torch.testing.assert_close(attention(CENTRED), attention(KEYS), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("setting", [{"cap": 5.0}, {"sink": 1.0}])
-def test_a_soft_cap_and_a_sink_logit_see_it(setting):
+def test_token_mean_is_seen_by_a_soft_cap_and_a_sink_logit(setting):
     assert (attention(CENTRED, **setting) - attention(KEYS, **setting)).abs().max() > 0.05
 
 
-def test_the_mean_of_each_keys_own_coordinates_must_be_put_back():
+def test_dc_mean_of_each_keys_own_coordinates_must_be_put_back():
     centred, offset = Centering("dc").split(KEYS)
     assert (attention(centred) - attention(KEYS)).abs().max() > 0.05
     torch.testing.assert_close(attention(Centering("dc").join(centred, offset)), attention(KEYS))

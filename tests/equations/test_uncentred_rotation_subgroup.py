@@ -31,7 +31,7 @@ def onto_lattice(key, corner):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_some_rotation_puts_any_single_key_on_the_lattice(seed):
+def test_uncentred_rotation_can_put_any_single_key_on_the_lattice(seed):
     key = 3 + torch.randn(D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     e = torch.ones(D, dtype=torch.float64) / math.sqrt(D)
     rotation = onto_lattice(key, hadamard(D, dtype=torch.float64)[5])
@@ -56,7 +56,7 @@ def test_of_signed_permutations_a_share_of_two_to_the_one_minus_d_fixes_the_mean
         torch.testing.assert_close(cosine(y @ p.T), cosine(y))
 
 
-def test_fixing_the_mean_direction_earns_nothing():
+def test_uncentred_rotation_earns_nothing_by_fixing_the_mean_direction():
     eta = 4
     noise = torch.randn(8000, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     keys = noise + math.sqrt(eta)
@@ -67,14 +67,14 @@ def test_fixing_the_mean_direction_earns_nothing():
     assert min(values) > rank_ceiling(D - 1) + 0.09
 
 
-def test_a_mean_off_the_lattice_is_what_costs():
+def test_uncentred_rotation_costs_by_a_mean_off_the_lattice():
     """The same keys under a rotation that sends the mean to a generic direction: the floor."""
     noise = torch.randn(4000, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     values = [beta((noise + 2) @ haar(D, s, dtype=torch.float64).T) for s in range(5)]
     assert max(values) < 0.84
 
 
-def test_training_leaves_the_mean_direction_for_a_corner_of_its_own():
+def test_learn_rotation_leaves_the_mean_direction_for_a_corner_of_its_own():
     keys = 2 + torch.randn(4096, 64, generator=torch.Generator().manual_seed(1))
     matrix = learn_rotation(keys, LearnConfig(solver="itq", steps=40)).matrix
     e = torch.ones(64) / 8

@@ -32,7 +32,7 @@ def coded(y):
     return token_scale(y, "mse")[:, None] * signs
 
 
-def test_absorbed_it_changes_no_output():
+def test_value_rotation_absorbed_changes_no_output():
     torch.testing.assert_close(
         WEIGHTS @ (X @ (R @ W_V).T) @ (W_O @ R.T).T, WEIGHTS @ (X @ W_V.T) @ W_O.T
     )
@@ -62,7 +62,7 @@ def test_a_matrix_shared_with_the_keys_absorbs_it_only_after_it_is_untied():
     assert (tied - exact).norm() > 0.1 * exact.norm()
 
 
-def test_absorbed_around_the_code_it_is_the_rotated_code():
+def test_value_rotation_absorbed_around_the_code_is_the_rotated_code():
     inside = WEIGHTS @ coded(X @ (R @ W_V).T) @ (W_O @ R.T).T
     outside = WEIGHTS @ (coded(X @ W_V.T @ R.T) @ R) @ W_O.T
     torch.testing.assert_close(inside, outside)

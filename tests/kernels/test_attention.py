@@ -147,33 +147,37 @@ def _check(case: Case, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize("d", kernels.HEAD_DIMS)
-def test_every_head_size(d: int, poisoned_memory: None) -> None:
+def test_decode_attention_is_accurate_at_every_head_size(d: int, poisoned_memory: None) -> None:
     _check(Case(d, dc=True, softcap=20.0))
 
 
 @pytest.mark.parametrize("d", [16, 80, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_dtype(d: int, dtype: torch.dtype) -> None:
+def test_decode_attention_is_accurate_in_every_dtype(d: int, dtype: torch.dtype) -> None:
     _check(Case(d, dtype=dtype, dc=True, softcap=20.0, n_whole=9))
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 8, 17, 32])
-def test_every_number_of_queries_to_a_head(group: int, poisoned_memory: None) -> None:
+def test_decode_attention_takes_every_number_of_queries_to_a_head(
+    group: int, poisoned_memory: None
+) -> None:
     _check(Case(group=group, n_heads=2, n_whole=5))
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_packed_values(bits: int, dtype: torch.dtype) -> None:
+def test_decode_attention_reads_packed_values(bits: int, dtype: torch.dtype) -> None:
     _check(Case(96, dtype=dtype, bits=bits, n_whole=7))
 
 
 @pytest.mark.parametrize(("d", "dv", "bits"), [(64, 128, 16), (128, 80, 16), (80, 32, 4)])
-def test_values_of_another_size_than_keys(d: int, dv: int, bits: int) -> None:
+def test_decode_attention_takes_values_of_another_size_than_keys(
+    d: int, dv: int, bits: int
+) -> None:
     _check(Case(d, dv, bits=bits, n_whole=3))
 
 
-def test_whole_tokens_and_values_of_other_dtypes_than_the_query() -> None:
+def test_decode_attention_takes_whole_tokens_and_values_of_other_dtypes() -> None:
     x = _inputs(Case(dtype=torch.float32, n_whole=9))
     whole = FullPrecisionTokens(x.whole.keys.half(), x.whole.values.half(), x.whole.length)
     x = replace(x, values=x.values.half(), whole=whole)
@@ -198,7 +202,7 @@ DRAWN = {
 
 @settings(max_examples=10)
 @given(case=st.builds(Case, **DRAWN), seed=st.integers(0, 2**31))
-def test_any_mixture_of_these(case: Case, seed: int) -> None:
+def test_decode_attention_takes_any_mixture_of_these(case: Case, seed: int) -> None:
     x = _inputs(case, seed)
     if _exact(x).any():
         _judge(_triton(x), x)
@@ -207,7 +211,7 @@ def test_any_mixture_of_these(case: Case, seed: int) -> None:
 
 
 @pytest.mark.parametrize("n_splits", [1, 2, 5])
-def test_lengths_about_the_borders_of_tiles_and_splits(
+def test_decode_attention_takes_lengths_about_the_borders_of_tiles_and_splits(
     n_splits: int, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
 ) -> None:
     monkeypatch.setattr(triton_attention, "_n_splits", lambda *_: n_splits)
@@ -216,19 +220,23 @@ def test_lengths_about_the_borders_of_tiles_and_splits(
     _check(Case(16, tokens=tuple(ends), room=129, group=1))
 
 
-def test_ends_outside_the_room_are_those_of_the_room(poisoned_memory: None) -> None:
+def test_decode_attention_takes_ends_outside_the_room_as_those_of_the_room(
+    poisoned_memory: None,
+) -> None:
     case = Case(tokens=((0, 75), (3, 75)))
     x = _inputs(case)
     over = replace(x, start=_int32(-70, 3), length=_int32(75, 1000))
     assert torch.equal(_triton(over), _triton(x))
 
 
-def test_whole_tokens_beyond_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_attention_takes_whole_tokens_beyond_one_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(triton_attention, "WHOLE_SPLIT", 64)
     _check(Case(n_whole=150, tokens=((0, 10), (2, 2), (0, 70)), softcap=30.0))
 
 
-def test_a_sequence_without_any_token_is_zero(poisoned_memory: None) -> None:
+def test_decode_attention_of_a_sequence_without_any_token_is_zero(poisoned_memory: None) -> None:
     x = _inputs(Case(tokens=((0, 40), (7, 7), (0, 0)), n_whole=4))
     whole = replace(x.whole, length=_int32(4, 0, 0))
     got = _triton(replace(x, whole=whole))
@@ -236,12 +244,12 @@ def test_a_sequence_without_any_token_is_zero(poisoned_memory: None) -> None:
     assert torch.equal(got[1:], torch.zeros_like(got[1:]))
 
 
-def test_a_cache_without_room_is_zero(poisoned_memory: None) -> None:
+def test_decode_attention_of_a_cache_without_room_is_zero(poisoned_memory: None) -> None:
     got = _triton(_inputs(Case(tokens=((0, 0), (0, 0)), room=0)))
     assert torch.equal(got, torch.zeros_like(got))
 
 
-def test_room_not_used_does_not_show() -> None:
+def test_decode_attention_does_not_show_room_not_used() -> None:
     x = _inputs(Case(bits=4, dc=True))
     before = _triton(x)
     t = torch.arange(75)
@@ -254,7 +262,7 @@ def test_room_not_used_does_not_show() -> None:
 
 
 @pytest.mark.parametrize("window", [1, 20, 500])
-def test_a_window_is_a_later_start(window: int) -> None:
+def test_decode_attention_takes_a_window_as_a_later_start(window: int) -> None:
     x = _inputs(Case(tokens=((0, 75), (11, 60))))
     got = kernels.decode_attention(
         x.query,
@@ -271,7 +279,7 @@ def test_a_window_is_a_later_start(window: int) -> None:
     assert torch.equal(got, _triton(replace(x, start=start)))
 
 
-def test_all_of_the_room_is_attended_to_by_default() -> None:
+def test_decode_attention_attends_to_all_of_the_room_by_default() -> None:
     x = _inputs(Case(tokens=((0, 75),)))
     got = kernels.decode_attention(
         x.query, x.keys, x.rotation, x.values, scaling=x.scaling, impl="triton"
@@ -279,7 +287,9 @@ def test_all_of_the_room_is_attended_to_by_default() -> None:
     assert torch.equal(got, _triton(x))
 
 
-def test_a_sequence_is_the_same_in_a_batch_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_attention_of_a_sequence_is_the_same_in_a_batch_and_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x = _inputs(Case(bits=4, dc=True, n_whole=6, tokens=((0, 75), (11, 60), (0, 0)), n_heads=2))
 
     def alone(b: int) -> Inputs:
@@ -303,7 +313,9 @@ def test_a_sequence_is_the_same_in_a_batch_and_alone(monkeypatch: pytest.MonkeyP
         assert torch.equal(_triton(alone(b))[0], together[b])
 
 
-def test_the_number_of_splits_changes_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_attention_number_of_splits_changes_rounding_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x = _inputs(Case(dtype=torch.float32, tokens=((0, 200),), room=200))
     results = []
     for n in (1, 7):
@@ -312,7 +324,7 @@ def test_the_number_of_splits_changes_rounding_alone(monkeypatch: pytest.MonkeyP
     assert relative_error(*results) < 1e-6
 
 
-def test_a_temperature_scales_the_query_of_its_head() -> None:
+def test_decode_attention_temperature_scales_the_query_of_its_head() -> None:
     torch.manual_seed(1)
     d, room, temperature = 64, 50, torch.tensor([0.5, 2.0])
     rotation, k = _rotation(2, d), torch.randn(1, 2, room, d)
@@ -328,7 +340,7 @@ def test_a_temperature_scales_the_query_of_its_head() -> None:
     assert relative_error(*results) < 1e-6  # τ a power of 2: the scales are the same
 
 
-def test_a_static_mean_cancels() -> None:
+def test_decode_attention_cancels_a_static_mean() -> None:
     torch.manual_seed(2)
     d, room, mean = 64, 50, 3 * torch.randn(1, 64)
     rotation, k = _rotation(1, d), torch.randn(1, 1, room, d) + mean[:, None]
@@ -350,7 +362,7 @@ def test_a_static_mean_cancels() -> None:
 
 @pytest.mark.parametrize("size", [1e-3, 1e-2, 1e2])
 @pytest.mark.parametrize("bits", [16, 4])
-def test_values_of_any_size(size: float, bits: int) -> None:
+def test_decode_attention_is_accurate_for_values_of_any_size(size: float, bits: int) -> None:
     """Half precision has few numbers about a step of 1e-5: weights must not be lost among them."""
     x = _inputs(Case(bits=bits))
     if bits == 16:
@@ -362,7 +374,7 @@ def test_values_of_any_size(size: float, bits: int) -> None:
     _judge(_triton(x), x)
 
 
-def test_steps_too_small_for_half_precision_keep_their_digits() -> None:
+def test_decode_attention_keeps_digits_of_steps_too_small_for_half_precision() -> None:
     """A bfloat16 query's values are added up in half precision, which has no number below 6e-8."""
     x = _inputs(Case(bits=4, dtype=torch.bfloat16))
     v = x.values
@@ -400,7 +412,7 @@ def _far_end(x: Inputs, room: int) -> Inputs:
         (Case(16, 16, bits=2, tokens=((3, 75),), n_heads=2), 2**30 + 75),
     ],
 )
-def test_caches_beyond_2_to_the_31_elements(case: Case, room: int) -> None:
+def test_decode_attention_reads_caches_beyond_2_to_the_31_elements(case: Case, room: int) -> None:
     x = _inputs(case)
     _judge(_triton(_far_end(x, room)), x)
 
@@ -473,7 +485,7 @@ def _with_whole(x: Inputs, **changed: Tensor) -> Inputs:
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_what_does_not_belong_together_is_refused(message: str) -> None:
+def test_decode_attention_refuses_what_does_not_belong_together(message: str) -> None:
     x = _inputs(Case(group=2, n_heads=2, dc=True, n_whole=4))
     with pytest.raises(InputError, match=message):
         _triton(WRONG[message](x))
@@ -490,7 +502,7 @@ WRONG_VALUES = {
 
 
 @pytest.mark.parametrize("message", WRONG_VALUES)
-def test_packed_values_that_do_not_belong_are_refused(message: str) -> None:
+def test_decode_attention_refuses_packed_values_that_do_not_belong(message: str) -> None:
     x = _inputs(Case(bits=4))
     changed = {
         name: change(x.values) if callable(change) else change
@@ -501,7 +513,7 @@ def test_packed_values_that_do_not_belong_are_refused(message: str) -> None:
 
 
 @pytest.mark.parametrize("window", [0, -3])
-def test_a_window_without_a_token_is_refused(window: int) -> None:
+def test_decode_attention_refuses_a_window_without_a_token(window: int) -> None:
     x = _inputs(Case())
     with pytest.raises(InputError, match=f"window={window}"):
         kernels.decode_attention(

@@ -105,14 +105,14 @@ def _assert_right(arguments: tuple) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("n_whole", [None, 5])
-def test_attention_is_as_accurate_as_plain_torch(case: tuple, n_whole: int | None) -> None:
+def test_decode_attention_is_as_accurate_as_plain_torch(case: tuple, n_whole: int | None) -> None:
     _seeded()
     _assert_right(_arguments(case, 331, [0, 17], [301, 330], n_whole=n_whole))
 
 
 @settings(max_examples=25)
 @given(st.data())
-def test_any_lengths_batches_and_heads(data: st.DataObject) -> None:
+def test_decode_attention_takes_any_lengths_batches_and_heads(data: st.DataObject) -> None:
     _seeded()
     room = data.draw(st.integers(1, 700))
     batch = data.draw(st.integers(1, 3))
@@ -123,7 +123,7 @@ def test_any_lengths_batches_and_heads(data: st.DataObject) -> None:
     _assert_right(_arguments(SMALL, room, start, length, n_heads, n_whole))
 
 
-def test_a_query_with_one_large_coordinate_keeps_its_accuracy() -> None:
+def test_decode_attention_keeps_accuracy_with_one_large_query_coordinate() -> None:
     _seeded()
     for case in SMALL, (128, 4, BF16, 16, None, False):
         query, keys, rotation, *rest = _arguments(case, 300, [0], [300])
@@ -131,14 +131,14 @@ def test_a_query_with_one_large_coordinate_keeps_its_accuracy() -> None:
         _assert_right((query, keys, torch.eye(query.shape[-1]).expand_as(rotation), *rest))
 
 
-def test_nothing_to_attend_to_gives_zeros() -> None:
+def test_decode_attention_gives_zeros_with_nothing_to_attend_to() -> None:
     arguments = _arguments(SMALL, 200, [0, 90], [150, 90])
     out = cpu.decode_attention(*arguments)
     assert not out[1].any()
     assert relative_error(out[0], _exact(arguments)[0]) < 1e-5
 
 
-def test_an_empty_cache_leaves_the_whole_tokens() -> None:
+def test_decode_attention_of_an_empty_cache_leaves_the_whole_tokens() -> None:
     arguments = _arguments(SMALL, 0, [0], [0], n_whole=9)
     arguments[-1].length[:] = 9
     arguments[-1].keys.normal_()
@@ -146,14 +146,14 @@ def test_an_empty_cache_leaves_the_whole_tokens() -> None:
     _assert_right(arguments)
 
 
-def test_a_nan_that_is_attended_to_shows() -> None:
+def test_decode_attention_shows_a_nan_that_is_attended_to() -> None:
     for at in (0, 3):
         arguments = _arguments(SMALL, 100, [0], [100])
         arguments[at][0, 0, 20] = torch.nan
         assert cpu.decode_attention(*arguments)[0, 0].isnan().any()
 
 
-def test_inputs_are_left_alone() -> None:
+def test_decode_attention_leaves_its_inputs_alone() -> None:
     arguments = _arguments(SMALL, 100, [0], [90], n_whole=3)
     query, keys, rotation, values, _, _, _, _, whole = arguments
     tensors = (query, keys.words, keys.scale, keys.dc, rotation, values, whole.keys, whole.values)
@@ -163,7 +163,7 @@ def test_inputs_are_left_alone() -> None:
         torch.testing.assert_close(x, old, rtol=0, atol=0, equal_nan=True)
 
 
-def test_threads_change_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_attention_threads_change_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = _arguments(SMALL, 900, [0], [877], n_heads=1)
     outs = []
     for n in (1, 3, 7):
@@ -173,7 +173,7 @@ def test_threads_change_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(out, outs[0])
 
 
-def test_calls_at_the_same_time_do_not_disturb_each_other() -> None:
+def test_decode_attention_calls_at_the_same_time_do_not_disturb_each_other() -> None:
     every = [_arguments(SMALL, 400, [0], [400]) for _ in range(8)]
     alone = [cpu.decode_attention(*arguments) for arguments in every]
     with ThreadPoolExecutor(4) as pool:
@@ -209,13 +209,13 @@ def test_pieces_cover_every_token_once_and_are_equal(
     assert len(pieces) <= n_threads * cpu_loop.PIECES_PER_THREAD
 
 
-def test_the_cpu_path_is_what_a_cpu_runs() -> None:
+def test_chosen_attention_on_a_cpu_is_the_cpu_path() -> None:
     assert kernels.chosen("attention", "auto", torch.device("cpu")) == "cpu"
 
 
 @pytest.mark.parametrize("limbs", sorted(cpu.LIMBS.values()))
 @pytest.mark.parametrize("feature", [*(feature for feature, _, _ in vectors._LOOKUP), "none"])
-def test_every_way_to_look_up_gives_the_sums(
+def test_lookup_sums_are_given_by_every_way_to_look_up(
     feature: str, limbs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = cpu_target.target_context.codegen()._tm_features.split(",")
@@ -238,7 +238,7 @@ def test_every_way_to_look_up_gives_the_sums(
     np.testing.assert_array_equal(out, (each.sum(0) - 9).astype(np.float32))
 
 
-def test_a_processor_with_no_vector_instructions_gives_the_same(tmp_path: Path) -> None:
+def test_decode_attention_is_the_same_with_no_vector_instructions(tmp_path: Path) -> None:
     arguments = _arguments((16, 5, FP16, 16, 20.0, True), 150, [0], [150])
     torch.save((arguments, cpu.decode_attention(*arguments)), tmp_path / "case.pt")
     program = (
@@ -253,7 +253,7 @@ def test_a_processor_with_no_vector_instructions_gives_the_same(tmp_path: Path) 
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_halves_are_exact_without_an_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_widen_is_exact_for_halves_without_an_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vectors, "_has", lambda _context, _feature: False)
     widen = vectors.widen.__wrapped__("float16", 64)
 

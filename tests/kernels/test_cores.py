@@ -18,7 +18,7 @@ def either_pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_work_is_done_by_so_many_threads_at_once(n: int, either_pool: None) -> None:
+def test_run_on_all_threads_does_work_by_so_many_threads_at_once(n: int, either_pool: None) -> None:
     meeting, seen = threading.Barrier(n, timeout=20), []
 
     def work() -> None:
@@ -29,7 +29,9 @@ def test_work_is_done_by_so_many_threads_at_once(n: int, either_pool: None) -> N
     assert len(set(seen)) == n and threading.get_ident() in seen
 
 
-def test_an_exception_of_any_thread_is_raised_and_the_next_call_works(either_pool: None) -> None:
+def test_run_on_all_threads_raises_an_exception_of_any_and_the_next_call_works(
+    either_pool: None,
+) -> None:
     here = threading.get_ident()
     started = threading.Barrier(2, timeout=20)
 
@@ -45,14 +47,14 @@ def test_an_exception_of_any_thread_is_raised_and_the_next_call_works(either_poo
     assert len(done) == 2
 
 
-def test_torch_computes_as_before_after_its_threads_were_borrowed(either_pool: None) -> None:
+def test_run_on_all_threads_leaves_torch_computing_as_before(either_pool: None) -> None:
     a = torch.randn(600, 600, generator=torch.Generator().manual_seed(0))
     before = a @ a
     cores.run_on_all_threads(lambda: None, torch.get_num_threads())
     assert torch.equal(a @ a, before)
 
 
-def test_threads_to_come_compute_with_as_many_threads_as_before() -> None:
+def test_map_matrices_leaves_threads_to_come_as_many_threads_as_before() -> None:
     n = torch.get_num_threads()
     cores.map_matrices(torch.linalg.inv, torch.eye(3).expand(4, 3, 3))
     with ThreadPoolExecutor(1) as pool:

@@ -37,7 +37,7 @@ def assert_dequantised(got, packed, rotation, mean, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("d", kernels.HEAD_DIMS)
-def test_every_head_size(d, dtype):
+def test_dequantise_is_accurate_at_every_head_size(d, dtype):
     n_heads = 2 if d <= 128 else 1
     packed, rotation = random_packed(2, n_heads, 9, d), random_rotation(n_heads, d)
     mean = torch.randn(n_heads, d, device=DEVICE)
@@ -48,7 +48,7 @@ def test_every_head_size(d, dtype):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("dc", [False, True])
-def test_with_and_without_dc_and_mean(dc, centred, dtype):
+def test_dequantise_is_accurate_with_and_without_dc_and_mean(dc, centred, dtype):
     packed, rotation = random_packed(1, 2, 17, 80, dc=dc), random_rotation(2, 80)
     mean = torch.randn(2, 80, device=DEVICE).to(dtype) if centred else None
     got = kernels.dequantise(packed, rotation, mean, dtype=dtype, impl="triton")
@@ -56,27 +56,27 @@ def test_with_and_without_dc_and_mean(dc, centred, dtype):
 
 
 @pytest.mark.parametrize(("batch", "room"), [(1, 1), (1, 127), (1, 129), (3, 97), (5, 60)])
-def test_any_number_of_tokens_and_sequences(batch, room):
+def test_dequantise_takes_any_number_of_tokens_and_sequences(batch, room):
     packed, rotation = random_packed(batch, 1, room, 32), random_rotation(1, 32)
     got = kernels.dequantise(packed, rotation, dtype=torch.float16, impl="triton")
     assert_dequantised(got, packed, rotation, None, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_rotation_of_any_dtype_and_layout(dtype):
+def test_dequantise_takes_a_rotation_of_any_dtype_and_layout(dtype):
     packed, rotation = random_packed(1, 2, 5, 64), random_rotation(2, 64).mT.to(dtype)
     got = kernels.dequantise(packed, rotation, impl="triton")
     assert_dequantised(got, packed, rotation, None, torch.float32)
 
 
-def test_first_tokens_of_a_cache():
+def test_dequantise_reads_the_first_tokens_of_a_cache():
     packed, rotation = random_packed(2, 2, 12, 64), random_rotation(2, 64)
     first = PackedKeys(packed.words[:, :, :5], packed.scale[:, :, :5], packed.dc[:, :, :5])
     got = kernels.dequantise(first, rotation, impl="triton")
     assert torch.equal(got, kernels.dequantise(packed, rotation, impl="triton")[:, :, :5])
 
 
-def test_float32_keys_keep_the_digits_of_the_rotation():
+def test_dequantise_keeps_the_digits_of_the_rotation_in_float32_keys():
     # an error of the size of half precision in the rotation would be 2^-12 here
     packed = random_packed(1, 1, 40, 128, dc=False)
     rotation = random_rotation(1, 128)
@@ -85,7 +85,7 @@ def test_float32_keys_keep_the_digits_of_the_rotation():
     assert (got - exact).norm() / exact.norm() < 2.0**-19
 
 
-def test_keys_on_the_lattice_survive_packing():
+def test_dequantise_gives_back_packed_keys_on_the_lattice():
     rotation = random_rotation(2, 64)
     keys = 0.5 * sign(torch.randn(2, 2, 9, 64, device=DEVICE)) @ rotation
     packed = kernels.PackedKeys.empty(2, 2, 9, 64, device=DEVICE)
@@ -97,7 +97,7 @@ def test_keys_on_the_lattice_survive_packing():
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("method", ["none", "dc", "token_mean"])
-def test_it_is_what_the_codec_decodes(method, impl):
+def test_dequantise_is_what_the_codec_decodes(method, impl):
     packed, rotation = random_packed(2, 3, 7, 64, dc=method == "dc"), random_rotation(3, 64)
     mean = torch.randn(3, 64, device=DEVICE) if method == "token_mean" else None
     codec = SignQuantizer(rotation, Centering(method, mean))
@@ -109,7 +109,7 @@ def test_it_is_what_the_codec_decodes(method, impl):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize(("batch", "room"), [(0, 3), (2, 0)])
-def test_an_empty_cache(batch, room, impl, dtype):
+def test_dequantise_of_an_empty_cache_is_empty(batch, room, impl, dtype):
     packed = random_packed(batch, 2, room, 64)
     got = kernels.dequantise(packed, random_rotation(2, 64), dtype=dtype, impl=impl)
     assert got.shape == (batch, 2, room, 64) and got.dtype == dtype
@@ -123,14 +123,14 @@ def launched(words, scale, out, rotation, n_tokens: int, room: int) -> None:
     launch(grid, words, scale, scale, table, scale, out, n_tokens, n_tokens, room)
 
 
-def test_nothing_is_written_outside_the_tokens():
+def test_dequantise_writes_nothing_outside_the_tokens():
     packed, rotation = random_packed(1, 2, 7, 80, dc=False), random_rotation(2, 80)
     out = torch.full((2, 7, 80), torch.nan, dtype=torch.float16, device=DEVICE)
     launched(packed.words, packed.scale, out, rotation, 5, 7)
     assert out[:, :5].isfinite().all() and out[:, 5:].isnan().all()
 
 
-def test_keys_beyond_2_31_numbers():
+def test_dequantise_writes_keys_beyond_2_31_numbers():
     d, n_heads, n_tokens, reach = 64, 2, 3, 2**31
     room = reach // d + 1  # the second head begins beyond 2^31 numbers
     try:

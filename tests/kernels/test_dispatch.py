@@ -55,7 +55,7 @@ HADAMARD = {
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", HADAMARD)
-def test_hadamard_refuses(case, impl):
+def test_hadamard_transform_refuses(case, impl):
     wrong, message = HADAMARD[case]
     arguments = {"x": torch.zeros(2, 64), "signs": torch.ones(64), "impl": impl} | wrong
     with pytest.raises(InputError, match=message):
@@ -119,14 +119,14 @@ def pack_arguments(**device: str) -> dict:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", PACK)
-def test_pack_refuses(case, impl):
+def test_pack_into_refuses(case, impl):
     wrong, message = PACK[case]
     with pytest.raises(InputError, match=message):
         kernels.pack_into(**pack_arguments() | {"impl": impl} | wrong)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_pack_refuses_more_rows_than_a_kernel_counts(impl):
+def test_pack_into_refuses_more_rows_than_a_kernel_counts(impl):
     batch = 2**30 // T
     with pytest.raises(InputError, match="1073741824 rows"):
         kernels.pack_into(
@@ -178,7 +178,7 @@ def test_dequantise_refuses(case, impl):
 
 
 @pytest.mark.parametrize("kernel", ["hadamard", "pack", "unpack"])
-def test_auto_is_triton_on_a_gpu_and_the_reference_on_a_cpu(kernel):
+def test_chosen_auto_is_triton_on_a_gpu_and_the_reference_on_a_cpu(kernel):
     assert kernels.chosen(kernel, "auto", torch.device("cuda")) == "triton"
     assert kernels.chosen(kernel, "auto", torch.device("cpu")) == "torch"
     assert kernels.chosen(kernel, "torch", torch.device("cuda")) == "torch"

@@ -44,7 +44,7 @@ def test_hadamard_transform_is_accurate_at_every_order(case):
 
 
 @pytest.mark.parametrize("n", ORDERS[:-4:4])
-def test_reference_is_the_hadamard_matrix(n):
+def test_hadamard_transform_reference_is_the_hadamard_matrix(n):
     x, signs = random_rows(3, n, dtype=torch.float64), random_signs(n)
     exact = dense(x, signs, torch.float64)
     torch.testing.assert_close(reference.hadamard_transform(x, signs), exact)
@@ -52,7 +52,7 @@ def test_reference_is_the_hadamard_matrix(n):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("n", [16, 28, 112, 128, 448, 2048, 8192])
-def test_without_signs_it_is_the_bare_matrix(n, dtype):
+def test_hadamard_transform_without_signs_is_the_bare_matrix(n, dtype):
     x = random_rows(5 + 512 // n, n, dtype=dtype)
     got = kernels.hadamard_transform(x, impl="triton")
     exact = reference.hadamard_transform(x.double())
@@ -61,7 +61,7 @@ def test_without_signs_it_is_the_bare_matrix(n, dtype):
 
 @pytest.mark.parametrize("n_rows", [1, 31, 33, 65, 129])
 @pytest.mark.parametrize("n", [80, 192])
-def test_any_number_of_rows(n, n_rows):
+def test_hadamard_transform_takes_any_number_of_rows(n, n_rows):
     x, signs = random_rows(n_rows, n, dtype=torch.float16), random_signs(n)
     got = kernels.hadamard_transform(x, signs, impl="triton")
     exact = reference.hadamard_transform(x.double(), signs)
@@ -69,7 +69,7 @@ def test_any_number_of_rows(n, n_rows):
 
 
 @pytest.mark.parametrize("n", [28, 320])
-def test_nothing_is_written_outside_the_rows(n, monkeypatch):
+def test_hadamard_transform_writes_nothing_outside_the_rows(n, monkeypatch):
     margin = 4096
     buffer = torch.full((3 * n + 2 * margin,), torch.nan, device=DEVICE)
     monkeypatch.setattr(torch, "empty_like", lambda rows: buffer[margin:-margin].view_as(rows))
@@ -81,14 +81,14 @@ def test_nothing_is_written_outside_the_rows(n, monkeypatch):
 
 @pytest.mark.parametrize("size", [1e-3, 1e3])
 @pytest.mark.parametrize("n", [64, 4096])
-def test_small_and_large_rows_lose_no_more_digits_in_half_precision(n, size):
+def test_hadamard_transform_in_half_precision_keeps_digits_of_small_and_large_rows(n, size):
     x = random_rows(3, n, dtype=torch.float16, size=size)
     got = kernels.hadamard_transform(x, impl="triton")
     exact = reference.hadamard_transform(x.double())
     assert_accurate(got, exact, product_tolerance(torch.float16, n))
 
 
-def test_rows_of_any_shape_and_stride():
+def test_hadamard_transform_takes_rows_of_any_shape_and_stride():
     x, signs = random_rows(2, 64, 3, dtype=torch.float32).transpose(1, 2), random_signs(64)
     got = kernels.hadamard_transform(x, signs, impl="triton")
     torch.testing.assert_close(got, reference.hadamard_transform(x, signs))
@@ -96,13 +96,13 @@ def test_rows_of_any_shape_and_stride():
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("n", [64, 8192])
-def test_no_rows_at_all(n, impl):
+def test_hadamard_transform_takes_no_rows_at_all(n, impl):
     x = torch.empty(2, 0, n, device=DEVICE)
     assert kernels.hadamard_transform(x, random_signs(n), impl=impl).shape == (2, 0, n)
 
 
 @pytest.mark.parametrize("n", [96, 2048])
-def test_transform_keeps_lengths(n):
+def test_hadamard_transform_keeps_lengths(n):
     x = random_rows(4, n, dtype=torch.float32, size=3.0)
     got = kernels.hadamard_transform(x, random_signs(n), impl="triton")
     torch.testing.assert_close(got.norm(dim=-1), x.norm(dim=-1), rtol=1e-5, atol=0)
@@ -110,7 +110,7 @@ def test_transform_keeps_lengths(n):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: 2^31 numbers")
 @pytest.mark.parametrize("n", [64, 4096])
-def test_rows_beyond_2_31_numbers(n):
+def test_hadamard_transform_takes_rows_beyond_2_31_numbers(n):
     x = torch.zeros(2**31 // n + 5, n, dtype=torch.float16, device=DEVICE)
     x[-7:] = random_rows(7, n, dtype=torch.float16)
     got = kernels.hadamard_transform(x, impl="triton")[-7:]

@@ -41,7 +41,7 @@ def _assert_within_half_a_step(values: Tensor, packed: PackedValues) -> None:
     dtype=st.sampled_from((torch.float16, torch.bfloat16, torch.float32)),
     seed=st.integers(0, 2**31),
 )
-def test_values_are_read_back_within_half_a_step(
+def test_packed_values_are_read_back_within_half_a_step(
     bits: int, d: int, n_tokens: int, size: float, offset: float, dtype: torch.dtype, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -52,14 +52,16 @@ def test_values_are_read_back_within_half_a_step(
 
 @pytest.mark.parametrize("bits", VALUE_BITS)
 @pytest.mark.parametrize("constant", [0.0, -0.1, 3e-8, 65504.0, -65504.0])
-def test_a_constant_is_read_back_as_half_precision_has_it(bits: int, constant: float) -> None:
+def test_packed_values_read_a_constant_back_as_half_precision_has_it(
+    bits: int, constant: float
+) -> None:
     values = torch.full((1, 1, 3, 16), constant, device=DEVICE)
     read = _filled(values, bits).read()
     assert torch.allclose(read, values.half().float(), rtol=2**-10, atol=2**-24)
 
 
 @pytest.mark.parametrize("bits", VALUE_BITS)
-def test_codes_are_exact_where_a_token_is_made_of_them(bits: int) -> None:
+def test_packed_values_are_exact_where_a_token_is_made_of_codes(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (2, 2, 5, 64), device=DEVICE)
     codes[..., 0], codes[..., 1] = 0, 2**bits - 1
     values = 0.25 * codes - 2.0
@@ -67,7 +69,7 @@ def test_codes_are_exact_where_a_token_is_made_of_them(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", VALUE_BITS)
-def test_code_f_of_byte_w_is_coordinate_f_w_plus_w(bits: int) -> None:
+def test_packed_values_code_f_of_byte_w_is_coordinate_f_w_plus_w(bits: int) -> None:
     d, codes_of_byte = 32, 8 // bits
     width = d // codes_of_byte
     for coordinate in (0, 1, width - 1, width % d, d - 1):
@@ -80,7 +82,7 @@ def test_code_f_of_byte_w_is_coordinate_f_w_plus_w(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", VALUE_BITS)
-def test_only_the_places_written_to_change(bits: int) -> None:
+def test_packed_values_write_changes_only_the_places_written_to(bits: int) -> None:
     packed = PackedValues.empty(2, 2, 9, 16, bits, device=DEVICE)
     packed.words.fill_(0xAB)
     packed.scale.fill_(torch.nan)
@@ -100,7 +102,7 @@ def test_only_the_places_written_to_change(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", VALUE_BITS)
 @pytest.mark.parametrize("bad", [-7e4, 1.1e9, torch.inf, -torch.inf, torch.nan])
-def test_values_that_half_precision_cannot_hold_are_refused(bits: int, bad: float) -> None:
+def test_packed_values_write_refuses_what_half_precision_cannot_hold(bits: int, bad: float) -> None:
     values = torch.zeros(1, 1, 4, 16, device=DEVICE)
     values[0, 0, 2, 5] = bad
     packed = PackedValues.empty(1, 1, 4, 16, bits, device=DEVICE)
@@ -122,7 +124,7 @@ def test_values_that_half_precision_cannot_hold_are_refused(bits: int, bad: floa
         ((2, 2, 3, 16), [0], "do not fit a cache of 8"),
     ],
 )
-def test_values_that_do_not_fit_are_refused(
+def test_packed_values_write_refuses_values_that_do_not_fit(
     shape: tuple[int, ...], positions: list[int], message: str
 ) -> None:
     packed = PackedValues.empty(2, 2, 8, 16, 4, device=DEVICE)
@@ -131,17 +133,19 @@ def test_values_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize(("head_dim", "bits"), [(16, 3), (16, 16), (2, 2), (0, 4), (-16, 4)])
-def test_a_width_that_does_not_fill_bytes_is_refused(head_dim: int, bits: int) -> None:
+def test_packed_values_empty_refuses_a_width_that_does_not_fill_bytes(
+    head_dim: int, bits: int
+) -> None:
     with pytest.raises(InputError):
         PackedValues.empty(1, 1, 4, head_dim, bits)
 
 
 @pytest.mark.parametrize("head_dim", [0, 4, 12])
-def test_keys_that_do_not_fill_bytes_are_refused(head_dim: int) -> None:
+def test_packed_keys_empty_refuses_keys_that_do_not_fill_bytes(head_dim: int) -> None:
     with pytest.raises(InputError):
         PackedKeys.empty(1, 1, 4, head_dim)
 
 
-def test_room_for_keys_has_no_centre_unless_asked_for() -> None:
+def test_packed_keys_empty_has_no_centre_unless_asked_for() -> None:
     assert PackedKeys.empty(1, 2, 3, 16).dc is None
     assert PackedKeys.empty(1, 2, 3, 16, dc=True).dc.shape == (1, 2, 3)

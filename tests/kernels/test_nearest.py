@@ -85,13 +85,13 @@ def chosen_one_by_one(correlations: Tensor, gram: Tensor, passes: int) -> Tensor
 
 
 @pytest.mark.parametrize("passes", [1, 2, 5])
-def test_each_sign_is_the_better_one_given_all_others(passes):
+def test_nearest_signs_are_each_the_better_one_given_all_others(passes):
     correlations, gram = problem(2, 3, 20, 16)
     words, *_ = reference.nearest_signs(correlations, gram, passes)
     assert torch.equal(unpack_signs(words), chosen_one_by_one(correlations, gram, passes))
 
 
-def test_most_signs_found_are_the_best_of_all():
+def test_nearest_signs_are_mostly_the_best_of_all():
     correlations, gram = problem(1, 1, 60, 16, skew=0.25)
     every = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=16)), dtype=torch.float64)
     length = ((every @ gram[0].double()) * every).sum(-1)
@@ -105,7 +105,7 @@ def test_most_signs_found_are_the_best_of_all():
 
 
 @EACH
-def test_signs_on_an_orthogonal_basis_are_those_of_the_correlations(impl):
+def test_nearest_signs_on_an_orthogonal_basis_are_those_of_the_correlations(impl):
     correlations = torch.randn(1, 2, 9, 16, device=WHERE[impl])
     gram = torch.eye(16, device=WHERE[impl]).repeat(2, 1, 1)
     words, along, length = kernels.nearest_signs(correlations, gram, passes=2, impl=impl)
@@ -115,7 +115,7 @@ def test_signs_on_an_orthogonal_basis_are_those_of_the_correlations(impl):
 
 
 @EACH
-def test_nothing_to_tell_signs_by_sets_all_bits(impl):
+def test_nearest_signs_with_nothing_to_tell_them_by_set_all_bits(impl):
     correlations = torch.zeros(1, 1, 2, 16, device=WHERE[impl])
     for zero in (0.0, -0.0):
         words, along, length = kernels.nearest_signs(
@@ -131,7 +131,7 @@ def test_nothing_to_tell_signs_by_sets_all_bits(impl):
     skew=st.floats(0, 3),
     definite=st.booleans(),
 )
-def test_no_pass_raises_the_sum(seed, d, skew, definite):
+def test_nearest_signs_raise_the_sum_in_no_pass(seed, d, skew, definite):
     torch.manual_seed(seed)
     correlations, gram = problem(1, 2, 5, d, skew)
     if not definite:  # nor need it be: the diagonal has no part in a choice
@@ -145,7 +145,7 @@ def test_no_pass_raises_the_sum(seed, d, skew, definite):
 
 
 @pytest.mark.parametrize("d", [16, 64])
-def test_after_enough_passes_no_single_flip_is_better(d):
+def test_nearest_signs_after_enough_passes_have_no_better_single_flip(d):
     correlations, gram = problem(1, 2, 30, d)
     words, *_ = reference.nearest_signs(correlations, gram, 12)
     signs = unpack_signs(words)
@@ -162,14 +162,14 @@ def test_after_enough_passes_no_single_flip_is_better(d):
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 63), (2, 1, 63), (2, 3, 1)])
 @pytest.mark.parametrize("d", kernels.HEAD_DIMS)
-def test_processor_finds_the_signs_of_the_reference(d, shape, passes):
+def test_nearest_signs_on_a_processor_are_those_of_the_reference(d, shape, passes):
     correlations, gram = problem(*shape, d)
     got = kernels.nearest_signs(correlations, gram, passes=passes, impl="cpu")
     assert_found(got, correlations, gram, passes)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_share_the_vectors(threads, monkeypatch):
+def test_nearest_signs_share_the_vectors_among_threads(threads, monkeypatch):
     correlations, gram = problem(2, 3, 41, 32)
     used = []
 
@@ -185,7 +185,7 @@ def test_threads_share_the_vectors(threads, monkeypatch):
 
 
 @pytest.mark.parametrize("d", kernels.HEAD_DIMS)
-def test_gpu_finds_the_signs_of_the_reference(d, monkeypatch):
+def test_nearest_signs_on_a_gpu_are_those_of_the_reference(d, monkeypatch):
     monkeypatch.setattr(triton, "FEW", 0)  # so that two vectors are a tile, as many are
     correlations, gram = problem(1, 1, 2, d, device=DEVICE)
     got = kernels.nearest_signs(correlations, gram, passes=2, impl="triton")
@@ -203,7 +203,7 @@ def test_gpu_finds_the_signs_of_the_reference(d, monkeypatch):
         ((1, 3, 17), 64, 2),
     ],
 )
-def test_gpu_takes_any_number_of_vectors_and_passes(shape, d, passes):
+def test_nearest_signs_on_a_gpu_take_any_number_of_vectors_and_passes(shape, d, passes):
     correlations, gram = problem(*shape, d, device=DEVICE)
     got = kernels.nearest_signs(correlations, gram, passes=passes, impl="triton")
     assert_found(got, correlations, gram, passes)
@@ -211,7 +211,7 @@ def test_gpu_takes_any_number_of_vectors_and_passes(shape, d, passes):
 
 @EACH
 @pytest.mark.parametrize("axes", [(0, 2, 1, 3), (0, 1, 3, 2), (3, 1, 2, 0)])
-def test_vectors_of_any_layout(axes, impl):
+def test_nearest_signs_take_vectors_of_any_layout(axes, impl):
     shape = tuple((1, 2, 5, 16)[axis] for axis in axes)
     correlations = torch.randn(shape, device=WHERE[impl]).permute(
         *(axes.index(axis) for axis in range(4))
@@ -227,7 +227,7 @@ def test_vectors_of_any_layout(axes, impl):
 
 @EACH
 @pytest.mark.parametrize("shape", [(0, 2, 3), (2, 2, 0), (2, 0, 3)])
-def test_no_vectors_give_no_words(shape, impl):
+def test_nearest_signs_of_no_vectors_are_no_words(shape, impl):
     correlations = torch.empty(*shape, 64, device=WHERE[impl])
     gram = torch.zeros(shape[1], 64, 64, device=WHERE[impl])
     words, along, length = kernels.nearest_signs(correlations, gram, impl=impl)
@@ -236,7 +236,7 @@ def test_no_vectors_give_no_words(shape, impl):
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_vectors_beyond_2_31_numbers(axis):
+def test_nearest_signs_take_vectors_beyond_2_31_numbers(axis):
     shape, strides = [1, 1, 1, 16], [16, 16, 16, 1]
     shape[axis], strides[axis] = 3, 2**30 + 16
     reach = 2 * strides[axis] + 16
@@ -272,7 +272,7 @@ REFUSED = {
 
 @EACH
 @pytest.mark.parametrize("case", REFUSED)
-def test_search_refuses(case, impl, monkeypatch):
+def test_nearest_signs_refuses(case, impl, monkeypatch):
     def launched(*arguments: object) -> None:
         pytest.fail("a kernel was launched on bad input")
 
@@ -283,11 +283,11 @@ def test_search_refuses(case, impl, monkeypatch):
         kernels.nearest_signs(**arguments)
 
 
-def test_processor_refuses_tensors_that_are_elsewhere():
+def test_nearest_signs_on_a_processor_refuses_tensors_that_are_elsewhere():
     with pytest.raises(InputError, match="impl='cpu' on meta tensors"):
         kernels.nearest_signs(VECTORS.to("meta"), GRAM.to("meta"), impl="cpu")
 
 
-def test_auto_is_compiled_wherever_the_vectors_are():
+def test_chosen_nearest_is_compiled_wherever_the_vectors_are():
     assert kernels.chosen("nearest", "auto", torch.device("cuda")) == "triton"
     assert kernels.chosen("nearest", "auto", torch.device("cpu")) == "cpu"

@@ -74,7 +74,7 @@ def assert_packed(got, keys, rotation, mean=None, temperature=None, rule="unbias
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("d", kernels.HEAD_DIMS)
-def test_centred_keys_of_every_head_size(d, dtype):
+def test_pack_into_takes_centred_keys_of_every_head_size(d, dtype):
     n_heads = 2 if d <= 128 else 1
     keys, rotation = random_keys(2, n_heads, 19, d, dtype=dtype), random_rotation(n_heads, d)
     mean, temperature = random_keys(n_heads, d), torch.rand(n_heads, device=DEVICE) + 0.5
@@ -88,7 +88,7 @@ def test_centred_keys_of_every_head_size(d, dtype):
 @pytest.mark.parametrize("dc", [False, True])
 @pytest.mark.parametrize("rule", SCALE_RULES)
 @pytest.mark.parametrize("d", [80, 128, 256])
-def test_every_scale_rule_with_and_without_dc(d, rule, dc):
+def test_pack_into_follows_every_scale_rule_with_and_without_dc(d, rule, dc):
     keys, rotation = random_keys(1, 2, 21, d, dtype=torch.float16), random_rotation(2, d)
     packed = poisoned(1, 2, 21, d, dc=dc)
     kernels.pack_into(packed, keys, rotation, places(0), rule=rule, impl="triton")
@@ -98,7 +98,7 @@ def test_every_scale_rule_with_and_without_dc(d, rule, dc):
 @pytest.mark.parametrize(
     ("batch", "n_tokens"), [(1, 1), (1, 16), (1, 17), (3, 43), (1, 128), (1, 129), (2, 261)]
 )
-def test_any_number_of_tokens_and_sequences(batch, n_tokens):
+def test_pack_into_takes_any_number_of_tokens_and_sequences(batch, n_tokens):
     keys = random_keys(batch, 1, n_tokens, 64, dtype=torch.float16)
     rotation = random_rotation(1, 64)
     packed = poisoned(batch, 1, n_tokens, 64, dc=True)
@@ -115,7 +115,7 @@ def assert_unwritten(packed: PackedKeys, written: Tensor) -> None:
 
 @pytest.mark.parametrize("n_tokens", [1, 5])
 @pytest.mark.parametrize("positions_dtype", [torch.int32, torch.int64])
-def test_append_writes_the_places_of_each_sequence_alone(n_tokens, positions_dtype):
+def test_pack_into_writes_the_places_of_each_sequence_alone(n_tokens, positions_dtype):
     room, d = 23, 96
     at = places(0, 7, room - n_tokens).to(positions_dtype)
     keys, rotation = random_keys(3, 2, n_tokens, d), random_rotation(2, d)
@@ -129,7 +129,7 @@ def test_append_writes_the_places_of_each_sequence_alone(n_tokens, positions_dty
     assert_packed(PackedKeys(words, scale, dc), keys, rotation)
 
 
-def test_token_by_token_is_the_whole_prompt():
+def test_pack_into_token_by_token_is_the_whole_prompt():
     keys, rotation = random_keys(2, 2, 6, 64, dtype=torch.float16), random_rotation(2, 64)
     whole, step = poisoned(2, 2, 6, 64, dc=True), poisoned(2, 2, 6, 64, dc=True)
     kernels.pack_into(whole, keys, rotation, places(0, 0), impl="triton")
@@ -140,7 +140,7 @@ def test_token_by_token_is_the_whole_prompt():
 
 
 @pytest.mark.parametrize("place", [-1, -3, 4, 9])
-def test_kernel_never_writes_outside_the_cache(place):
+def test_pack_into_never_writes_outside_the_cache(place):
     # straight to the kernel: positions on a GPU are not checked beforehand
     buffer = poisoned(1, 1, 24, 64, dc=True)
     inner = PackedKeys(*(part[:, :, 8:14] for part in parts(buffer)))
@@ -153,13 +153,13 @@ def test_kernel_never_writes_outside_the_cache(place):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_keys_as_a_projection_leaves_them(dtype):
+def test_pack_into_takes_keys_as_a_projection_leaves_them(dtype):
     keys = random_keys(2, 9, 3, 64, dtype=dtype).transpose(1, 2)  # [B, T, H, D] in memory
     assert_same_as_contiguous(keys)
 
 
 @pytest.mark.parametrize("axes", [(0, 1, 3, 2), (3, 1, 2, 0)])
-def test_keys_of_any_layout(axes):
+def test_pack_into_takes_keys_of_any_layout(axes):
     shape = tuple((2, 3, 9, 64)[axis] for axis in axes)
     assert_same_as_contiguous(torch.randn(*shape, device=DEVICE).permute(axes))
     assert_same_as_contiguous(torch.randn(2, 3, 18, 64, device=DEVICE)[:, :, ::2])
@@ -179,7 +179,7 @@ def assert_same_as_contiguous(keys: Tensor) -> None:
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("method", ["none", "dc", "token_mean"])
 @pytest.mark.parametrize("rule", SCALE_RULES)
-def test_a_cache_holds_what_the_codec_encodes(rule, method, impl):
+def test_pack_into_writes_what_the_codec_encodes(rule, method, impl):
     keys, rotation = random_keys(2, 3, 11, 64), random_rotation(3, 64)
     centering = Centering.fit(keys.transpose(0, 1).flatten(1, 2), method)
     temperature = torch.rand(3, device=DEVICE) + 0.5
@@ -204,7 +204,7 @@ def test_a_cache_holds_what_the_codec_encodes(rule, method, impl):
         torch.testing.assert_close(packed.dc, encoded.dc, rtol=2e-3, atol=2e-3)
 
 
-def test_a_zero_key_has_scale_zero_and_all_bits_set():
+def test_pack_into_gives_a_zero_key_scale_zero_and_all_bits_set():
     packed = poisoned(1, 1, 2, 64, dc=True)
     zero = torch.zeros(1, 1, 2, 64, device=DEVICE)
     kernels.pack_into(packed, zero, random_rotation(1, 64), places(0), impl="triton")
@@ -213,7 +213,7 @@ def test_a_zero_key_has_scale_zero_and_all_bits_set():
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize(("batch", "n_tokens"), [(0, 3), (2, 0)])
-def test_no_keys_leave_the_cache_as_it_was(batch, n_tokens, impl):
+def test_pack_into_of_no_keys_leaves_the_cache_as_it_was(batch, n_tokens, impl):
     packed = poisoned(batch, 2, 4, 64, dc=True)
     keys = torch.empty(batch, 2, n_tokens, 64, device=DEVICE)
     kernels.pack_into(packed, keys, random_rotation(2, 64), places(*[0] * batch), impl=impl)
@@ -228,7 +228,7 @@ def lazily(n: int, dtype: torch.dtype) -> Tensor:
         pytest.skip(f"no room for {n} numbers")
 
 
-def test_a_cache_beyond_2_31_bytes():
+def test_pack_into_writes_a_cache_beyond_2_31_bytes():
     d, n_tokens, reach = 512, 3, 2**31 + 2**12
     room = reach // (d // 8)
     # what an offset of 32 bits would wrap to lies before the cache, in the same buffer
@@ -245,7 +245,7 @@ def test_a_cache_beyond_2_31_bytes():
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_keys_beyond_2_31_numbers(axis):
+def test_pack_into_takes_keys_beyond_2_31_numbers(axis):
     shape, strides, d = [1, 1, 1, 16], [16, 16, 16, 1], 16
     shape[axis], strides[axis] = 3, 2**30 + d
     reach = 2 * strides[axis] + d

@@ -32,7 +32,9 @@ def conditioned(d: int, power: float, seed: int = 0, spread: bool = True) -> Ten
 
 @BY_CONDITION
 @pytest.mark.parametrize("spread", [True, False], ids=["spread", "one small"])
-def test_iteration_is_orthogonal_and_as_near_as_the_decomposition(power: int, spread: bool) -> None:
+def test_polar_iteration_is_orthogonal_and_as_near_as_the_decomposition(
+    power: int, spread: bool
+) -> None:
     matrices = torch.stack([conditioned(64, power, seed, spread) for seed in range(3)])
     exact = kernels.polar(matrices, impl="torch")
     found, plain = (kernels.polar(matrices.float(), impl=impl) for impl in ("triton", "torch"))
@@ -44,7 +46,7 @@ def test_iteration_is_orthogonal_and_as_near_as_the_decomposition(power: int, sp
 @pytest.mark.parametrize(
     ("power", "rounds"), [(0, 1), (2, 1), (2.9, 1), (3.7, 2), (5, 2), (6, 2), (7.7, 3)]
 )
-def test_a_round_lifts_a_thousandfold(
+def test_polar_round_lifts_a_thousandfold(
     power: float, rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = counted(monkeypatch)
@@ -52,7 +54,7 @@ def test_a_round_lifts_a_thousandfold(
     assert made == {"rounds": rounds, "decomposed": 0}
 
 
-def test_what_does_not_converge_is_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_polar_decomposes_what_does_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp64 has digits for a condition that three rounds do not reach; its neighbours converge."""
     made = counted(monkeypatch)
     matrices = torch.stack([conditioned(32, power) for power in (1, 14, 2)])
@@ -82,7 +84,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 @given(st.integers(0, 10**6), st.sampled_from([16, 48, 100]), st.floats(-30, 30))
 @settings(max_examples=20)
-def test_size_and_side_do_not_matter(seed: int, d: int, power: float) -> None:
+def test_polar_does_not_mind_size_and_side(seed: int, d: int, power: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(d, d, generator=generator, dtype=torch.float64) * 10**power
     torch.testing.assert_close(
@@ -90,7 +92,7 @@ def test_size_and_side_do_not_matter(seed: int, d: int, power: float) -> None:
     )
 
 
-def test_a_gradient_that_lacks_a_direction_keeps_the_rotation_s() -> None:
+def test_polar_of_a_gradient_that_lacks_a_direction_keeps_the_rotation_s() -> None:
     """As the trainer calls it: keys without a mean over coordinates, and a little of R added."""
     d = 64
     keys = torch.randn(4000, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -105,7 +107,7 @@ def test_a_gradient_that_lacks_a_direction_keeps_the_rotation_s() -> None:
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton", "cpu"])
-def test_batches_are_of_any_shape(impl: str) -> None:
+def test_polar_takes_batches_of_any_shape(impl: str) -> None:
     matrices = torch.randn(2, 3, 16, 16, dtype=torch.float64, device=DEVICE)
     found = kernels.polar(matrices, impl=impl)
     assert found.shape == matrices.shape
@@ -115,7 +117,7 @@ def test_batches_are_of_any_shape(impl: str) -> None:
     assert kernels.polar(matrices[:0], impl=impl).shape == (0, 3, 16, 16)
 
 
-def test_of_nothing_some_rotation_is_made() -> None:
+def test_polar_makes_some_rotation_of_nothing() -> None:
     for impl in ("torch", "triton", "cpu"):
         found = kernels.polar(torch.zeros(2, 16, 16, device=DEVICE), impl=impl)
         assert max(map(orthogonality_defect, found)) <= 1e-5
@@ -130,6 +132,6 @@ def test_of_nothing_some_rotation_is_made() -> None:
         (torch.eye(16), "fast", "impl='fast': polar_factor has auto, torch, triton, cpu"),
     ],
 )
-def test_what_cannot_be_done_is_told(matrix: Tensor, impl: str, message: str) -> None:
+def test_polar_tells_what_cannot_be_done(matrix: Tensor, impl: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         kernels.polar(matrix, impl=impl)

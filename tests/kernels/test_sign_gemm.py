@@ -56,7 +56,7 @@ def judged(keys: Tensor, rotation: Tensor, temperature: float) -> tuple[Tensor, 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("impl", ["torch", "cpu"])
 @BY_DTYPE
-def test_on_a_processor_it_is_as_accurate_as_plain_torch(
+def test_sign_gemm_on_a_processor_is_as_accurate_as_plain_torch(
     impl: str, dtype: torch.dtype, temperature: float
 ) -> None:
     for d in (16, 80, 256):
@@ -83,7 +83,7 @@ def test_on_a_processor_it_is_as_accurate_as_plain_torch(
     ],
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_on_a_gpu_it_is_as_accurate_as_plain_torch(
+def test_sign_gemm_on_a_gpu_is_as_accurate_as_plain_torch(
     d: int, n_keys: int, dtype: torch.dtype, temperature: float
 ) -> None:
     keys, rotation = drawn(2, n_keys, d, dtype)
@@ -93,7 +93,7 @@ def test_on_a_gpu_it_is_as_accurate_as_plain_torch(
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton", "cpu"])
-def test_leading_dimensions_are_heads_by_themselves(impl: str) -> None:
+def test_sign_gemm_takes_leading_dimensions_as_heads_by_themselves(impl: str) -> None:
     keys, rotation = drawn(6, 50, 32, torch.bfloat16)
     shaped = keys.unflatten(0, (2, 3)), rotation.unflatten(0, (2, 3))
     got = kernels.sign_gemm(*shaped, 0.3, impl=impl)
@@ -104,7 +104,7 @@ def test_leading_dimensions_are_heads_by_themselves(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ["torch", "triton", "cpu"])
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
-def test_keys_may_lie_anywhere_in_a_larger_tensor(impl: str, temperature: float) -> None:
+def test_sign_gemm_keys_may_lie_anywhere_in_a_larger_tensor(impl: str, temperature: float) -> None:
     cache = torch.full((3, 4, 90, 40), math.nan, device=DEVICE)
     inside = cache[1:3, 2, 5:72, 3:35]  # 67 keys of 32
     keys, rotation = drawn(2, 67, 32, WIDE)
@@ -115,7 +115,7 @@ def test_keys_may_lie_anywhere_in_a_larger_tensor(impl: str, temperature: float)
     torch.testing.assert_close(kernels.sign_gemm(turned, rotation, temperature, impl=impl), got)
 
 
-def test_partial_sums_are_written_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sign_gemm_partial_sums_are_written_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, rotation = drawn(1, 333, 32, WIDE)
     empty = torch.empty
     made: list[Tensor] = []
@@ -130,14 +130,14 @@ def test_partial_sums_are_written_in_full(monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(got.double(), exact(keys, rotation, 0.0), atol=1e-3, rtol=1e-5)
 
 
-def test_it_is_the_same_on_every_run() -> None:
+def test_sign_gemm_is_the_same_on_every_run() -> None:
     keys, rotation = drawn(1, 700, 64, HALF)
     first, second = (kernels.sign_gemm(keys, rotation, 0.2, impl="triton") for _ in range(2))
     assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton", "cpu"])
-def test_a_coordinate_of_nought_counts_for_nothing(impl: str) -> None:
+def test_sign_gemm_counts_a_coordinate_of_nought_for_nothing(impl: str) -> None:
     keys = torch.randn(2, 40, 16, device=DEVICE)
     keys[..., 5] = 0.0
     got = kernels.sign_gemm(keys, torch.eye(16, device=DEVICE).expand(2, 16, 16), impl=impl)
@@ -146,7 +146,9 @@ def test_a_coordinate_of_nought_counts_for_nothing(impl: str) -> None:
 
 @given(st.integers(0, 10**6), st.sampled_from([torch.bfloat16, WIDE, torch.float64]))
 @settings(max_examples=15)
-def test_its_inner_product_with_the_rotation_is_the_l1_norm(seed: int, dtype: torch.dtype) -> None:
+def test_sign_gemm_inner_product_with_the_rotation_is_the_l1_norm(
+    seed: int, dtype: torch.dtype
+) -> None:
     keys = torch.randn(60, 24, generator=torch.Generator().manual_seed(seed)).to(dtype)
     rotation = haar(24, seed, dtype=torch.float64)
     gradient = kernels.sign_gemm(keys, rotation)
@@ -155,7 +157,7 @@ def test_its_inner_product_with_the_rotation_is_the_l1_norm(seed: int, dtype: to
     assert (gradient.double() * rotation).sum().item() == pytest.approx(size.item(), rel=rough)
 
 
-def test_no_keys_have_no_gradient() -> None:
+def test_sign_gemm_of_no_keys_is_no_gradient() -> None:
     rotation = torch.eye(16, device=DEVICE)[None]
     for impl in ("torch", "triton", "cpu"):
         got = kernels.sign_gemm(torch.empty(1, 0, 16, device=DEVICE), rotation, impl=impl)
@@ -179,7 +181,7 @@ KEYS, EYE = torch.zeros(2, 8, 16), torch.eye(16).expand(2, 16, 16)
         (KEYS.double(), EYE, {"impl": "triton"}, "keys is torch.float64"),
     ],
 )
-def test_what_cannot_be_done_is_told(
+def test_sign_gemm_tells_what_cannot_be_done(
     keys: Tensor, rotation: Tensor, options: dict, message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as refusal:
