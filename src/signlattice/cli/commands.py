@@ -94,12 +94,12 @@ def learn(options: argparse.Namespace) -> Result | None:
 
                 def tell(part: str) -> None:
                     bar.set_postfix_str(part, refresh=False)
-                    bar.update(int(bar.n) + 1 - bar.n)  # a capture has come near it
+                    bar.update(int(bar.n + 0.05) + 1 - bar.n)  # a capture has come near it
 
                 def reading(done: int, total: int) -> None:
                     rate = done / (time.perf_counter() - began)
                     bar.set_postfix_str(f"capturing, {rate:.0f} tokens/s", refresh=False)
-                    bar.update(0.999 * done / total - bar.n)
+                    bar.update(0.9 * done / total - bar.n)
 
                 codec = learn_codec_shared(workers, loaded, text, config, parts, tell, reading)
         except KeyboardInterrupt:
