@@ -312,6 +312,20 @@ def test_sparse_heads_are_not_the_ones_that_bear_signs(scores):
         assert len(pairs) == 16 and torch.corrcoef(ranks.T)[0, 1].abs() < 0.5
 
 
+def test_a_frame_for_each_query_head_does_not_save_signed_queries():
+    """Claim 43, gemma4-e2b-mini: eight query heads of two layers read each of its key heads."""
+    record = records.read("queries", "gemma4-e2b-mini")
+    assert len(record.table("means")) == 8 and {r["head"] for r in record.table("means")} == {0}
+    plain = tables.select(record.table("rows"), mean="in", levels=(None, 1), rule=("", "unbiased"))
+    for keys in ("whole", "rotation"):
+        found = {row["frame"]: row for row in tables.select(plain, k=keys)}
+        own, srht = found["own"], found["srht"]
+        shared = [row for frame, row in found.items() if frame not in ("own", "")]
+        assert all(own["correlation"] > row["correlation"] for row in shared)
+        assert srht["gap_low"] < own["gap"] < srht["gap_high"]
+    assert own["gap_low"] > found[""]["gap_high"] and own["gap"] > 4 / 3 * found[""]["gap"]
+
+
 # Convergence
 
 
