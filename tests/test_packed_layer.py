@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from random import Random
 
 import pytest
@@ -113,6 +114,7 @@ def given(case: Case, seed: int = 0) -> Tokens:
     return Tokens(random(HEADS * GROUP), random(HEADS), random(HEADS))
 
 
+@lru_cache(8)
 def visible(case: Case) -> Tensor:
     """bool [B, 1 or Hq, T, T]: which tokens a query may look at."""
     i, j = torch.arange(case.n)[:, None], torch.arange(case.n)
@@ -131,6 +133,7 @@ def visible(case: Case) -> Tensor:
     return (causal & (j >= starts) & near & (there | (i == j))).to(case.device)
 
 
+@lru_cache(8)
 def bias(case: Case) -> Tensor:
     """[B, 1 or Hq, T, T]: what is added to the scores."""
     generator = torch.Generator().manual_seed(1)
@@ -246,6 +249,7 @@ def random_case(seed: int) -> tuple[Case, tuple[int, ...]]:
         later=later,
         biased=draw.random() < 0.3,
         per_head=draw.random() < 0.4,
+        impl="torch",  # kernels are held to it elsewhere, and each compiles for itself
     )
     sizes = [LATER] if later else []
     while (left := case.n - sum(sizes)) > 0:
