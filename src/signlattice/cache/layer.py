@@ -493,7 +493,7 @@ class PackedKV:
             )
         return self
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="packed tokens are read outside the graph")
     def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None) -> Tensor:
         """Attend, see `models.hooks.AttendableKV`; a single new token does so by the kernels."""
         layer = self.layer
