@@ -80,7 +80,7 @@ class AttachedCache(Cache):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="tokens are packed outside the graph")
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ class Attachment:
     def __init__(self, model: PreTrainedModel) -> None:
         self.implementation = attention_implementation(model)
         self.configs = attention_configs(model)
-        self.own: list[str] = []
+        self.own: list[str | None] = []
         self.caches: WeakSet[AttachedCache] = WeakSet()
         self._handles = []
         for module in model.modules():
@@ -169,7 +169,7 @@ class Attachment:
             for config in self.configs:
                 config._attn_implementation_internal = self.implementation
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="passes are counted outside the graph")
     def _end(self, module: nn.Module) -> None:
         """End a pass of the module in this thread, if there is one, and all within it."""
         with _lock:

@@ -515,7 +515,7 @@ class PackedKV:
             )
         return self
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="packed tokens are read outside the graph")
     def attend(self, query: Tensor, call: AttentionCall) -> Tensor:
         """Attend, see `models.hooks.AttendableKV`; a single new token does so by the kernels.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -194,15 +194,17 @@ class SignKeyCache(AttachedCache):
         self.attach(model)
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, ...]]:
+        names = "keys", "values", "_sliding_window_tensor"
         for layer in self.layers:
-            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+            yield tuple(getattr(layer, name, None) for name in names)
 
     def to(self, device: torch.device | str | int) -> Self:
         """Move all that the cache holds to a device; return the cache."""
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             if isinstance(layer, PackedLayer):
                 layer.to(torch.device(device))
-            elif layer.is_initialized and layer.keys is not None:
+            elif getattr(layer, "keys", None) is not None:
                 layer.device = torch.device(device)
                 layer.prefetch()
         return self
@@ -219,7 +221,8 @@ class SignKeyCache(AttachedCache):
                 layer.check_crop(tokens_to_remove)
             elif isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized:
                 _check_sliding(layer, tokens_to_remove)
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             if tokens_to_remove or getattr(layer, "record_past", True):
                 layer.crop(tokens_to_remove)
 

@@ -515,13 +515,11 @@ def attention_implementation(model: PreTrainedModel) -> str:
 
 def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """List the configurations in which the decoder's layers look up their attention, once each."""
-    configs = [model.config.get_text_config(decoder=True)]
-    configs += [
-        module.config
-        for module in model.modules()
-        if hasattr(module, "layer_idx")
-        and isinstance(getattr(module, "config", None), PreTrainedConfig)
-    ]
+    configs: list[PreTrainedConfig] = [model.config.get_text_config(decoder=True)]
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(module, "layer_idx") and isinstance(config, PreTrainedConfig):
+            configs.append(config)
     return list({id(config): config for config in configs}.values())
 
 
