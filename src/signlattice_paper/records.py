@@ -394,7 +394,8 @@ def _record(content: Any) -> RunRecord:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         found = content.get("schema") if isinstance(content, dict) else None
         raise InputError(f"schema {found!r}, this version reads {SCHEMA}")
-    known = {HASH: None} | {name: value for name, value in content.items() if name != "schema"}
+    known: Row = {HASH: None}
+    known |= {name: value for name, value in content.items() if name != "schema"}
     if missing := sorted(set(_KINDS) - set(known)):
         raise InputError(f"it lacks {', '.join(missing)}")
     if surplus := sorted(set(known) - set(_KINDS)):
