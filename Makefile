@@ -1,4 +1,4 @@
-# Type `make` for what there is. Everything runs in .venv, made from requirements.txt on first use.
+# Type `make` for what there is. Everything runs in .venv, made from requirements.txt and requirements-torch.txt on first use.
 
 # What is given stands as it is: make would expand what a value holds, and run its `$(shell …)`. A
 # line of a recipe ends at a line break, inside of quotes, too.
@@ -33,7 +33,7 @@ STAMP    := .venv/.installed
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 BENCHES  := $(sort $(wildcard benchmarks/bench_*.py))
 
-.PHONY: help book html pdf records check-records lab gemma estimate lint test test-all test-gpu test-browser cross-compile twice bench probe clean
+.PHONY: help book html pdf records check-records lab gemma estimate lint test test-all test-gpu test-browser cross-compile twice bench probe lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -114,15 +114,22 @@ bench: $(STAMP) ## time the solvers, and the kernels on the device at hand
 probe: $(STAMP) ## try many inputs at the edges, by kind, in less than five minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/probe.py
 
+lock: ## raise the pins of requirements.txt as requirements.in allows, with the hash of every file
+	@test -x _build/lock/bin/uv || { $(call quoted,$(PYTHON)) -m venv _build/lock && \
+	  _build/lock/bin/python -m pip install --disable-pip-version-check uv==0.13.9; }
+	_build/lock/bin/uv pip compile --quiet --upgrade --generate-hashes --no-annotate --python-version 3.11.7 \
+	  --excludes requirements-torch.txt --custom-compile-command "make lock" -o requirements.txt requirements.in
+
 clean: ## remove what a build leaves; the environment goes with: rm -r .venv
 	rm -rf _build build .pytest_cache .hypothesis .ruff_cache .import_linter_cache
 	find src tests book benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamp is made last, so that an interrupted installation is taken up again.
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): requirements.txt requirements-torch.txt pyproject.toml
 	@$(call quoted,$(PYTHON)) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo error: $(call quoted,$(PYTHON)) "is not Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(call quoted,$(PYTHON)) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-torch.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

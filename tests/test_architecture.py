@@ -13,10 +13,11 @@ import signlattice
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+LOCKED = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+TORCH = (ROOT / "requirements-torch.txt").read_text(encoding="utf-8")
 PINS = {
-    line.partition("==")[0].lower().replace("_", "-"): line.partition("==")[2].partition(";")[0]
-    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    if line and not line.startswith("#")
+    name.lower().replace("_", "-"): version
+    for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", LOCKED + TORCH, re.MULTILINE)
 }
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "misc", "common", "tools", "core"}
 
@@ -37,6 +38,14 @@ def test_signlattice_public_names_are_those_of_the_lazy_imports() -> None:
 
 def test_requirements_are_pinned_and_without_an_address() -> None:
     assert [name for name, version in PINS.items() if not re.fullmatch(r"[\w.]+", version)] == []
+    assert "://" not in LOCKED + TORCH and "--index" not in LOCKED + TORCH
+
+
+def test_requirements_are_locked_by_hash_but_for_torch() -> None:
+    entries = re.findall(r"^[\w.-]+==(?:.*\\\n)*.*$", LOCKED, re.MULTILINE)
+    assert len(entries) == len(PINS) - 2
+    assert [entry for entry in entries if "--hash=sha256:" not in entry] == []
+    assert set(re.findall(r"^(\w+)==", TORCH, re.MULTILINE)) == {"torch", "triton"}
 
 
 def test_requirements_pin_what_the_project_declares() -> None:

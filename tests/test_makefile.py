@@ -35,7 +35,7 @@ VALUES = (
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A checkout whose commands write down what they are called with."""
-    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+    for name in ("Makefile", "requirements.txt", "requirements-torch.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     commands = tmp_path / ".venv" / "bin"
     commands.mkdir(parents=True)
