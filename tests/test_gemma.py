@@ -24,7 +24,7 @@ WEIGHTS = "1dd23c98bc3a87ebb288a223f6bacbe849d2d4b187677c750eff63c504976db1"
 
 CONTEXT = 512
 
-# Of the first window of the held-out articles, in fp32. Processors differ in the order of sums alone.
+# Of the first window of the held-out articles. Processors differ in the order of sums alone.
 PERPLEXITY, BETA_RAW, BETA_CENTRED = 12.0974, 0.419046, 0.448457
 
 
