@@ -10,8 +10,10 @@ import ast
 import re
 import warnings
 from collections.abc import Iterator
+from email.message import Message
 from functools import cache
 from importlib.metadata import distribution
+from typing import cast
 
 from signlattice.data.corpus import PACKAGES, Document, Package, Split, read_package
 from signlattice.data.kept import kept_documents
@@ -42,7 +44,7 @@ def read_prose() -> tuple[Document, ...]:
 
 def _prose(package: Package) -> Iterator[Document]:
     sources = read_package(package)
-    description = distribution(package.name).metadata.get_payload() or ""
+    description = cast(Message, distribution(package.name).metadata).get_payload() or ""
     texts = [(f"{package.name}/METADATA", _cleaned(str(description)))]
     texts += [(source.path, docstrings(source.text)) for source in sources]
     side: Split = "evaluation" if package.name in EVALUATED else "calibration"
