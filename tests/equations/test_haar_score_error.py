@@ -16,6 +16,7 @@ from signlattice.quantizers.gauge import make_gauge
 from signlattice.quantizers.scales import SCALE_RULES, token_scale
 
 D, N = 8, 5000
+pytestmark = pytest.mark.usefixtures("one_thread")
 SLOPE = {"mse": lambda c: c**2, "norm": lambda c: c, "unbiased": torch.ones_like}
 
 

@@ -18,6 +18,8 @@ from signlattice.alignment import haar_beta
 from signlattice.errors import InputError
 from signlattice_paper.bounds import cosine_ceiling
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def directions(n, d, seed):
     draw = torch.Generator().manual_seed(seed)

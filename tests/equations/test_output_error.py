@@ -15,7 +15,7 @@ import torch
 from signlattice.alignment import cosine
 from signlattice.quantizers.scales import token_scale
 
-D, T, N = 8, 6, 20_000
+D, T, N = 8, 6, 8000
 
 
 def gaussian(*shape, seed):

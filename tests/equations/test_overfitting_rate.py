@@ -16,6 +16,8 @@ import torch
 from signlattice.alignment import beta, haar_beta
 from signlattice.rotations.fixed import haar
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def gaussian(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
