@@ -30,6 +30,7 @@ from cache_cases import (
     tiny,
     tokens,
 )
+from conftest import thinned
 from signlattice.cache.layer import PackedLayer
 from signlattice.cache.masks import MaskCache
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
@@ -50,6 +51,9 @@ other shapes differ in the last bits of fp32, so that now and then a scale or a 
 next step, and once in thousands of keys a sign: that sequence is off by 0.01 from there on. A bug,
 such as a query that sees a token more or less, is in all of them, by 0.02 and more. Attention to
 the same keys is held to 2e-6 in test_packed_layer."""
+
+KINDS = thinned([(name, kind) for name in MODELS for kind in ("rotation", "lattice")], 3)
+"""Classes and kinds of code by turns."""
 
 GENERATING = ("olmoe", "gemma4", "llama", "qwen3", "mistral")
 
@@ -97,8 +101,7 @@ def generate(model: PreTrainedModel, ids: Tensor, cache, n: int = 12, **options)
 # What a query sees.
 
 
-@pytest.mark.parametrize("kind", ["rotation", "lattice"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_sign_key_cache_logits_do_not_depend_on_how_a_text_is_cut(name, kind):
     model, ids = tiny(name), tokens(4, 72)
     expected = read(model, ids, new_cache(model, kind))
@@ -108,7 +111,7 @@ def test_sign_key_cache_logits_do_not_depend_on_how_a_text_is_cut(name, kind):
 
 
 @pytest.mark.parametrize("sinks", [0, 4])
-@pytest.mark.parametrize("window", [0, 1, 16, 64])
+@pytest.mark.parametrize("window", thinned([0, 1, 16, 64], 2))
 @pytest.mark.parametrize("values", ["whole", "int8", "int4", "int2"])
 def test_sign_key_cache_logits_do_not_depend_on_the_kernels(values, window, sinks):
     model, ids = tiny("llama"), tokens(4, 72)
@@ -118,8 +121,7 @@ def test_sign_key_cache_logits_do_not_depend_on_the_kernels(values, window, sink
     assert most(got, expected) < ROUNDED
 
 
-@pytest.mark.parametrize("kind", ["rotation", "lattice"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_sign_key_cache_without_window_and_sinks_is_one_bit_attention(name, kind):
     """The same by the road that measurements take, which has no cache."""
     model, ids = tiny(name), tokens(4, 40)
@@ -248,7 +250,7 @@ def whole_bytes(model: PreTrainedModel, ids: Tensor) -> int:
 # Padding.
 
 
-@pytest.mark.parametrize("sizes", [(), (7, 40, 1, 1), (1,) * 30])
+@pytest.mark.parametrize("sizes", thinned([(7, 40, 1, 1), (), (1,) * 30], 3))
 @pytest.mark.parametrize("name", MODELS)
 def test_sign_key_cache_reads_a_sequence_alike_alone_and_padded_in_a_batch(name, sizes):
     model, ids, starts = tiny(name), tokens(9, 60), (0, 9, 31) * 3
@@ -259,7 +261,7 @@ def test_sign_key_cache_reads_a_sequence_alike_alone_and_padded_in_a_batch(name,
         assert most(batch[b::3, start:], torch.stack(alone)) < ROUNDED
 
 
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name", thinned(GENERATING, 2))
 def test_sign_key_cache_generates_from_a_padded_batch_as_from_each_prompt(name):
     model, ids, starts = tiny(name), tokens(3, 30), (0, 9, 21)
     mask = (torch.arange(30) >= torch.tensor(starts)[:, None]).long()
@@ -284,7 +286,7 @@ def test_sign_key_cache_greedy_generation_takes_the_likeliest_token_each_time(na
     assert not torch.equal(generate(model, ids, dynamic(model)), expected)  # keys were packed
 
 
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name", thinned(GENERATING, 2))
 def test_sign_key_cache_sampling_draws_from_the_same_distribution(name):
     model, ids = tiny(name), tokens(2, 30)
 
@@ -298,7 +300,7 @@ def test_sign_key_cache_sampling_draws_from_the_same_distribution(name):
     assert not torch.equal(got, generate(model, ids, new_cache(model)))
 
 
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name", thinned(GENERATING, 2))
 def test_sign_key_cache_serves_beam_search(name):
     model, ids = tiny(name), tokens(2, 30)
     mask = (torch.arange(30) >= torch.tensor([[0], [11]])).long()
@@ -314,7 +316,7 @@ def test_sign_key_cache_serves_beam_search(name):
     assert not torch.equal(got, beams(dynamic(model)))
 
 
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name", thinned(GENERATING, 2))
 def test_sign_key_cache_goes_on_with_a_conversation_where_it_was(name):
     model, ids = tiny(name), tokens(2, 30)
     cache = new_cache(model)
@@ -420,7 +422,7 @@ def test_crop_leaves_no_trace_of_what_was_taken_back(name):
 
 
 @pytest.mark.parametrize("sliding", ["whole", "packed"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", thinned(MODELS, 2))
 def test_crop_after_recording_takes_back_any_number(name, sliding):
     if name == "mistral" and sliding == "whole":
         pytest.skip("all of its layers slide")
@@ -712,7 +714,7 @@ def test_sign_key_cache_keeps_everything_in_layers_without_a_code():
     assert [layer.layer.index for layer in cache.packed_layers] == [2]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", thinned(MODELS, 4))
 def test_sign_key_cache_with_dc_centering_needs_no_mean_to_cancel(name):
     model, ids = tiny(name), tokens(4, 60)
 

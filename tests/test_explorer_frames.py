@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import re
 import subprocess
@@ -107,18 +108,15 @@ def test_frame_svg_gives_equal_text_for_equal_frames() -> None:
         "import sys; sys.path.insert(0, 'tests'); import test_explorer_frames as t, hashlib;"
         "print(hashlib.sha256(t.frame_svg(t.frame()).encode()).hexdigest())"
     )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=Path(__file__).resolve().parents[1],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(outputs) == 1
+    done = subprocess.run(  # which orders its sets otherwise
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).resolve().parents[1],
+        env=os.environ | {"PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == hashlib.sha256(frame_svg(frame()).encode()).hexdigest()
 
 
 def test_frame_svg_loses_no_corner_of_straight_outlines() -> None:

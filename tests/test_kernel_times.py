@@ -23,6 +23,7 @@ TINY = KernelTimesConfig(
 )
 
 
+@pytest.mark.exhaustive  # compiles every contender
 def test_decode_rows_have_the_control_loop_beside_the_library_s_contenders():
     ticks = []
     rows = kernel_times.decode_rows(TINY, lambda: ticks.append(1))
@@ -52,6 +53,7 @@ def test_trainer_rows_have_the_reference_and_the_beta_reached():
     assert all(row["held_out_beta"] > row["optimum"] - 0.02 for row in rows)
 
 
+@pytest.mark.exhaustive
 def test_decode_rows_of_a_gpu_run_there_or_in_the_interpreter():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tiny = replace(TINY, gpu=True, device=device, transforms=((64, 64),))
