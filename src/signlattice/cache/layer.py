@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import CacheLayerMixin
 
 from signlattice import kernels
-from signlattice.cache.masks import BLOCK, MaskCache, Seen, visible
+from signlattice.cache.masks import BLOCK, MaskCache, Visibility, visible
 from signlattice.cache.storage import (
     PAGE,
     FullPrecisionStorage,
@@ -317,19 +317,19 @@ class PackedLayer(CacheLayerMixin):
             self._stores = {name: store.without(*cut) for name, store in self._stores.items()}
             self.first = first
 
-    def begin(self, tokens: PackedKV, seen: Seen, n_new: int) -> None:
+    def begin(self, tokens: PackedKV, visibility: Visibility, n_new: int) -> None:
         """Fix where each sequence begins, by the first call that sees any of it; keep its sinks."""
         n_before, n_whole = tokens.n_tokens - n_new, tokens.keys.shape[2]
         first_whole = tokens.n_tokens - n_whole
-        known = self.starts or [n_before] * len(seen.starts)
+        known = self.starts or [n_before] * len(visibility.starts)
         self.starts = [
             old if old < n_before else max(new, first_whole)
-            for old, new in zip(known, seen.starts, strict=True)
+            for old, new in zip(known, visibility.starts, strict=True)
         ]
         n_sinks = self.format.sinks
         if not n_sinks or first_whole >= max(self.starts) + n_sinks:
             return
-        place = self.sink_places(seen.start) - first_whole
+        place = self.sink_places(visibility.start) - first_whole
         there = ((place >= 0) & (place < n_whole))[:, None, :, None]
         place = place.clamp(0, n_whole - 1)[:, None, :, None]
         for name, whole in (("keys", tokens.keys), ("values", tokens.values)):
@@ -530,14 +530,14 @@ class PackedKV:
             )
         for name, mask in (("attention_mask", call.mask), ("position_bias", call.bias)):
             self._check_mask(name, mask, query)
-        seen = layer.reader.read(call.mask, len(query), self.n_tokens, query.device)
-        layer.begin(self, seen, n_new)
-        if n_new == 1 and self._in_kernels(seen, call):
-            return self._decode(query, seen, call)
+        visibility = layer.reader.read(call.mask, len(query), self.n_tokens, query.device)
+        layer.begin(self, visibility, n_new)
+        if n_new == 1 and self._in_kernels(visibility, call):
+            return self._decode(query, visibility, call)
         blocks = []
         for first in range(0, n_new, BLOCK):
             rows = slice(first, min(first + BLOCK, n_new))
-            blocks.append(self._attend_block(query, rows, call, seen))
+            blocks.append(self._attend_block(query, rows, call, visibility))
         return torch.cat(blocks, 2)
 
     def _check_mask(self, name: str, mask: Tensor | None, query: Tensor) -> None:
@@ -563,10 +563,10 @@ class PackedKV:
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise InputError(f"{name} is {mask.dtype}: use bool, true where visible, or float")
 
-    def _in_kernels(self, seen: Seen, call: AttentionCall) -> bool:
-        if not seen.plain or call.sinks is not None or call.bias is not None:
+    def _in_kernels(self, visibility: Visibility, call: AttentionCall) -> bool:
+        if not visibility.plain or call.sinks is not None or call.bias is not None:
             return False
-        if self.layer.format.sinks and seen.starts != self.layer.starts:
+        if self.layer.format.sinks and visibility.starts != self.layer.starts:
             return False
         values = self.value_storage
         whole = isinstance(values, FullPrecisionStorage) and values.dtype != torch.float8_e4m3fn
@@ -579,14 +579,16 @@ class PackedKV:
             and self.values.shape[-1] in kernels.HEAD_DIMS
         )
 
-    def _decode(self, query: Tensor, seen: Seen, call: AttentionCall) -> Tensor:
+    def _decode(self, query: Tensor, visibility: Visibility, call: AttentionCall) -> Tensor:
         layer, info = self.layer, self.layer.layer
         n, n_sinks = self.n_tokens, layer.format.sinks
         n_recent = min(self.keys.shape[2], layer.format.window)
         if info.window is not None:
             n_recent = min(n_recent, info.window)
         end = n - n_recent  # tokens before it are read packed, but sinks
-        start = seen.start if info.window is None else seen.start.clamp_min(n - info.window)
+        start = (
+            visibility.start if info.window is None else visibility.start.clamp_min(n - info.window)
+        )
         first_packed = (start + n_sinks).clamp(max=end) - self.first
         recent = slice(self.keys.shape[2] - n_recent, None)
         # newest first: what is there of a sequence that is shorter than the window is a prefix
@@ -611,14 +613,16 @@ class PackedKV:
             impl=layer.format.impl,
         ).unsqueeze(2)
 
-    def _attend_block(self, query: Tensor, rows: slice, call: AttentionCall, seen: Seen) -> Tensor:
+    def _attend_block(
+        self, query: Tensor, rows: slice, call: AttentionCall, visibility: Visibility
+    ) -> Tensor:
         """Attend from some queries to reconstructed tokens, those in full precision and sinks."""
         layer = self.layer
         n, n_new = self.n_tokens, query.shape[2]
         window = layer.format.window
         lowest, highest = n - n_new + rows.start, n - n_new + rows.stop - 1
         i = torch.arange(lowest, highest + 1, device=query.device)
-        first_seen, end_seen = self._span(highest, rows, seen, n_new)
+        first_seen, end_seen = self._span(highest, rows, visibility, n_new)
         oldest_whole = n - self.keys.shape[2]
         end_packed = max(highest - window + 1, min(oldest_whole, end_seen))
         end_packed = max(min(end_packed, end_seen), first_seen)
@@ -659,10 +663,12 @@ class PackedKV:
             call,
         )
 
-    def _span(self, highest: int, rows: slice, seen: Seen, n_new: int) -> tuple[int, int]:
+    def _span(
+        self, highest: int, rows: slice, visibility: Visibility, n_new: int
+    ) -> tuple[int, int]:
         """Return the first token and the end of those that some queries see."""
-        if seen.spans is not None:
-            return seen.spans[rows.start // BLOCK]
+        if visibility.spans is not None:
+            return visibility.spans[rows.start // BLOCK]
         # without a mask the cache decides: what transformers' sliding layer holds beside new tokens
         window, before = self.layer.layer.window, self.n_tokens - n_new
         first = 0 if window is None else max(0, before - (window - 1))

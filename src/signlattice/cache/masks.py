@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ def visible(mask: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Visibility:
     """What the queries of a call see, read from its mask.
 
     ``starts``: by sequence, the first token that a query sees, the number of tokens where none
@@ -34,13 +33,8 @@ class Seen:
     spans: list[tuple[int, int]] | None
     plain: bool
 
-    @cached_property
-    def starts(self) -> list[int]:
-        """``start`` as numbers: read from the device once for all layers."""
-        return self.start.tolist()
-
     @classmethod
-    def of(cls, mask: Tensor | None, batch: int, n_tokens: int, device: torch.device) -> Seen:
+    def of(cls, mask: Tensor | None, batch: int, n_tokens: int, device: torch.device) -> Visibility:
         """Read a mask [B, Hq, T, n], or to broadcast to it, of the last n of so many tokens."""
         if mask is None:
             start = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -69,18 +63,24 @@ class MaskCache:
     def __init__(self) -> None:
         self._mask: Callable[[], Tensor | None] = lambda: None
         self._call: tuple | None = None
-        self._seen: Seen | None = None
+        self._last: Visibility | None = None
 
     def __reduce__(self) -> tuple:
         return MaskCache, ()  # a copy has not read any
 
-    def read(self, mask: Tensor | None, batch: int, n_tokens: int, device: torch.device) -> Seen:
-        """Return `Seen.of` these, computed once for each mask."""
+    def read(
+        self, mask: Tensor | None, batch: int, n_tokens: int, device: torch.device
+    ) -> Visibility:
+        """Return `Visibility.of` these, computed once for each mask."""
         call = (mask is None, batch, n_tokens, device)
-        seen = self._seen
-        if seen is None or self._call != call or (mask is not None and self._mask() is not mask):
-            seen = self._seen = Seen.of(mask, *call[1:])
+        visibility = self._last
+        if (
+            visibility is None
+            or self._call != call
+            or (mask is not None and self._mask() is not mask)
+        ):
+            visibility = self._last = Visibility.of(mask, *call[1:])
             self._call = call
             if mask is not None:
                 self._mask = weakref.ref(mask)
-        return seen
+        return visibility
