@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from sweep_models import read_table, tried
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from sweep_models import read_table, tried
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

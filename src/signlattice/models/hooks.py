@@ -335,7 +335,8 @@ def _probe(model: PreTrainedModel) -> _Probe:
 
     config = model.config.get_text_config(decoder=True)
     implementation, was_training = cast(str, config._attn_implementation), model.training
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    table = cast(Tensor, model.get_input_embeddings().weight)
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=table.device)
     watching = _active_probe.set(note)
     try:
         model.set_attn_implementation(_EAGER)
