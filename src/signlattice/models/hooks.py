@@ -346,7 +346,8 @@ def _probe(model: PreTrainedModel) -> _Probe:
         calls.setdefault(_layer_index(module), []).append(seen)
 
     config, was_training = model.config.get_text_config(decoder=True), model.training
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    table = cast(Tensor, model.get_input_embeddings().weight)
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=table.device)
     watching = _active_probe.set(note)
     try:
         with attending_by(model, _EAGER):
