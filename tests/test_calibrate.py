@@ -314,7 +314,7 @@ def test_a_lattice_of_too_few_keys_is_refused_and_a_rotation_is_not(llama48, tex
 def test_fewer_keys_than_were_asked_for_are_told(llama48, text):
     config = replace(CONFIG, keys_per_dim=10**6)
     codec = learn_codec(llama48, text, config)
-    pieces = passages(llama48, text.calibration, 4)
+    pieces = passages(llama48, text.calibration)
     assert codec.calibration.n_keys == sum(len(piece.ids) for piece in pieces)
 
 
