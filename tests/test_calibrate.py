@@ -318,7 +318,7 @@ def test_learn_codec_refuses_a_lattice_of_too_few_keys_but_not_a_rotation(llama4
 def test_learn_codec_tells_of_fewer_keys_than_were_asked_for(llama48, text):
     config = replace(CONFIG, keys_per_dim=10**6)
     codec = learn_codec(llama48, text, config)
-    pieces = passages(llama48, text.calibration, 4)
+    pieces = passages(llama48, text.calibration)
     assert codec.calibration.n_keys == sum(len(piece.ids) for piece in pieces)
 
 

@@ -115,7 +115,7 @@ def test_cli_inspect_needs_no_model(learned, capsys):
 
 def test_cli_measure_is_held_out_and_near_what_the_codec_says(learned, capsys):
     found, err = run(capsys, "measure", MODEL, learned, "--passages", 6)
-    assert "6 passages" in err
+    assert "6 windows" in err
     (head,) = found["heads"]
     beta = KeyCodec.load(learned).calibration.beta[2][0]
     assert head["beta"] == pytest.approx(beta, abs=0.02)
