@@ -23,24 +23,39 @@ PIECES_PER_THREAD = 4
 @compiled
 def _search(c, gram, passes, n, left, signs):
     # Of n vectors c; left [TILE, D] becomes c - G s. A change is ±1 or ±2 and its product exact, so
-    # that every number is rounded as the reference rounds it: the signs are the same.
+    # that every number is rounded as the reference rounds it: the signs are the same. Four signs
+    # are decided before their changes are taken off, one after the other, in one go over a vector.
     d = len(gram)
     for r in range(n):
         for i in range(d):
             left[r, i] = c[r, i]
             signs[r, i] = 0
     for _ in range(passes):
-        for j in range(d):
-            row = gram[j]
+        for j in range(0, d, 4):
+            g0, g1, g2, g3 = gram[j], gram[j + 1], gram[j + 2], gram[j + 3]
             for r in range(n):
-                mine = left[r]
-                before = signs[r, j]
-                now = np.float32(1 if mine[j] + row[j] * before >= 0 else -1)
-                change = now - before
-                if change != 0:  # after the first pass few signs do
-                    signs[r, j] = now
+                mine, s = left[r], signs[r]
+                own = mine[j]
+                x0 = np.float32(1 if own + g0[j] * s[j] >= 0 else -1) - s[j]
+                own = mine[j + 1] - x0 * g0[j + 1]
+                x1 = np.float32(1 if own + g1[j + 1] * s[j + 1] >= 0 else -1) - s[j + 1]
+                own = mine[j + 2] - x0 * g0[j + 2] - x1 * g1[j + 2]
+                x2 = np.float32(1 if own + g2[j + 2] * s[j + 2] >= 0 else -1) - s[j + 2]
+                own = mine[j + 3] - x0 * g0[j + 3] - x1 * g1[j + 3] - x2 * g2[j + 3]
+                x3 = np.float32(1 if own + g3[j + 3] * s[j + 3] >= 0 else -1) - s[j + 3]
+                s[j] += x0
+                s[j + 1] += x1
+                s[j + 2] += x2
+                s[j + 3] += x3
+                n_changes = (x0 != 0) + (x1 != 0) + (x2 != 0) + (x3 != 0)
+                if n_changes == 1:  # after the first pass few signs do
+                    k = 0 if x0 != 0 else 1 if x1 != 0 else 2 if x2 != 0 else 3
+                    only, row = x0 + x1 + x2 + x3, gram[j + k]
                     for i in range(d):
-                        mine[i] -= change * row[i]
+                        mine[i] -= only * row[i]
+                elif n_changes > 1:
+                    for i in range(d):
+                        mine[i] = mine[i] - x0 * g0[i] - x1 * g1[i] - x2 * g2[i] - x3 * g3[i]
 
 
 @compiled
