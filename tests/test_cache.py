@@ -101,8 +101,9 @@ def generate(model: PreTrainedModel, ids: Tensor, cache, n: int = 12, **options)
 # What a query sees.
 
 
-@pytest.mark.parametrize(("name", "kind"), KINDS)
-def test_sign_key_cache_logits_do_not_depend_on_how_a_text_is_cut(name, kind):
+@pytest.mark.parametrize("case", KINDS, ids="-".join)
+def test_sign_key_cache_logits_do_not_depend_on_how_a_text_is_cut(case):
+    name, kind = case
     model, ids = tiny(name), tokens(4, 72)
     expected = read(model, ids, new_cache(model, kind))
     for sizes in ((7, 50, 1), (1,) * 71):
@@ -121,9 +122,10 @@ def test_sign_key_cache_logits_do_not_depend_on_the_kernels(values, window, sink
     assert most(got, expected) < ROUNDED
 
 
-@pytest.mark.parametrize(("name", "kind"), KINDS)
-def test_sign_key_cache_without_window_and_sinks_is_one_bit_attention(name, kind):
+@pytest.mark.parametrize("case", KINDS, ids="-".join)
+def test_sign_key_cache_without_window_and_sinks_is_one_bit_attention(case):
     """The same by the road that measurements take, which has no cache."""
+    name, kind = case
     model, ids = tiny(name), tokens(4, 40)
     cache = new_cache(model, kind, window=0, sinks=0, value_format="whole")
     with quantized_attention(model, codec_for(model, kind).layers):

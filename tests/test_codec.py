@@ -823,7 +823,7 @@ def test_load_refuses_a_shipped_codec_with_any_bit_flipped(name, path):
 def test_key_codec_names_a_missing_file(tmp_path):
     with pytest.raises(IntegrityError, match="no codec file at .*nowhere"):
         KeyCodec.load(tmp_path / "nowhere")
-    with pytest.raises(IntegrityError, match="not a whole safetensors file"):
+    with pytest.raises(InputError, match="is a folder: name a file"):
         KeyCodec.load(tmp_path)
 
 

@@ -483,8 +483,12 @@ def test_packed_layer_crop_leaves_no_trace_of_speculation_all_along(case):
                 for right, other in zip(vars(x).values(), vars(wrong).values())
             )
         )
+        here = guess.query.shape[2]
+        length, offset = layer.get_mask_sizes(here)
+        part = slice(None), slice(None), slice(at, at + here), slice(offset, offset + length)
+        mask, _ = mask_and_bias(replace(case, n=case.n + 4), part)
         tokens, _ = layer.update(guess.keys, guess.values)
-        outputs.append(tokens.attend(guess.query, AttentionCall(0.3))[:, :, :2])
+        outputs.append(tokens.attend(guess.query, AttentionCall(0.3, mask=mask))[:, :, :2])
         layer.crop(-4)
     got = torch.cat(outputs[1:], 2)
     assert difference(got, by_definition(case, x)) < TOLERANCE[case.dtype]
@@ -557,7 +561,7 @@ def test_packed_layer_crop_refuses_what_a_sliding_layer_would_need_again():
     layer, x = case.layer(), given(case)
     run(case, x, (), layer)
     layer.crop(-3)
-    with pytest.raises(InputError, match=r"crop\(-150\) of layer 0: .* crop at most 3"):
+    with pytest.raises(InputError, match=r"crop\(-150\): layer 0 can take back 1 of its 197"):
         layer.crop(-150)
     assert layer.get_seq_length() == 197  # and nothing was changed
     assert difference(run(case, x, (), layer), by_definition(case, x)[:, :, 197:]) < 2e-6

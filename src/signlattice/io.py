@@ -167,9 +167,10 @@ def content_hash(facts: object, tensors: Mapping[str, Tensor] | None = None) -> 
 
 def keep_tensors(file: Path, tensors: Mapping[str, Tensor], facts: Any = None) -> None:
     """Write tensors, and facts that JSON holds, for `kept_tensors`, as `write_tensors` does."""
-    plain = json.dumps(facts)
-    digest = content_hash(json.loads(plain), tensors)
-    write_tensors(file, tensors, {"facts": plain, "sha256": digest})
+    plain = json.loads(json.dumps(facts))  # as it will be read
+    kept = {"sha256": content_hash(plain, tensors), "content": plain}
+    # one entry: safetensors writes several in any order, and equal results are equal files
+    write_tensors(file, tensors, {"kept": json.dumps(kept)})
 
 
 def kept_tensors(file: Path, within: Path | None = None) -> tuple[dict[str, Tensor], Any]:
@@ -181,11 +182,10 @@ def kept_tensors(file: Path, within: Path | None = None) -> tuple[dict[str, Tens
     """
     try:
         with safe_open(file, framework="pt") as opened:
-            known = opened.metadata()
+            found = json.loads(opened.metadata()["kept"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        facts = json.loads(known["facts"])
-        if content_hash(facts, tensors) == known["sha256"]:
-            return tensors, facts
+        if content_hash(found["content"], tensors) == found["sha256"]:
+            return tensors, found["content"]
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError):
         pass
     raise _damaged(file, within)

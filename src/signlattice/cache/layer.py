@@ -120,8 +120,6 @@ class PackedLayer(CacheLayerMixin):
         self.reader = reader
         self.new_storages: NewStorages = self._storages_by_format
         self.is_sliding = layer.window is not None
-        if layer.window is not None:
-            self._sliding_window_tensor = torch.tensor(layer.window)
         self.record_past = False
         self._clear()
 

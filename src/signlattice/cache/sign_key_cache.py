@@ -194,9 +194,14 @@ class SignKeyCache(AttachedCache):
         self.attach(model)
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, ...]]:
-        names = "keys", "values", "_sliding_window_tensor"
         for layer in self.layers:
-            yield tuple(getattr(layer, name, None) for name in names)
+            if isinstance(layer, PackedLayer):
+                window = layer.layer.window
+                size = None if window is None else torch.tensor(window)
+                yield layer.keys, layer.values, size
+            else:
+                names = "keys", "values", "_sliding_window_tensor"
+                yield tuple(getattr(layer, name, None) for name in names)
 
     def to(self, device: torch.device | str | int) -> Self:
         """Move all that the cache holds to a device; return the cache."""
