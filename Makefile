@@ -94,7 +94,7 @@ cross-compile: $(STAMP) ## compile every variant of every kernel for the A100 an
 	  $(BIN)/python benchmarks/cross_compile.py $$arch --all || status=1; done; exit $$status
 
 test-browser: $(STAMP) ## the built book in headless Chromium, cut off from the network
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests/browser --confcutdir=tests/browser
+	$(BIN)/python -m pytest -n $(call quoted,$(JOBS)) --dist loadgroup tests/browser --confcutdir=tests/browser
 
 # PyTorch and BLAS sum in the order of the oldest processors, then in that of this one, split in two
 twice: $(STAMP) ## execute the chapters as two other machines would, and compare what they say

@@ -81,9 +81,10 @@ def test_make_passes_each_variable_as_one_word(value: str, folder: Path) -> None
 @pytest.mark.parametrize("value", VALUES)
 def test_make_runs_nothing_of_its_other_variables(value: str, folder: Path) -> None:
     made(folder, "help", f"MODEL={value}", f"LAB={value}", f"PYTHON={value}")
-    (call,) = made(folder, "test", f"JOBS={value}", f"TIMES={value}")
-    assert call[call.index("-n") + 1] == value
-    (folder / "calls").unlink()
+    for target in ("test", "test-browser"):
+        (call,) = made(folder, target, f"JOBS={value}", f"TIMES={value}")
+        assert call[call.index("-n") + 1] == value
+        (folder / "calls").unlink()
     made(folder, "book", f"TIMES={value}", f"MODEL={value}", code=2)  # there is no jupyter-book
     (folder / ".venv" / ".installed").unlink()
     made(folder, ".venv/.installed", f"PYTHON={value}", code=2)
