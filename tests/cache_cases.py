@@ -55,6 +55,13 @@ _SHARED = dict(
     eos_token_id=None,
 )
 _TYPES = ["sliding_attention", "full_attention"]
+_SLIDING = dict(
+    num_hidden_layers=2,
+    num_key_value_heads=2,
+    head_dim=16,
+    sliding_window=12,
+    layer_types=_TYPES,
+)
 
 _MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig, dict(num_hidden_layers=3, num_key_value_heads=2)),
@@ -77,26 +84,18 @@ _MODELS = {
         Gemma2ForCausalLM,
         Gemma2Config,
         dict(
-            num_hidden_layers=2,
-            num_key_value_heads=2,
-            head_dim=16,
-            sliding_window=12,
+            **_SLIDING,
             query_pre_attn_scalar=16,
             attn_logit_softcapping=3.0,
-            layer_types=_TYPES,
         ),
     ),
     "gpt_oss": (
         GptOssForCausalLM,
         GptOssConfig,
         dict(
-            num_hidden_layers=2,
-            num_key_value_heads=2,
-            head_dim=16,
-            sliding_window=12,
+            **_SLIDING,
             num_local_experts=4,
             num_experts_per_tok=2,
-            layer_types=_TYPES,
         ),
     ),
     # layers 3 and 4 read the keys of layers 1 and 2
@@ -133,12 +132,8 @@ _MODELS = {
         Gemma3ForCausalLM,
         Gemma3TextConfig,
         dict(
-            num_hidden_layers=2,
-            num_key_value_heads=2,
-            head_dim=16,
-            sliding_window=12,
+            **_SLIDING,
             query_pre_attn_scalar=16,
-            layer_types=_TYPES,
         ),
     ),
     "mixtral": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import warnings
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from signlattice.alignment import beta, haar_beta
 from signlattice.errors import InputError, IntegrityError
+from signlattice.io import keep_tensors
 from signlattice.kernels import polar
 from signlattice.quantizers.centering import Centering
 from signlattice.rotations.config import (
@@ -378,11 +378,7 @@ def test_learn_rotation_refuses_a_damaged_checkpoint(tmp_path):
     files["text"].write_text("no checkpoint")
     files["short"].write_bytes(good.read_bytes()[:-100])
     save_file({"rotation": torch.eye(16)}, files["foreign"])
-    save_file(
-        {"rotation": torch.eye(16)},
-        files["schema"],
-        metadata={"signlattice.rotations.solvers": json.dumps({"schema": 99})},
-    )
+    keep_tensors(files["schema"], {"rotation": torch.eye(16)}, {"schema": 99})
     for file in files.values():
         with pytest.raises(IntegrityError, match="is no checkpoint of learn_rotation"):
             learn_rotation(keys, SHORT["itq"], checkpoint=file)

@@ -20,7 +20,7 @@ from signlattice.kernels import HEAD_DIMS
 from signlattice.models.capture import StateBank, capture_passages, draw_tokens
 from signlattice.models.hooks import AttentionLayer, attention_layers, cacheable
 from signlattice.models.loading import LoadedModel
-from signlattice.models.passages import Passage, passages, take_tokens
+from signlattice.models.passages import Passage, enough_passages, take_tokens
 from signlattice.quantizers import registry
 from signlattice.quantizers.base import CalibrationSet, StoredQuantizer
 from signlattice.quantizers.basis import LatticeConfig
@@ -280,9 +280,9 @@ def _passages(
 
 def _enough(loaded: LoadedModel, documents: Sequence[Document], n_tokens: int) -> list[Passage]:
     """Take windows of all documents, four of each unless that is short of ``n_tokens``."""
-    pieces = passages(loaded, documents, 4)
-    if sum(len(piece.ids) for piece in pieces) < n_tokens:
-        pieces = passages(loaded, documents)
+    pieces = enough_passages(
+        loaded, documents, lambda some: sum(len(piece.ids) for piece in some) >= n_tokens
+    )
     return take_tokens(pieces, n_tokens)
 
 

@@ -22,6 +22,7 @@ from signlattice.models.hooks import (
     attention_configs,
     attention_implementation,
     has_attention_hook,
+    name_attention,
 )
 
 
@@ -163,11 +164,11 @@ class Attachment:
         self._end(module)  # it is still under way where it was interrupted
         with _lock:
             self.caches.add(cache)
+            names = [self.implementation] * len(self.configs)
+            before = name_attention(self.configs, names)
             if not any(each.attachment is self for each in _passes):
-                self.own = [config._attn_implementation for config in self.configs]
+                self.own = before
             _passes.append(_Pass(threading.get_ident(), id(module), self, id(cache)))
-            for config in self.configs:
-                config._attn_implementation_internal = self.implementation
 
     @torch.compiler.disable(reason="passes are counted outside the graph")
     def _end(self, module: nn.Module) -> None:
@@ -182,11 +183,7 @@ class Attachment:
             ended = {id(each.attachment): each.attachment for each in inner}.values()
             for attachment in ended:
                 if not any(each.attachment is attachment for each in _passes):
-                    attachment._restore()
-
-    def _restore(self) -> None:
-        for config, own in zip(self.configs, self.own):
-            config._attn_implementation_internal = own
+                    name_attention(attachment.configs, attachment.own)
 
 
 _attachments: WeakKeyDictionary[PreTrainedModel, Attachment] = WeakKeyDictionary()

@@ -226,10 +226,7 @@ class PackedLayer(CacheLayerMixin):
             )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate what the first keys and values need.
-
-        Raises ``InputError`` on other shapes or dtypes than those of this layer's model.
-        """
+        """Allocate what the first keys and values need; `update` has checked them."""
         batch, n_heads, _, d = key_states.shape
         self.device = key_states.device
         self.dtype = self.format.dtype or key_states.dtype
@@ -253,7 +250,8 @@ class PackedLayer(CacheLayerMixin):
     ) -> tuple[PackedKV, PackedKV]:
         """Store T new tokens; return `PackedKV`, twice, that attends to them and all before.
 
-        Raises ``InputError`` as `lazy_initialization` does, and on another number of sequences.
+        Raises ``InputError`` on other shapes or dtypes than those of this layer's model, on another
+        number of sequences, and on another device.
         """
         self._check_states(key_states, value_states)
         if not self.is_initialized:

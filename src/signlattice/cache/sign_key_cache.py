@@ -173,16 +173,16 @@ class SignKeyCache(AttachedCache):
             raise InputError("key_format='sign' needs a codec: learn one, or load one from a file")
         self.config = config
         attending = attention_layers(model)
-        packed = _packed_layers(attending, codec, config)
+        owners = cacheable(attending)
+        packed = _packed_layers(owners, max(attending) + 1, codec, config)
         text = model.config.get_text_config(decoder=True)
         readers = {True: MaskCache(), False: MaskCache()}  # sliding layers have their own masks
         layers = []
         for index, (kind, arguments) in enumerate(zip(*get_layer_types_and_kwargs(text))):
-            layer = attending.get(index)
-            layer = None if layer is not None and layer.obstacle is not None else layer
+            layer = owners.get(index)
             if layer is not None and index in packed:
                 fmt = _layer_format(layer, config)
-            elif layer is not None and config.dtype is not None and layer.owns_keys:
+            elif layer is not None and config.dtype is not None:
                 fmt = LayerFormat("whole", "whole", 0, 0, config.spare, config.dtype, config.impl)
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
@@ -349,11 +349,9 @@ def _bits(bits: dict[str, int], n: dict[str, int]) -> EffectiveBits:
 
 
 def _packed_layers(
-    layers: dict[int, AttentionLayer], codec: KeyCodec | None, config: CacheConfig
+    owners: dict[int, AttentionLayer], n_layers: int, codec: KeyCodec | None, config: CacheConfig
 ) -> dict[int, StoredQuantizer | None]:
     """Return the layers that are to be packed, each with its code if there is one."""
-    owners = cacheable(layers)
-    n_layers = max(layers) + 1
     if wrong := [i for i in config.exempt if not -n_layers <= i < n_layers]:
         raise InputError(f"exempt={list(config.exempt)}: {wrong} of {n_layers} layers")
     exempt = {index % n_layers for index in config.exempt}

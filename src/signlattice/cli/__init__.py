@@ -198,7 +198,7 @@ def _learn(commands: argparse._SubParsersAction) -> None:
         required=True,
         help="codec file to write, safetensors",
     )
-    _add_text(command, "corpus for a small model of ours, wiki for gemma-3-270m, else wikitext")
+    _add_text(command)
     command.add_argument(
         "--code",
         choices=registry.names(),
@@ -243,7 +243,7 @@ def _measure(commands: argparse._SubParsersAction) -> None:
         "signlattice measure olmoe-mini codec.safetensors",
     )
     _add_model(command, codec=True)
-    _add_text(command, "corpus for a small model of ours, else wikitext")
+    _add_text(command)
     command.add_argument(
         "--passages",
         metavar="N",
@@ -261,7 +261,7 @@ def _evaluate(commands: argparse._SubParsersAction) -> None:
         "signlattice evaluate olmoe-mini codec.safetensors --values int8,int4 --window 64",
     )
     _add_model(command, codec=True)
-    _add_text(command, "corpus for a small model of ours, else wikitext")
+    _add_text(command)
     command.add_argument(
         "--values",
         metavar="LIST",
@@ -449,12 +449,12 @@ def _add_device(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_text(command: argparse.ArgumentParser, default: str) -> None:
+def _add_text(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--text",
         metavar="TEXT",
         help="corpus, prose, wiki, wikitext, c4, or a file or folder of your own "
-        f"(default: {default})",
+        "(default: corpus for a small model of ours, wiki for gemma-3-270m, else wikitext)",
     )
 
 

@@ -44,7 +44,7 @@ from signlattice.models.gguf import (
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import MODELS, LoadedModel, load_model
 from signlattice.models.minis import MINIS
-from signlattice.models.passages import describe_windows, passages, spread
+from signlattice.models.passages import describe_windows, enough_passages, spread
 from signlattice.quantizers.codec import KeyCodec
 
 Result = tuple[dict, list[str]]
@@ -168,9 +168,7 @@ def _learned(loaded: LoadedModel, codec: KeyCodec, output: Path, seconds: float)
 def measure(options: argparse.Namespace) -> Result:
     """Run ``signlattice measure``: what a codec does to held-out keys, layer by layer."""
     loaded, codec, text = _with_codec(options)
-    pieces = passages(loaded, text.evaluation, 4)
-    if len(pieces) < options.passages:
-        pieces = passages(loaded, text.evaluation)
+    pieces = enough_passages(loaded, text.evaluation, lambda some: len(some) >= options.passages)
     pieces = spread(pieces, options.passages)
     n = len(pieces)
     windows = describe_windows(pieces, options.passages)

@@ -150,7 +150,7 @@ def check_room(folder: Path, n_bytes: int, what: str) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def made_by_one(path: Path) -> Iterator[None]:
     """Let one process at a time make ``path``: others wait, and find it made."""
     check_writable(path.parent)
     with FileLock(path.with_name(f".{path.name}.lock")):

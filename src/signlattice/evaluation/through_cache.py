@@ -128,9 +128,9 @@ def cached_losses(
             exact = torch.stack([known[index] for index in chosen]).to(ids.device)
         else:
             exact = hidden_states(model, ids, use_cache=False)[:, :-1]
-        if known is not None and chosen[0] not in known:
-            for index, states in zip(chosen, exact):
-                known[index] = states
+            if known is not None:
+                for index, states in zip(chosen, exact):
+                    known[index] = states
         if new_cache is None:
             found_here = token_metrics(model, exact, ids[:, 1:])
         else:

@@ -142,7 +142,7 @@ def read_config(source: Path | str, revision: str | None, name: str) -> PreTrain
         for each in (config, text):
             if method := getattr(each, "quantization_config", None):
                 raise InputError(
-                    f"{name} is quantised ({_word(method)} in config.json): "
+                    f"{name} is quantised ({word(method)} in config.json): "
                     "give the checkpoint it was made from, in 16 or 32 bits"
                 )
         architectures = config.architectures or []
@@ -284,7 +284,7 @@ def check_runs(model: PreTrainedModel, ids: list[int], name: str) -> None:
             logits = cast(nn.Module, model)(input_ids=tokens).logits
     if not logits.amax(-1).isfinite().all():
         raise InputError(
-            f"{name} gives no finite logits in {_word(model.dtype)}: its weights are damaged, "
+            f"{name} gives no finite logits in {word(model.dtype)}: its weights are damaged, "
             "its config.json is another's, or it needs dtype='float32'"
         )
 
@@ -400,7 +400,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _word(value: object) -> str:
+def word(value: object) -> str:
     """Name a quantisation or a dtype in a word."""
     if isinstance(value, Mapping):
         value = value.get("quant_method", "quantization_config")

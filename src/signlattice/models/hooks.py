@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -471,14 +471,21 @@ def attention_hook(model: PreTrainedModel, hook: AttentionHook) -> Iterator[None
 def attending_by(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     """Let ``model`` attend by a function that transformers knows by such a name, in the context."""
     configs = attention_configs(model)
-    own = [config._attn_implementation for config in configs]
+    own = name_attention(configs, [implementation] * len(configs))
     try:
-        for config in configs:
-            config._attn_implementation_internal = implementation
         yield
     finally:
-        for config, before in zip(configs, own):
-            config._attn_implementation_internal = before
+        name_attention(configs, own)
+
+
+def name_attention(
+    configs: Sequence[PreTrainedConfig], names: Sequence[str | None]
+) -> list[str | None]:
+    """Let configurations name these functions of attention; return what they named before."""
+    before = [config._attn_implementation for config in configs]
+    for config, name in zip(configs, names):
+        config._attn_implementation_internal = name
+    return before
 
 
 def has_attention_hook() -> bool:

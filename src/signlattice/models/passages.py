@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -48,6 +48,16 @@ def passages(
     if not cut:
         raise InputError("no text to evaluate on: give documents of two tokens or more")
     return cut
+
+
+def enough_passages(
+    loaded: LoadedModel,
+    documents: Sequence[Document],
+    are_enough: Callable[[list[Passage]], bool],
+) -> list[Passage]:
+    """Take four windows of each document, or all of them where four are not enough."""
+    pieces = passages(loaded, documents, 4)
+    return pieces if are_enough(pieces) else passages(loaded, documents)
 
 
 def _windows(loaded: LoadedModel, ids: list[int]) -> list[Tensor]:

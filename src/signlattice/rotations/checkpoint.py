@@ -8,14 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from signlattice.errors import IntegrityError
-from signlattice.io import content_hash, display_path, write_tensors
+from signlattice.io import display_path, keep_tensors, kept_tensors
 
 _SCHEMA = 3
-_HEADER = "signlattice.rotations.solvers"
 
 
 def save(
@@ -31,8 +29,7 @@ def save(
     Raises ``InputError`` where it cannot be written.
     """
     header = {"schema": _SCHEMA, "config": config, "keys": fingerprint, "state": state}
-    header["sha256"] = content_hash(json.loads(json.dumps(header)), tensors)
-    write_tensors(path, tensors, metadata={_HEADER: json.dumps(header)})
+    keep_tensors(path, tensors, header)
 
 
 def load(
@@ -44,17 +41,14 @@ def load(
     """
     remedy = "delete it to start anew, or give another path"
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[_HEADER])
-            # Cloned, since tensors read from a file are not aligned as others are, and matrix
-            # products may round differently on such.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        read, header = kept_tensors(path)
+        # Cloned, since tensors read from a file are not aligned as others are, and matrix
+        # products may round differently on such.
+        tensors = {name: tensor.clone() for name, tensor in read.items()}
         if header["schema"] != _SCHEMA:
             raise ValueError(f"schema {header['schema']}, this version reads {_SCHEMA}")
-        if header.pop("sha256") != content_hash(header, tensors):
-            raise ValueError("changed after it was written")
         theirs, keys, state = header["config"], header["keys"], header["state"]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (IntegrityError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(
             f"{display_path(path)} is no checkpoint of learn_rotation ({error}): {remedy}"
         ) from None
