@@ -66,6 +66,7 @@ def packaged(index, cache, llama_folder, monkeypatch) -> PackagedModel:
         sha256=hashlib.sha256(b"".join(CONTENT)).hexdigest(),
         n_bytes=40,
         converted_bytes=1000,
+        weights_hash="0" * 64,
         terms="https://example.org/terms",
     )
     monkeypatch.setitem(gguf.PACKAGED_MODELS, NAME, model)

@@ -23,6 +23,7 @@ from typing import Any
 from signlattice.errors import InputError
 from signlattice.io import PROJECT, require_checkout
 from signlattice.models.checkpoint import weights_hash
+from signlattice.models.gguf import PACKAGED_MODELS
 from signlattice_paper import notebooks, records
 from signlattice_paper.claims import load_claims
 from signlattice_paper.records import RunRecord
@@ -112,7 +113,7 @@ def _lab_faults(lab: Path, model: str, project: Path) -> list[str]:
         return [str(error)]
     try:
         wanted = expected(lab, model)
-        weights = weights_hash(project / "models" / model) if wanted.has_weights else None
+        weights = _weights(model, project) if wanted.has_weights else None
     except Exception as error:  # a lab's own code may raise anything
         return [f"book/lab/{lab.name} on {model} cannot be checked: {error}"]
     stale = _differences("config", record.config, wanted.config)
@@ -126,6 +127,12 @@ def _lab_faults(lab: Path, model: str, project: Path) -> list[str]:
             stale.append(f"{name} is {_short(ours)}, now {_short(theirs)}")
     again = f"make it again with `make lab LAB={lab.stem} MODEL={model}`"
     return [f"{_name(record)} is stale: {why}; {again}" for why in stale]
+
+
+def _weights(model: str, project: Path) -> str:
+    """Hash a model's weights; of a packaged one, which need not be here, the hash is known."""
+    packaged = PACKAGED_MODELS.get(model)
+    return packaged.weights_hash if packaged else weights_hash(project / "models" / model)
 
 
 def _other_faults(path: Path, project: Path) -> list[str]:

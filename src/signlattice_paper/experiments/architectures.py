@@ -242,7 +242,7 @@ def measure(
     gaps, ratios, exact, codec, compressed = _gaps(loaded, pieces, fits, config, scratch, tell)
     heads, first = _head_rows(fits), min(fit.layer for fit in fits)
     tables = {
-        "layers": [_layer_row(layer) for layer in layers.values()],
+        "layers": [layer_row(layer) for layer in layers.values()],
         "beta": _beta_rows(fits),
         "lifts": _lift_rows(heads),
         "heads": heads,
@@ -524,20 +524,20 @@ def _measured(
         "n_keys": n_keys,
         "beta": found,
         "in_sample": [head.train_beta for head in learned],
-        "ceiling": [_ceiling(head) for head in held_out],
-        "steps": [_steps_row(name, one) for name, one in traced.items()],
-        "traces": [row for name, one in traced.items() for row in _trace_rows(name, one)],
+        "ceiling": [ceiling_of(head) for head in held_out],
+        "steps": [steps_row(name, one) for name, one in traced.items()],
+        "traces": [row for name, one in traced.items() for row in trace_rows(name, one)],
         "planes": _plane_rows(held_out[0], of_first) if watched else [],
     }
 
 
-def _ceiling(keys: Tensor) -> float:
+def ceiling_of(keys: Tensor) -> float:
     """Return the elliptical ceiling of the scatter of keys [N, d]."""
     keys = keys.double()
     return elliptical_ceiling(torch.linalg.eigvalsh(keys.T @ keys).clamp_min(0).cpu())
 
 
-def _steps_row(solver: str, learned: LearnedRotation) -> Row:
+def steps_row(solver: str, learned: LearnedRotation) -> Row:
     """When learning reached the paper's marks, and 99 % of its lift, in sample and held out."""
     trace = learned.trace
     row: dict = {"solver": solver, "n_keys": learned.n_keys, "steps": trace[-1].step}
@@ -551,7 +551,8 @@ def _steps_row(solver: str, learned: LearnedRotation) -> Row:
     return row
 
 
-def _trace_rows(solver: str, learned: LearnedRotation) -> list[Row]:
+def trace_rows(solver: str, learned: LearnedRotation) -> list[Row]:
+    """List the points of a trace."""
     return [
         {
             "solver": solver,
@@ -697,7 +698,7 @@ def _ratio(worse: TokenLosses, better: TokenLosses, exact: TokenLosses) -> Row:
 # Tables.
 
 
-def _layer_row(layer: AttentionLayer) -> Row:
+def layer_row(layer: AttentionLayer) -> Row:
     """Describe the attention of a layer, and whether a mean off its keys cancels exactly."""
     return asdict(layer) | {"mean_cancels": layer.mean_cancels}
 
