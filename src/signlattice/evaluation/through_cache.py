@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from signlattice.cache.sign_key_cache import CacheConfig, CacheStats, SignKeyCache
 from signlattice.data.corpus import Document
@@ -112,11 +113,15 @@ def cached_losses(
     config: QualityConfig = QualityConfig(),
     progress: Callable[[int], object] | None = None,
     known: ExactStates | None = None,
+    every: int = 1,
 ) -> Losses:
     """Compute teacher-forced losses of windows of one length through new caches, or without (None).
 
     KL and agreement are against exact attention, which is looked up in ``known`` and added to it,
-    if that is given. Raises ``InputError`` if a cache has packed nothing: it would look perfect.
+    if that is given. All tokens are read and each ``every``-th, the last one included, is judged:
+    over a large vocabulary, logits take longer than the model.
+
+    Raises ``InputError`` if a cache has packed nothing: it would look perfect.
     """
     size = len(pieces)
     found = {name: [np.zeros(size) for _ in range(3)] for name in ("whole", "end")}
@@ -124,24 +129,25 @@ def cached_losses(
     for chosen, ids, _ in batches(pieces, config.batch_size):
         ids = ids.to(loaded.model.device)
         model = loaded.model
+        judged = range((ids.shape[1] - 2) % every, ids.shape[1] - 1, every)
+        targets = ids[:, 1:][:, judged]
         if known is not None and chosen[0] in known:
             exact = torch.stack([known[index] for index in chosen]).to(ids.device)
         else:
-            exact = hidden_states(model, ids, use_cache=False)[:, :-1]
+            exact = _exact_states(loaded, ids, config.step)[:, judged]
             if known is not None:
                 for index, states in zip(chosen, exact):
                     known[index] = states
         if new_cache is None:
-            found_here = token_metrics(model, exact, ids[:, 1:])
+            found_here = token_metrics(model, exact, targets)
         else:
             cache = new_cache()
-            states = states_through(loaded, ids, cache, config.step)[:, :-1]
-            found_here = token_metrics(model, states, ids[:, 1:], exact)
+            states = states_through(loaded, ids, cache, config.step)[:, judged]
+            found_here = token_metrics(model, states, targets, exact)
             stats = cache.stats()
             n_packed += stats.n_packed
         per_token = found_here.nll, found_here.kl, found_here.agree
-        n_predicted = ids.shape[1] - 1
-        for name, first in (("whole", 0), ("end", n_predicted - _end(n_predicted))):
+        for name, first in (("whole", 0), ("end", len(judged) - _end(len(judged)))):
             for total, values in zip(found[name], per_token):
                 total[chosen] = values[:, first:].sum(-1).double().cpu().numpy()
         if progress is not None:
@@ -150,7 +156,7 @@ def cached_losses(
         raise InputError(
             f"the cache packed none of {ids.shape[1]} tokens: its window holds them all"
         )
-    n = len(pieces[0].ids) - 1
+    n = -(-(len(pieces[0].ids) - 1) // every)
     losses = {
         name: TokenLosses(
             tuple(pieces),
@@ -169,8 +175,14 @@ def _end(n: int) -> int:
     return max(1, n // 4)
 
 
+def _exact_states(loaded: LoadedModel, ids: Tensor, step: int | None) -> Tensor:
+    if step is None:
+        return hidden_states(loaded.model, ids, use_cache=False)
+    return states_through(loaded, ids, DynamicCache(config=loaded.model.config), step)
+
+
 def states_through(
-    loaded: LoadedModel, ids: Tensor, cache: JudgedCache, step: int | None = None
+    loaded: LoadedModel, ids: Tensor, cache: JudgedCache | DynamicCache, step: int | None = None
 ) -> Tensor:
     """Compute hidden states [B, T, h] of ids [B, T] through a cache, ``step`` tokens a call."""
     parts = ids.split(step or ids.shape[1], 1)
@@ -239,6 +251,8 @@ def gap_percent(losses: TokenLosses, exact: TokenLosses) -> Interval:
 class Judge:
     """Judge caches of one model on one text; exact attention is computed once.
 
+    Losses are of each ``every``-th token: see `cached_losses`.
+
     Example:
         >>> from signlattice import CacheConfig, Judge, KeyCodec, QualityConfig
         >>> from signlattice import load_model, read_text
@@ -258,20 +272,24 @@ class Judge:
         documents: Sequence[Document],
         others: Sequence[Document],
         config: QualityConfig = QualityConfig(),
+        every: int = 1,
     ) -> None:
         self.loaded = loaded
         self.config = config
+        self.every = every
         self.pieces = full_windows(loaded, documents, config.n_passages)
         self._known = ExactStates()
-        self.exact = cached_losses(loaded, self.pieces, None, config, known=self._known)
+        self.exact = cached_losses(
+            loaded, self.pieces, None, config, known=self._known, every=every
+        )
         hay = self.pieces[: config.n_needles]
         straw = full_windows(loaded, others, config.n_needles)
         self.needles = {depth: needles(loaded, hay, straw, depth) for depth in DEPTHS}
 
-    def exact_row(self) -> Row:
+    def exact_row(self, *, with_needles: bool = True) -> Row:
         """Measure perplexity and retrieval of exact attention."""
         ppl, end = perplexity(self.exact.whole), perplexity(self.exact.end)
-        return {
+        row: Row = {
             "perplexity": ppl.value,
             "low": ppl.low,
             "high": ppl.high,
@@ -280,9 +298,11 @@ class Judge:
             "documents": ppl.n,
             "windows": len(self.pieces),
             "joined": sum(piece.joined for piece in self.pieces),
-            **self._retrieved(None),
-            "without": self._share(self.needles[DEPTHS[0]].absent, None),
         }
+        if not with_needles:
+            return row
+        without = self._share(self.needles[DEPTHS[0]].absent, None)
+        return {**row, **self._retrieved(None), "without": without}
 
     def row(
         self,
@@ -317,9 +337,15 @@ class Judge:
         with_needles: bool = True,
         progress: Callable[[int], object] | None = None,
     ) -> Row:
-        """Measure a cache's losses: gaps in per cent of perplexity, KL in nats a token."""
+        """Measure a cache's losses: gaps in per cent of perplexity, KL in nats a token.
+
+        ``step``: tokens of a call, the configuration's unless given.
+        """
+        step = step or self.config.step
         config = replace(self.config, step=step)
-        losses = cached_losses(self.loaded, self.pieces, new_cache, config, progress, self._known)
+        losses = cached_losses(
+            self.loaded, self.pieces, new_cache, config, progress, self._known, self.every
+        )
         gap = gap_percent(losses.whole, self.exact.whole)
         end = gap_percent(losses.end, self.exact.end)
         n, stats = losses.whole.n_tokens.sum(), losses.stats

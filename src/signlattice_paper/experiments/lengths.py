@@ -1,0 +1,248 @@
+"""What a real language model loses by a compressed cache, at the lengths that it reads.
+
+Every cache is judged at each length on windows of that length, and weighed at the end of the same
+windows, so that loss and bits belong to one configuration at one length. Pass keys are looked up
+through some of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from transformers import DynamicCache
+
+from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
+from signlattice.calibration import CalibrationConfig
+from signlattice.errors import InputError
+from signlattice.evaluation.through_cache import Judge, QualityConfig
+from signlattice.models.loading import LoadedModel
+from signlattice.models.passages import full_windows
+from signlattice.quantizers.codec import KeyCodec
+from signlattice.rotations.config import LearnConfig
+from signlattice_paper.experiments.comparison import kept_codec
+from signlattice_paper.experiments.passkeys import Haystack, found, haystack
+from signlattice_paper.experiments.runner import Lab, Tables
+from signlattice_paper.records import Row
+
+EXACT = "exact"
+"""Name of the cache that keeps what it is given."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """Tokens of a window, on how many windows losses are measured, and in how many keys hide.
+
+    ``all_cases``: whether every cache is judged at this length, or those of the short list.
+    """
+
+    tokens: int
+    n_windows: int
+    n_haystacks: int
+    all_cases: bool = False
+
+
+@dataclass(frozen=True)
+class LengthsConfig:
+    """Choose what is crossed.
+
+    Attributes:
+        text: to calibrate and evaluate on, as `texts.read_text` takes it.
+        lengths: that are compared.
+        windows: latest tokens that stay whole, at the lengths where all cases are judged.
+        window, sinks: of most caches.
+        every: tokens between those that losses are measured on.
+        step: tokens of a call.
+        n_keys: pass keys in a text.
+        learn_context: tokens of the windows that codecs are learned on.
+        calibrate: how codecs are learned.
+
+    Raises:
+        InputError: on no length, a count below 1, or windows without that of most caches.
+    """
+
+    text: str = "wiki"
+    lengths: tuple[Length, ...] = (
+        Length(2048, 4, 4, all_cases=True),
+        Length(8192, 2, 2),
+        Length(16384, 1, 1),
+    )
+    windows: tuple[int, ...] = (0, 16, 64, 256)
+    window: int = 64
+    sinks: int = 4
+    every: int = 4
+    step: int = 1024
+    n_keys: int = 10
+    learn_context: int = 2048
+    calibrate: CalibrationConfig = field(
+        default_factory=lambda: CalibrationConfig(
+            keys_per_dim=128, batch_size=1, rotation=LearnConfig(solver="itq", steps=100)
+        )
+    )
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            raise InputError("lengths is empty: give one or more")
+        for name in ("every", "step", "n_keys", "learn_context"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
+        if self.window not in self.windows:
+            raise InputError(f"windows={list(self.windows)}: name {self.window} too")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cache at a length: by its name, with the codec that its keys want, "" for none.
+
+    ``table``: "exact", "caches" or "passkeys".
+    """
+
+    table: str
+    length: Length
+    name: str
+    codec: str = ""
+    cache: CacheConfig | None = None
+
+
+CODECS = {"lattice": {}, "rotation": {"code": "rotation"}, "all layers": {"sliding": True}}
+"""Codecs by name: what each changes of the configuration that codecs are learned by."""
+
+
+def caches(config: LengthsConfig) -> dict[str, tuple[str, CacheConfig]]:
+    """Return each cache by its name: its codec and its configuration, the short list first."""
+
+    def at(window: int, keys: str, values: str, **changes) -> CacheConfig:
+        return CacheConfig(
+            key_format=keys,  # type: ignore[arg-type]  # a name of the table
+            value_format=values,  # type: ignore[arg-type]
+            window=window,
+            sinks=config.sinks if window else 0,
+            dtype=torch.float16,
+            **changes,
+        )
+
+    w = config.window
+    found = {
+        "int4": ("", at(w, "int4", "int4")),
+        "int2": ("", at(w, "int2", "int2")),
+        "rotation, V int4": ("rotation", at(w, "sign", "int4")),
+        "lattice, V int4": ("lattice", at(w, "sign", "int4")),
+        "lattice, V int2": ("lattice", at(w, "sign", "int2")),
+        "lattice, V int4, all layers": ("all layers", at(w, "sign", "int4", sliding="packed")),
+        "lattice, V int4, no window": ("lattice", at(0, "sign", "int4")),
+        "rotation, V int4, no window": ("rotation", at(0, "sign", "int4")),
+        "fp8, no window": ("", at(0, "fp8", "fp8")),
+    }
+    found |= {f"{fmt}, no window": ("", at(0, fmt, fmt)) for fmt in ("int8", "int4", "int2")}
+    found |= {f"K {fmt}": ("", at(w, fmt, "whole")) for fmt in ("int4", "int2")}
+    found |= {f"V {fmt}": ("", at(w, "whole", fmt)) for fmt in ("int4", "int2")}
+    for code in ("lattice", "rotation"):
+        for window in config.windows:
+            found[f"K {code}, window {window}"] = (code, at(window, "sign", "whole"))
+    for window in set(config.windows) - {0, w}:
+        found[f"lattice, V int4, window {window}"] = ("lattice", at(window, "sign", "int4"))
+    return found
+
+
+SHORT = 9
+"""Caches of the short list."""
+
+LOOKED_UP = 6
+"""Of these, the caches that pass keys are looked up in."""
+
+
+class LengthsLab(Lab[LengthsConfig, Case]):
+    """Tables "exact", "caches" and "passkeys", a row for each length, or length and cache.
+
+    In "caches", ``gap`` is perplexity lost in per cent with its interval over documents (None on a
+    single window), ``kl`` in nats a token; ``effective_bits`` of a coordinate counts all that the
+    packed layers hold at the end of a window. In "passkeys", ``right`` are questions answered of
+    the ``asked``, those that exact attention answers, and ``missed_at`` is where the others stand.
+
+    Running raises ``InputError`` as `calibration.learn_codec` and `passages.full_windows` do.
+    """
+
+    def cases(self) -> list[Case]:
+        """List all caches at all lengths, losses before pass keys, the short lengths first."""
+        every = list(caches(self.config).items())
+        listed: list[Case] = []
+        for length in self.config.lengths:
+            listed.append(Case("exact", length, EXACT))
+            judged = every if length.all_cases else every[:SHORT]
+            listed += [Case("caches", length, name, *rest) for name, rest in judged]
+        for length in self.config.lengths:
+            listed.append(Case("passkeys", length, EXACT))
+            listed += [Case("passkeys", length, name, *rest) for name, rest in every[:LOOKED_UP]]
+        return listed
+
+    def measure(self, case: Case) -> Tables:
+        """Measure a case and return the row that it adds to its table."""
+        row = getattr(self, f"_{case.table}")(case)
+        return {case.table: [{"tokens": case.length.tokens, "name": case.name} | row]}
+
+    def _exact(self, case: Case) -> Row:
+        return self.judge(case.length).exact_row(with_needles=False)
+
+    def _caches(self, case: Case) -> Row:
+        assert case.cache is not None
+        codec = self.codec(case.codec) if case.codec else None
+        judge = self.judge(case.length)
+        return {"codec": case.codec} | judge.row(codec, case.cache, with_needles=False)
+
+    def _passkeys(self, case: Case) -> Row:
+        exact = self._answers(replace(case, name=EXACT, codec="", cache=None))
+        pairs = [pair for both in zip(exact, self._answers(case)) for pair in zip(*both)]
+        depths = [q.depth for text in self._haystacks(case.length) for q in text.questions]
+        asked = [(depth, now) for depth, (once, now) in zip(depths, pairs) if once]
+        missed = [f"{depth:.2f}" for depth, now in asked if not now]
+        n_right = len(asked) - len(missed)
+        return {
+            "questions": len(pairs),
+            "asked": len(asked),
+            "right": n_right,
+            "missed_at": ", ".join(missed),
+        }
+
+    def _answers(self, case: Case) -> list[list[bool]]:
+        """Look the pass keys up through the case's cache, or through transformers' own."""
+
+        def new_cache() -> DynamicCache | SignKeyCache:
+            if case.cache is None:
+                return DynamicCache(config=self.loaded.model.config)
+            codec = self.codec(case.codec) if case.codec else None
+            return SignKeyCache(self.loaded, codec, case.cache)
+
+        def answers() -> dict:
+            texts = self._haystacks(case.length)
+            return {"answers": [found(self.loaded, t, new_cache, self.config.step) for t in texts]}
+
+        return self.scratch.row(f"answers: {case}", answers)["answers"]
+
+    def _haystacks(self, length: Length) -> Sequence[Haystack]:
+        loaded = replace(self.loaded, context=length.tokens)
+        pieces = full_windows(loaded, self.text.evaluation, length.n_haystacks)
+        n_keys = self.config.n_keys
+        return [haystack(loaded, piece, n_keys, seed) for seed, piece in enumerate(pieces)]
+
+    @cached_property
+    def _judges(self) -> dict[int, Judge]:
+        return {}
+
+    def judge(self, length: Length) -> Judge:
+        """Judge caches at a length; what exact attention says is held for one length at a time."""
+        if length.tokens not in self._judges:
+            self._judges.clear()
+            loaded = replace(self.loaded, context=length.tokens)
+            quality = QualityConfig(length.n_windows, 1, batch_size=1, step=self.config.step)
+            self._judges[length.tokens] = Judge(
+                loaded, self.text.evaluation, self.text.calibration, quality, self.config.every
+            )
+        return self._judges[length.tokens]
+
+    def codec(self, name: str) -> KeyCodec:
+        """Learn a codec, or load it if an earlier run got that far."""
+        config = replace(self.config.calibrate, **CODECS[name])
+        loaded: LoadedModel = replace(self.loaded, context=self.config.learn_context)
+        return kept_codec(loaded, self.text, config, self.scratch.file(name, ".safetensors"))

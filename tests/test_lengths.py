@@ -1,0 +1,120 @@
+"""Caches of a model at several lengths, and pass keys looked up through them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from signlattice.calibration import CalibrationConfig
+from signlattice.data.texts import read_text
+from signlattice.errors import InputError
+from signlattice.evaluation.through_cache import Judge, QualityConfig, cached_losses
+from signlattice.models.loading import load_model
+from signlattice.models.passages import full_windows
+from signlattice.rotations.config import LearnConfig
+from signlattice_paper.experiments import lengths
+from signlattice_paper.experiments.lengths import Length, LengthsConfig, LengthsLab
+from signlattice_paper.experiments.passkeys import found, haystack
+
+CONFIG = LengthsConfig(
+    text="corpus",
+    lengths=(Length(256, 2, 1),),
+    windows=(0, 16),
+    window=16,
+    every=3,
+    step=100,
+    n_keys=3,
+    learn_context=256,
+    calibrate=CalibrationConfig(keys_per_dim=2, rotation=LearnConfig(solver="itq", steps=2)),
+)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return replace(load_model("olmoe-mini"), context=256)
+
+
+@pytest.fixture(scope="module")
+def lab(loaded, tmp_path_factory) -> LengthsLab:
+    return LengthsLab(loaded, read_text("corpus"), CONFIG, tmp_path_factory.mktemp("lengths"))
+
+
+def test_cached_losses_judge_each_third_token_up_to_the_last(loaded):
+    pieces = full_windows(loaded, read_text("corpus").evaluation, 2)
+    every, third = (
+        cached_losses(loaded, pieces, None, QualityConfig(batch_size=2), every=n).whole
+        for n in (1, 3)
+    )
+    logits = loaded.model(torch.stack([piece.ids for piece in pieces])).logits.log_softmax(-1)
+    nll = [
+        -logits[i, :-1].gather(-1, piece.ids[1:, None])[:, 0].detach()
+        for i, piece in enumerate(pieces)
+    ]
+    assert third.n_tokens.tolist() == [85, 85]
+    assert every.nll == pytest.approx([row.sum().item() for row in nll], rel=1e-5)
+    assert third.nll == pytest.approx([row.flip(0)[::3].sum().item() for row in nll], rel=1e-5)
+
+
+def test_judge_reads_exact_attention_in_calls_alike(loaded):
+    documents = read_text("corpus").evaluation
+    once, parts = (
+        Judge(loaded, documents, documents, QualityConfig(2, 1, step=step), every=3)
+        for step in (None, 100)
+    )
+    assert parts.exact.whole.nll == pytest.approx(once.exact.whole.nll, rel=1e-5)
+
+
+def test_lengths_lab_judges_and_weighs_at_the_length(lab):
+    cases = [case for case in lab.cases() if case.name in ("exact", "int2")]
+    exact, caches, _, passkeys = (lab.measure(case) for case in cases)
+    (row,) = caches["caches"]
+    assert (row["tokens"], exact["exact"][0]["tokens"]) == (256, 2 * 85)
+    assert 2 < row["bits"] < row["effective_bits"] < 16
+    assert row["kl"] > 0
+    (row,) = passkeys["passkeys"]
+    assert 0 <= row["right"] <= row["asked"] <= row["questions"] == 3
+
+
+def test_lengths_lab_lists_all_caches_where_it_is_told_to(lab):
+    assert sum(case.table == "caches" for case in lab.cases()) == lengths.SHORT
+    config = replace(CONFIG, lengths=(Length(256, 2, 1, all_cases=True),))
+    every = LengthsLab(lab.loaded, lab.text, config, lab.scratch.folder).cases()
+    assert sum(case.table == "caches" for case in every) == len(lengths.caches(config))
+
+
+def test_haystack_holds_every_number_once_from_the_first_token_to_the_last(loaded):
+    (piece,) = full_windows(loaded, read_text("corpus").evaluation, 1)
+    hidden = haystack(loaded, piece, 3, seed=0)
+    text = loaded.tokenizer.decode(hidden.ids.tolist())
+    numbers = [loaded.tokenizer.decode(q.answer.tolist()).strip() for q in hidden.questions]
+    assert [text.count(number) for number in numbers] == [1, 1, 1]
+    assert [q.depth for q in hidden.questions] == [0, 0.5, 1]
+    assert hidden.ids[0] == piece.ids[0]
+    assert text.endswith(f"{numbers[-1]}.")
+    assert len(hidden.ids) <= len(piece.ids) - 24
+
+
+def test_haystack_refuses_what_it_has_no_room_for(loaded):
+    (piece,) = full_windows(replace(loaded, context=64), read_text("corpus").evaluation, 1)
+    for n_keys in (1, 11, 10):
+        with pytest.raises(InputError):
+            haystack(loaded, piece, n_keys, seed=0)
+
+
+def test_found_asks_each_question_after_the_text_alone(loaded):
+    """The order of the questions changes nothing: each goes on from a copy of the cache."""
+    (piece,) = full_windows(loaded, read_text("corpus").evaluation, 1)
+    hidden = haystack(loaded, piece, 3, seed=0)
+    states = loaded.model(
+        torch.cat((hidden.ids, hidden.questions[1].question, hidden.questions[1].answer))[None]
+    ).logits
+    answer = hidden.questions[1].answer
+    right = bool((states[0, -len(answer) - 1 : -1].argmax(-1) == answer).all())
+    told = replace(hidden, questions=hidden.questions[::-1])
+    new_cache = lambda: DynamicCache(config=loaded.model.config)
+    answers = found(loaded, hidden, new_cache, step=100)
+    assert answers == found(loaded, told, new_cache)[::-1]
+    assert answers[1] == right
