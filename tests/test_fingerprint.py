@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from signlattice.alignment import beta
@@ -23,7 +25,8 @@ CONFIG = FingerprintConfig(
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory) -> FingerprintLab:
-    loaded, text = load_model("olmoe-mini"), read_text("corpus")
+    loaded, corpus = load_model("olmoe-mini"), read_text("corpus")
+    text = replace(corpus, calibration=corpus.calibration[:8], evaluation=corpus.evaluation[:4])
     return FingerprintLab(loaded, text, CONFIG, tmp_path_factory.mktemp("fingerprint"))
 
 

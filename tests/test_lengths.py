@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from signlattice.calibration import CalibrationConfig
-from signlattice.data.texts import read_text
+from signlattice.data.texts import Text, read_text
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import Judge, QualityConfig, cached_losses
 from signlattice.models.loading import load_model
@@ -27,6 +27,7 @@ CONFIG = LengthsConfig(
     every=3,
     step=100,
     n_keys=3,
+    n_tokens=4,
     learn_context=256,
     calibrate=CalibrationConfig(keys_per_dim=2, rotation=LearnConfig(solver="itq", steps=2)),
 )
@@ -38,12 +39,19 @@ def loaded():
 
 
 @pytest.fixture(scope="module")
-def lab(loaded, tmp_path_factory) -> LengthsLab:
-    return LengthsLab(loaded, read_text("corpus"), CONFIG, tmp_path_factory.mktemp("lengths"))
+def text() -> Text:
+    """A few documents: all of the corpus would be tokenized again for each window."""
+    corpus = read_text("corpus")
+    return replace(corpus, calibration=corpus.calibration[:8], evaluation=corpus.evaluation[:4])
 
 
-def test_cached_losses_judge_each_third_token_up_to_the_last(loaded):
-    pieces = full_windows(loaded, read_text("corpus").evaluation, 2)
+@pytest.fixture(scope="module")
+def lab(loaded, text, tmp_path_factory) -> LengthsLab:
+    return LengthsLab(loaded, text, CONFIG, tmp_path_factory.mktemp("lengths"))
+
+
+def test_cached_losses_judge_each_third_token_up_to_the_last(loaded, text):
+    pieces = full_windows(loaded, text.evaluation, 2)
     every, third = (
         cached_losses(loaded, pieces, None, QualityConfig(batch_size=2), every=n).whole
         for n in (1, 3)
@@ -58,8 +66,8 @@ def test_cached_losses_judge_each_third_token_up_to_the_last(loaded):
     assert third.nll == pytest.approx([row.flip(0)[::3].sum().item() for row in nll], rel=1e-5)
 
 
-def test_judge_reads_exact_attention_in_calls_alike(loaded):
-    documents = read_text("corpus").evaluation
+def test_judge_reads_exact_attention_in_calls_alike(loaded, text):
+    documents = text.evaluation
     once, parts = (
         Judge(loaded, documents, documents, QualityConfig(2, 1, step=step), every=3)
         for step in (None, 100)
@@ -69,13 +77,16 @@ def test_judge_reads_exact_attention_in_calls_alike(loaded):
 
 def test_lengths_lab_judges_and_weighs_at_the_length(lab):
     cases = [case for case in lab.cases() if case.name in ("exact", "int2")]
-    exact, caches, _, passkeys = (lab.measure(case) for case in cases)
+    exact, caches, _, passkeys, times = (lab.measure(case) for case in cases)
     (row,) = caches["caches"]
     assert (row["tokens"], exact["exact"][0]["tokens"]) == (256, 2 * 85)
     assert 2 < row["bits"] < row["effective_bits"] < 16
     assert row["kl"] > 0
     (row,) = passkeys["passkeys"]
     assert 0 <= row["right"] <= row["asked"] <= row["questions"] == 3
+    (row,) = times["times"]
+    assert 0 < row["token_low"] <= row["token"] <= row["token_high"]
+    assert row["bytes"] == 4 * 2 * 4 * 4 * 64 * (256 + CONFIG.n_tokens - 1)  # of the last: no key
 
 
 def test_lengths_lab_lists_all_caches_where_it_is_told_to(lab):
@@ -85,28 +96,28 @@ def test_lengths_lab_lists_all_caches_where_it_is_told_to(lab):
     assert sum(case.table == "caches" for case in every) == len(lengths.caches(config))
 
 
-def test_haystack_holds_every_number_once_from_the_first_token_to_the_last(loaded):
-    (piece,) = full_windows(loaded, read_text("corpus").evaluation, 1)
+def test_haystack_holds_every_number_once_from_the_first_token_to_the_last(loaded, text):
+    (piece,) = full_windows(loaded, text.evaluation, 1)
     hidden = haystack(loaded, piece, 3, seed=0)
-    text = loaded.tokenizer.decode(hidden.ids.tolist())
+    written = loaded.tokenizer.decode(hidden.ids.tolist())
     numbers = [loaded.tokenizer.decode(q.answer.tolist()).strip() for q in hidden.questions]
-    assert [text.count(number) for number in numbers] == [1, 1, 1]
+    assert [written.count(number) for number in numbers] == [1, 1, 1]
     assert [q.depth for q in hidden.questions] == [0, 0.5, 1]
     assert hidden.ids[0] == piece.ids[0]
-    assert text.endswith(f"{numbers[-1]}.")
+    assert written.endswith(f"{numbers[-1]}.")
     assert len(hidden.ids) <= len(piece.ids) - 24
 
 
-def test_haystack_refuses_what_it_has_no_room_for(loaded):
-    (piece,) = full_windows(replace(loaded, context=64), read_text("corpus").evaluation, 1)
+def test_haystack_refuses_what_it_has_no_room_for(loaded, text):
+    (piece,) = full_windows(replace(loaded, context=64), text.evaluation, 1)
     for n_keys in (1, 11, 10):
         with pytest.raises(InputError):
             haystack(loaded, piece, n_keys, seed=0)
 
 
-def test_found_asks_each_question_after_the_text_alone(loaded):
+def test_found_asks_each_question_after_the_text_alone(loaded, text):
     """The order of the questions changes nothing: each goes on from a copy of the cache."""
-    (piece,) = full_windows(loaded, read_text("corpus").evaluation, 1)
+    (piece,) = full_windows(loaded, text.evaluation, 1)
     hidden = haystack(loaded, piece, 3, seed=0)
     states = loaded.model(
         torch.cat((hidden.ids, hidden.questions[1].question, hidden.questions[1].answer))[None]
@@ -114,7 +125,7 @@ def test_found_asks_each_question_after_the_text_alone(loaded):
     answer = hidden.questions[1].answer
     right = bool((states[0, -len(answer) - 1 : -1].argmax(-1) == answer).all())
     told = replace(hidden, questions=hidden.questions[::-1])
-    new_cache = lambda: DynamicCache(config=loaded.model.config)
-    answers = found(loaded, hidden, new_cache, step=100)
-    assert answers == found(loaded, told, new_cache)[::-1]
+    caches = [DynamicCache(config=loaded.model.config) for _ in range(2)]
+    answers = found(loaded, hidden, caches[0], step=100)
+    assert answers == found(loaded, told, caches[1])[::-1]
     assert answers[1] == right

@@ -2,7 +2,7 @@
 
 Every cache is judged at each length on windows of that length, and weighed at the end of the same
 windows, so that loss and bits belong to one configuration at one length. Pass keys are looked up
-through some of them.
+through some of them, and ``generate()`` is timed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import full_windows
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.rotations.config import LearnConfig
+from signlattice_paper.baselines.transformers_caches import QuantizedLayers
 from signlattice_paper.experiments.comparison import kept_codec
+from signlattice_paper.experiments.generation import AnyCache, timed
 from signlattice_paper.experiments.passkeys import Haystack, found, haystack
 from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.records import Row
@@ -56,6 +58,7 @@ class LengthsConfig:
         every: tokens between those that losses are measured on.
         step: tokens of a call.
         n_keys: pass keys in a text.
+        n_tokens: that are generated for a time.
         learn_context: tokens of the windows that codecs are learned on.
         calibrate: how codecs are learned.
 
@@ -75,6 +78,7 @@ class LengthsConfig:
     every: int = 4
     step: int = 1024
     n_keys: int = 10
+    n_tokens: int = 32
     learn_context: int = 2048
     calibrate: CalibrationConfig = field(
         default_factory=lambda: CalibrationConfig(
@@ -96,7 +100,7 @@ class LengthsConfig:
 class Case:
     """A cache at a length: by its name, with the codec that its keys want, "" for none.
 
-    ``table``: "exact", "caches" or "passkeys".
+    ``table``: "exact", "caches", "passkeys" or "times".
     """
 
     table: str
@@ -152,14 +156,19 @@ SHORT = 9
 LOOKED_UP = 6
 """Of these, the caches that pass keys are looked up in."""
 
+TIMED = "lattice, V int4"
+QUANTO = "quanto, 4 bits"
+"""Caches that are timed, beside transformers' own: ours, and its quantized one."""
+
 
 class LengthsLab(Lab[LengthsConfig, Case]):
-    """Tables "exact", "caches" and "passkeys", a row for each length, or length and cache.
+    """Tables "exact", "caches", "passkeys" and "times", a row for each length and cache.
 
-    In "caches", ``gap`` is perplexity lost in per cent with its interval over documents (None on a
-    single window), ``kl`` in nats a token; ``effective_bits`` of a coordinate counts all that the
-    packed layers hold at the end of a window. In "passkeys", ``right`` are questions answered of
-    the ``asked``, those that exact attention answers, and ``missed_at`` is where the others stand.
+    In "caches", ``gap`` is perplexity lost in per cent with its interval over documents (of one
+    document there is none), ``kl`` in nats a token; ``effective_bits`` of a coordinate counts all
+    that the packed layers hold at the end of a window. In "passkeys", ``right`` are questions
+    answered of the ``asked``, those that exact attention answers, and ``missed_at`` is where the
+    others stand. "times" has what `generation.timed` returns.
 
     Running raises ``InputError`` as `calibration.learn_codec` and `passages.full_windows` do.
     """
@@ -175,6 +184,11 @@ class LengthsLab(Lab[LengthsConfig, Case]):
         for length in self.config.lengths:
             listed.append(Case("passkeys", length, EXACT))
             listed += [Case("passkeys", length, name, *rest) for name, rest in every[:LOOKED_UP]]
+        ours = caches(self.config)[TIMED]
+        for length in self.config.lengths:
+            listed.append(Case("times", length, EXACT))
+            listed.append(Case("times", length, TIMED, *ours))
+            listed.append(Case("times", length, QUANTO))
         return listed
 
     def measure(self, case: Case) -> Tables:
@@ -208,17 +222,25 @@ class LengthsLab(Lab[LengthsConfig, Case]):
     def _answers(self, case: Case) -> list[list[bool]]:
         """Look the pass keys up through the case's cache, or through transformers' own."""
 
-        def new_cache() -> DynamicCache | SignKeyCache:
-            if case.cache is None:
-                return DynamicCache(config=self.loaded.model.config)
-            codec = self.codec(case.codec) if case.codec else None
-            return SignKeyCache(self.loaded, codec, case.cache)
-
         def answers() -> dict:
-            texts = self._haystacks(case.length)
-            return {"answers": [found(self.loaded, t, new_cache, self.config.step) for t in texts]}
+            texts, step = self._haystacks(case.length), self.config.step
+            return {"answers": [found(self.loaded, t, self._new_cache(case), step) for t in texts]}
 
         return self.scratch.row(f"answers: {case}", answers)["answers"]
+
+    def _new_cache(self, case: Case) -> AnyCache:
+        if case.name == QUANTO:
+            return QuantizedLayers(self.loaded, "quanto", 4, self.config.window)
+        if case.cache is None:
+            return DynamicCache(config=self.loaded.model.config)
+        codec = self.codec(case.codec) if case.codec else None
+        return SignKeyCache(self.loaded, codec, case.cache)
+
+    def _times(self, case: Case) -> Row:
+        loaded = replace(self.loaded, context=case.length.tokens)
+        (piece,) = full_windows(loaded, self.text.evaluation, 1)
+        cache = self._new_cache(case)
+        return timed(loaded, piece.ids, cache, self.config.n_tokens, self.config.step)
 
     def _haystacks(self, length: Length) -> Sequence[Haystack]:
         loaded = replace(self.loaded, context=length.tokens)

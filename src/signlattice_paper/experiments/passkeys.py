@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,12 +87,12 @@ def _question(loaded: LoadedModel, depth: float, city: str, number: str) -> Ques
 
 
 @torch.no_grad()
-def found(
-    loaded: LoadedModel, text: Haystack, new_cache: Callable[[], Any], step: int | None = None
-) -> list[bool]:
-    """Say for each question whether greedy decoding through the cache gives the whole answer."""
+def found(loaded: LoadedModel, text: Haystack, cache: Any, step: int | None = None) -> list[bool]:
+    """Say for each question whether greedy decoding through an empty cache gives the whole answer.
+
+    The text is read ``step`` tokens a call, or all at once.
+    """
     device = loaded.model.device
-    cache = new_cache()
     for part in text.ids[None].to(device).split(step or len(text.ids), 1):
         hidden_states(loaded.model, part, past_key_values=cache)
     answers = []
