@@ -102,13 +102,13 @@ def test_full_precision_storage_keeps_whole_vectors_as_they_came(dtype):
 
 
 @pytest.mark.parametrize("bits", [4, 2])
-def test_key_storage_rounds_keys_with_an_outlier_better_once_they_are_turned(bits):
+def test_key_storage_rounds_keys_with_an_outlier_better_once_they_are_rotated(bits):
     """Without the rotation one large coordinate takes the whole range, and the others are lost."""
     given = vectors(200)
     given[..., 3] += 12
     plain = filled(("values", f"int{bits}", None), given).read(0, 200, torch.float32)
-    turned = filled(("keys", f"int{bits}", None), given).read(0, 200, torch.float32)
-    assert difference(turned, given) < 0.7 * difference(plain, given)
+    rotated = filled(("keys", f"int{bits}", None), given).read(0, 200, torch.float32)
+    assert difference(rotated, given) < 0.7 * difference(plain, given)
 
 
 @pytest.mark.parametrize("case", STORES)

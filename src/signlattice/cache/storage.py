@@ -215,14 +215,14 @@ class FullPrecisionStorage(Store):
 class IntegerStorage(Store):
     """Vectors at 8, 4 or 2 bits, each between its least and greatest coordinate.
 
-    ``turned`` rotates them before by a randomised Hadamard matrix, as QuaRot does to keys: no
+    ``rotated`` rotates them before by a randomised Hadamard matrix, as QuaRot does to keys: no
     coordinate is an outlier then.
     """
 
-    def __init__(self, bits: int, *, turned: bool = False) -> None:
+    def __init__(self, bits: int, *, rotated: bool = False) -> None:
         super().__init__()
         self.bits = bits
-        self.turned = turned
+        self.rotated = rotated
 
     @property
     def packed(self) -> PackedValues:
@@ -237,7 +237,7 @@ class IntegerStorage(Store):
 
     def write(self, at: int, vectors: Tensor) -> None:
         """Write vectors, see `Store.write`."""
-        if self.turned:
+        if self.rotated:
             vectors = vectors.float() @ self._rotation(vectors).T
         self.packed.write(vectors, torch.full((len(vectors),), at))
 
@@ -245,7 +245,7 @@ class IntegerStorage(Store):
         """Return some of the vectors, see `Store.read`."""
         part = {name: tensor[:, :, first:last] for name, tensor in self.parts.items()}
         vectors = PackedValues(**part, bits=self.bits).read()
-        if self.turned:
+        if self.rotated:
             vectors = vectors @ self._rotation(vectors)
         return vectors.to(dtype)
 
@@ -314,7 +314,7 @@ def key_storage(
     if fmt != "sign":
         store = value_storage(fmt, dtype)
         return (
-            IntegerStorage(store.bits, turned=True) if isinstance(store, IntegerStorage) else store
+            IntegerStorage(store.bits, rotated=True) if isinstance(store, IntegerStorage) else store
         )
     if code is None:
         raise InputError("keys as signs need the code of their layer")
