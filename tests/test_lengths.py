@@ -21,7 +21,7 @@ from signlattice_paper.experiments.passkeys import found, haystack
 
 CONFIG = LengthsConfig(
     text="corpus",
-    lengths=(Length(256, 2, 1),),
+    lengths=(Length(256, 2, n_haystacks=1, n_caches=4, timed=True), Length(128, 1, n_caches=1)),
     windows=(0, 16),
     window=16,
     every=3,
@@ -76,7 +76,9 @@ def test_judge_reads_exact_attention_in_calls_alike(loaded, text):
 
 
 def test_lengths_lab_judges_and_weighs_at_the_length(lab):
-    cases = [case for case in lab.cases() if case.name in ("exact", "int2")]
+    cases = [
+        case for case in lab.cases() if case.name in ("exact", "int2") and case.length.tokens == 256
+    ]
     exact, caches, _, passkeys, times = (lab.measure(case) for case in cases)
     (row,) = caches["caches"]
     assert (row["tokens"], exact["exact"][0]["tokens"]) == (256, 2 * 85)
@@ -89,11 +91,14 @@ def test_lengths_lab_judges_and_weighs_at_the_length(lab):
     assert row["bytes"] == 4 * 2 * 4 * 4 * 64 * (256 + CONFIG.n_tokens - 1)  # of the last: no key
 
 
-def test_lengths_lab_lists_all_caches_where_it_is_told_to(lab):
-    assert sum(case.table == "caches" for case in lab.cases()) == lengths.SHORT
-    config = replace(CONFIG, lengths=(Length(256, 2, 1, all_cases=True),))
-    every = LengthsLab(lab.loaded, lab.text, config, lab.scratch.folder).cases()
-    assert sum(case.table == "caches" for case in every) == len(lengths.caches(config))
+def test_lengths_lab_lists_the_caches_that_each_length_asks_for(lab):
+    listed = [(case.table, case.length.tokens) for case in lab.cases()]
+    assert (listed.count(("caches", 256)), listed.count(("caches", 128))) == (4, 1)
+    assert (listed.count(("times", 256)), listed.count(("times", 128))) == (3, 0)
+    assert ("passkeys", 128) not in listed
+    every = replace(CONFIG, lengths=(Length(256, 2),))
+    cases = LengthsLab(lab.loaded, lab.text, every, lab.scratch.folder).cases()
+    assert sum(case.table == "caches" for case in cases) == len(lengths.caches(every))
 
 
 def test_haystack_holds_every_number_once_from_the_first_token_to_the_last(loaded, text):

@@ -35,15 +35,21 @@ EXACT = "exact"
 
 @dataclass(frozen=True)
 class Length:
-    """Tokens of a window, on how many windows losses are measured, and in how many keys hide.
+    """What is measured at a length.
 
-    ``all_cases``: whether every cache is judged at this length, or those of the short list.
+    Attributes:
+        tokens: of a window.
+        n_windows: on which losses are measured.
+        n_haystacks: windows in which pass keys hide.
+        n_caches: how many of the `caches` are judged, the first ones; None is all.
+        timed: whether ``generate()`` is.
     """
 
     tokens: int
     n_windows: int
-    n_haystacks: int
-    all_cases: bool = False
+    n_haystacks: int = 0
+    n_caches: int | None = None
+    timed: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class LengthsConfig:
     Attributes:
         text: to calibrate and evaluate on, as `texts.read_text` takes it.
         lengths: that are compared.
-        windows: latest tokens that stay whole, at the lengths where all cases are judged.
+        windows: latest tokens that stay whole, beside one-bit keys.
         window, sinks: of most caches.
         every: tokens between those that losses are measured on.
         step: tokens of a call.
@@ -68,9 +74,9 @@ class LengthsConfig:
 
     text: str = "wiki"
     lengths: tuple[Length, ...] = (
-        Length(2048, 4, 4, all_cases=True),
-        Length(8192, 2, 2),
-        Length(16384, 1, 1),
+        Length(2048, 4, n_haystacks=2, timed=True),
+        Length(8192, 2, n_haystacks=1, n_caches=6, timed=True),
+        Length(16384, 1, n_caches=2),
     )
     windows: tuple[int, ...] = (0, 16, 64, 256)
     window: int = 64
@@ -110,12 +116,12 @@ class Case:
     cache: CacheConfig | None = None
 
 
-CODECS = {"lattice": {}, "rotation": {"code": "rotation"}, "all layers": {"sliding": True}}
+CODECS = {"lattice": {"sliding": True}, "rotation": {"code": "rotation"}}
 """Codecs by name: what each changes of the configuration that codecs are learned by."""
 
 
 def caches(config: LengthsConfig) -> dict[str, tuple[str, CacheConfig]]:
-    """Return each cache by its name: its codec and its configuration, the short list first."""
+    """Return each cache by its name: its codec and its configuration, the most telling first."""
 
     def at(window: int, keys: str, values: str, **changes) -> CacheConfig:
         return CacheConfig(
@@ -128,33 +134,30 @@ def caches(config: LengthsConfig) -> dict[str, tuple[str, CacheConfig]]:
         )
 
     w = config.window
-    found = {
-        "int4": ("", at(w, "int4", "int4")),
-        "int2": ("", at(w, "int2", "int2")),
-        "rotation, V int4": ("rotation", at(w, "sign", "int4")),
+    listed = {
         "lattice, V int4": ("lattice", at(w, "sign", "int4")),
+        "int4": ("", at(w, "int4", "int4")),
+        "rotation, V int4": ("rotation", at(w, "sign", "int4")),
+        "int2": ("", at(w, "int2", "int2")),
         "lattice, V int2": ("lattice", at(w, "sign", "int2")),
-        "lattice, V int4, all layers": ("all layers", at(w, "sign", "int4", sliding="packed")),
+        "lattice, V int4, all layers": ("lattice", at(w, "sign", "int4", sliding="packed")),
         "lattice, V int4, no window": ("lattice", at(0, "sign", "int4")),
         "rotation, V int4, no window": ("rotation", at(0, "sign", "int4")),
-        "fp8, no window": ("", at(0, "fp8", "fp8")),
     }
-    found |= {f"{fmt}, no window": ("", at(0, fmt, fmt)) for fmt in ("int8", "int4", "int2")}
-    found |= {f"K {fmt}": ("", at(w, fmt, "whole")) for fmt in ("int4", "int2")}
-    found |= {f"V {fmt}": ("", at(w, "whole", fmt)) for fmt in ("int4", "int2")}
-    for code in ("lattice", "rotation"):
-        for window in config.windows:
-            found[f"K {code}, window {window}"] = (code, at(window, "sign", "whole"))
-    for window in set(config.windows) - {0, w}:
-        found[f"lattice, V int4, window {window}"] = ("lattice", at(window, "sign", "int4"))
-    return found
+    for fmt in ("fp8", "int8", "int4", "int2"):
+        listed[f"{fmt}, no window"] = ("", at(0, fmt, fmt))
+    for fmt in ("int4", "int2"):
+        listed[f"K {fmt}"] = ("", at(w, fmt, "whole"))
+        listed[f"V {fmt}"] = ("", at(w, "whole", fmt))
+    for window in config.windows:
+        listed[f"K lattice, window {window}"] = ("lattice", at(window, "sign", "whole"))
+    for window in (0, w):
+        listed[f"K rotation, window {window}"] = ("rotation", at(window, "sign", "whole"))
+    return listed
 
 
-SHORT = 9
-"""Caches of the short list."""
-
-LOOKED_UP = 6
-"""Of these, the caches that pass keys are looked up in."""
+LOOKED_UP = 4
+"""Caches, the first ones, that pass keys are looked up in."""
 
 TIMED = "lattice, V int4"
 QUANTO = "quanto, 4 bits"
@@ -179,13 +182,13 @@ class LengthsLab(Lab[LengthsConfig, Case]):
         listed: list[Case] = []
         for length in self.config.lengths:
             listed.append(Case("exact", length, EXACT))
-            judged = every if length.all_cases else every[:SHORT]
+            judged = every[: length.n_caches]
             listed += [Case("caches", length, name, *rest) for name, rest in judged]
-        for length in self.config.lengths:
+        for length in filter(lambda each: each.n_haystacks, self.config.lengths):
             listed.append(Case("passkeys", length, EXACT))
             listed += [Case("passkeys", length, name, *rest) for name, rest in every[:LOOKED_UP]]
         ours = caches(self.config)[TIMED]
-        for length in self.config.lengths:
+        for length in filter(lambda each: each.timed, self.config.lengths):
             listed.append(Case("times", length, EXACT))
             listed.append(Case("times", length, TIMED, *ours))
             listed.append(Case("times", length, QUANTO))

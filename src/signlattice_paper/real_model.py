@@ -1,0 +1,90 @@
+"""The pretrained model of the book, Gemma 3 270M: its records, and the tables that pages share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from signlattice.errors import InputError
+from signlattice.models.gguf import GEMMA_3_270M
+from signlattice_paper import records
+from signlattice_paper.records import Row, RunRecord
+from signlattice_paper.tables import select
+
+MODEL = GEMMA_3_270M.name
+
+SHOWN = {
+    "int4, no window": "4 bits both, no window",
+    "int4": "4 bits both",
+    "int2": "2 bits both",
+    "rotation, V int4": "signs of a rotation, 4-bit values",
+    "lattice, V int4": "our code, 4-bit values",
+    "lattice, V int2": "our code, 2-bit values",
+    "lattice, V int4, all layers": "our code, 4-bit values, sliding layers too",
+}
+"""Caches of the summary, in its order, and what it calls them."""
+
+
+def fingerprint(results: Path = records.RESULTS) -> RunRecord:
+    """Read the record of β. Raises ``InputError`` if it is missing."""
+    return records.read("fingerprint", MODEL, results)
+
+
+def lengths(results: Path = records.RESULTS) -> RunRecord:
+    """Read the record of caches at several lengths. Raises ``InputError`` if it is missing."""
+    return records.read("lengths", MODEL, results)
+
+
+def full_layers(record: RunRecord) -> list[int]:
+    """List the layers that attend to all tokens."""
+    return [row["index"] for row in record.table("layers") if row["window"] is None]
+
+
+def mean_beta(
+    record: RunRecord,
+    rotation: str,
+    centering: str,
+    *,
+    column: str = "beta",
+    text: str = "wiki",
+    layers: Sequence[int] | None = None,
+) -> float:
+    """Average a column of the table "beta" over ``layers``, those that see all tokens unless given.
+
+    Raises ``InputError`` if there is no such row.
+    """
+    wanted = full_layers(record) if layers is None else layers
+    rows = select(record.table("beta"), rotation=rotation, centering=centering, text=text)
+    found = [row[column] for row in rows if row["layer"] in wanted]
+    if not found:
+        raise InputError(f"no β of {rotation}, {centering}, {text} in layers {list(wanted)}")
+    return fmean(found)
+
+
+def summary(record: RunRecord) -> list[Row]:
+    """Return a row for each cache that people would choose between: bits, loss and KL by length."""
+    rows: list[Row] = []
+    for name, words in SHOWN.items():
+        row: Row = {"cache": words}
+        for tokens in (each["tokens"] for each in record.table("exact")):
+            found = select(record.table("caches"), name=name, tokens=tokens)
+            for column in ("effective_bits", "gap", "kl", "top1"):
+                row[f"{column}_{tokens}"] = found[0][column] if found else None
+        rows.append(row)
+    return rows
+
+
+def readme_table(record: RunRecord) -> str:
+    """Write the summary as Markdown: for each length bits, per cent of perplexity lost, and KL."""
+    lengths = [row["tokens"] for row in record.table("exact")]
+    heads = [f"{n:,} tokens: bits | lost, % | KL" for n in lengths]
+    lines = [f"| cache | {' | '.join(heads)} |", "|---|" + "---:|" * 3 * len(lengths)]
+    for row in summary(record):
+        cells = [str(row["cache"])]
+        for n in lengths:
+            for column, digits in (("effective_bits", 1), ("gap", 1), ("kl", 3)):
+                value = row[f"{column}_{n}"]
+                cells.append("–" if value is None else f"{value:z.{digits}f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
