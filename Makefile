@@ -16,7 +16,7 @@ equal = $(if $(subst $(1),,$(2))$(subst $(2),,$(1)),,yes)
 
 PYTHON ?= python3
 # Labs of the real model, which `make gemma` fetches; the others are of the minis unless MODEL says.
-REAL   := fingerprint lengths
+REAL   := fingerprint lengths peers
 MODEL  ?= $(if $(filter $(REAL),$(LAB)),gemma-3-270m,olmoe-mini)
 PROFILE ?= mini
 # A model of full size is not trained here; the minis all are, and one of them is looked at closely.

@@ -14,7 +14,7 @@ from signlattice.evaluation import perplexity
 from signlattice.models import loading, minis, passages
 from signlattice.models.hooks import attention_hook
 from signlattice.quantizers.codec import KeyCodec
-from signlattice_paper import records, tables
+from signlattice_paper import real_model, records, tables
 from signlattice_paper.claims import load_claims
 from signlattice_paper.experiments import convergence, values
 
@@ -100,6 +100,58 @@ def test_held_out_beta_is_far_above_the_floor_and_once_in_the_cited_range():
         assert found > learned_beta(record, "dc", "srht") + 0.06 and found < high
         within += [model] if found >= low else []
     assert within == ["gemma4-e2b-mini"]
+
+
+@pytest.fixture(scope="module")
+def fingerprint() -> records.RunRecord:
+    return real_model.fingerprint()
+
+
+def by_layer(fingerprint, column="beta", **where) -> dict[int, float]:
+    """Values of the table "beta" on wiki, by layer: the model has one head."""
+    rows = tables.select(fingerprint.table("beta"), text="wiki", **where)
+    return {row["layer"]: row[column] for row in rows}
+
+
+def test_fingerprint_record_has_one_layer_in_the_cited_range_and_one_just_below(fingerprint):
+    """Claim 38, on the real model: with the paper's centering, held out."""
+    low, high = load_claims()["learned-beta-range"].paper_value
+    found = by_layer(fingerprint, rotation="learned", centering="dc")
+    full = [found[layer] for layer in real_model.full_layers(fingerprint)]
+    assert sum(low <= beta <= high for beta in full) == 1
+    assert sum(low - 0.003 < beta < low for beta in full) == 1
+
+
+def test_fingerprint_record_has_the_mean_make_beta_high_where_all_tokens_are_seen(fingerprint):
+    """Claim 38: centred, hardly above what a covariance allows; some other layers are, by far."""
+    where = {"rotation": "learned", "centering": "token_mean"}
+    found = by_layer(fingerprint, **where)
+    ceiling = by_layer(fingerprint, "ceiling", **where)
+    above = {layer: found[layer] - ceiling[layer] for layer in found}
+    full = real_model.full_layers(fingerprint)
+    assert all(0 < above[layer] < 0.02 for layer in full)
+    assert max(above.values()) > 0.08
+    raw = by_layer(fingerprint, rotation="learned", centering="none")
+    assert sum(raw[layer] > found[layer] + 0.09 for layer in full) == 2
+
+
+def test_fingerprint_record_has_no_centering_that_lifts_beta_as_cited(fingerprint):
+    """Claim 17, in every layer of the real model."""
+    smallest = min(load_claims()["centering-lift"].paper_value)
+    raw, centred = (
+        by_layer(fingerprint, rotation="learned", centering=kind) for kind in ("none", "dc")
+    )
+    assert all(abs(centred[layer] - raw[layer]) < smallest / 50 for layer in raw)
+
+
+def test_fingerprint_record_has_learning_clear_the_srht_without_centering(fingerprint):
+    """Claim 40, in every layer of the real model, though not by plain gradient ascent."""
+    learned, srht = (
+        by_layer(fingerprint, rotation=name, centering="none") for name in ("learned", "srht")
+    )
+    assert all(learned[layer] > srht[layer] + 0.04 for layer in learned)
+    (plain,) = tables.select(fingerprint.table("steps"), solver="gradient")
+    assert plain["end_held_out"] < srht[plain["layer"]]
 
 
 def test_without_centering_learning_clears_the_srht_by_far(tables_of):

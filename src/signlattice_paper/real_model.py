@@ -62,6 +62,14 @@ def mean_beta(
     return fmean(found)
 
 
+def cache_row(record: RunRecord, name: str, tokens: int) -> Row:
+    """Return what was measured of a cache at a length. Raises ``InputError`` if nothing was."""
+    found = select(record.table("caches"), name=name, tokens=tokens)
+    if len(found) != 1:
+        raise InputError(f"{len(found)} rows of the cache {name!r} at {tokens} tokens: name one")
+    return found[0]
+
+
 def summary(record: RunRecord) -> list[Row]:
     """Return a row for each cache that people would choose between: bits, loss and KL by length."""
     rows: list[Row] = []

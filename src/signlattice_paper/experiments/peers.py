@@ -1,0 +1,181 @@
+"""Codes of others on a real language model, as published and with the mean taken off the keys.
+
+A head's keys share a large vector. Codes that scale each token by itself, or take its signs, spend
+their bits on it unless it is taken off; ours take it off, so the others are given that as well. The
+windows are those of the lab *lengths* at the same length, and so are the tokens that stay whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from signlattice.cache.sign_key_cache import CacheConfig
+from signlattice.cache.simulated import SimulatedCache
+from signlattice.errors import InputError
+from signlattice.evaluation.through_cache import Judge, QualityConfig
+from signlattice.models.passages import full_windows
+from signlattice.models.states import LayerStates, read_states
+from signlattice.quantizers.base import Quantizer
+from signlattice.quantizers.centering import Centering
+from signlattice.quantizers.sign import SignQuantizer
+from signlattice.rotations.factory import rotate_heads
+from signlattice_paper.baselines.centred import Centred
+from signlattice_paper.baselines.nsnquant import NSNQuantLike
+from signlattice_paper.baselines.product import ProductQuantizer
+from signlattice_paper.baselines.rabitq import RaBitQ
+from signlattice_paper.baselines.rounding import Rounded
+from signlattice_paper.baselines.turboquant import TurboQuant
+from signlattice_paper.experiments.runner import Lab, Tables
+from signlattice_paper.records import Row
+
+Rule = Callable[[Tensor], Quantizer]
+"""The code for a layer whose calibration vectors are [H, N, D]."""
+
+
+@dataclass(frozen=True)
+class PeersConfig:
+    """On what codes are fitted and judged.
+
+    Attributes:
+        text: to calibrate and evaluate on, as `texts.read_text` takes it.
+        context: tokens of a window.
+        fit_windows: that codes are fitted on.
+        windows: that are judged.
+        window, sinks: latest and first tokens that stay whole; codes that take tokens in blocks
+            have as many latest ones and no sinks.
+        every: tokens between those that losses are measured on.
+        step: tokens of a call.
+
+    Raises:
+        InputError: on a count below 1.
+    """
+
+    text: str = "wiki"
+    context: int = 2048
+    fit_windows: int = 16
+    windows: int = 4
+    window: int = 64
+    sinks: int = 4
+    every: int = 4
+    step: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("context", "fit_windows", "windows", "every", "step"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A code of keys and one of values by a published rule, and where it is from.
+
+    ``centred``: the mean is taken off the keys first, which is not in the publication.
+    """
+
+    name: str
+    source: str
+    keys: Rule
+    values: Rule
+    centred: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}{', centred' if self.centred else ''}"
+
+
+def peers() -> list[Peer]:
+    """List the codes, each as published and, where that has the mean in it, centred as well."""
+    turbo, nsn = "Zandieh et al. 2025, arXiv 2504.19874", "Son et al. 2025, arXiv 2505.18231"
+    kivi = "Liu et al. 2024, arXiv 2402.02750"
+    four = partial(_rounded, bits=4)
+    listed = [
+        Peer("KIVI-2", kivi, _along_tokens(2), partial(_rounded, bits=2, size=32)),
+        Peer("TurboQuant-mse 2", turbo, _sized(TurboQuant, 2), _sized(TurboQuant, 2)),
+        Peer("TurboQuant-mse 3", turbo, _sized(TurboQuant, 3), _sized(TurboQuant, 3)),
+        Peer("NSNQuant-like 2", nsn, _sized(NSNQuantLike, 2), _sized(NSNQuantLike, 2)),
+        Peer("NSNQuant-like 1, V 4", nsn, _sized(NSNQuantLike, 1), four),
+        Peer("SRHT signs, V 4", "this library", _srht_signs, four),
+        Peer("RaBitQ-1, V 4", "Gao and Long 2024, arXiv 2405.12497", RaBitQ.fit, four),
+        Peer(
+            "PQ-1, V 4", "Jégou et al. 2011, doi 10.1109/TPAMI.2010.57", ProductQuantizer.fit, four
+        ),
+    ]
+    scaled = ("TurboQuant-mse 2", "TurboQuant-mse 3")  # the others centre, or learn the mean
+    return listed + [replace(peer, centred=True) for peer in listed if peer.name in scaled]
+
+
+class PeersLab(Lab[PeersConfig, Peer]):
+    """Tables "exact" (one row) and "peers", a row for each code.
+
+    ``bits`` are those of a coded coordinate, keys and values together, scales counted;
+    ``effective_bits`` add the tokens that are whole, at the length judged. Running raises
+    ``InputError`` as `passages.full_windows` does.
+    """
+
+    def cases(self) -> list[Peer]:
+        """List the codes."""
+        return peers()
+
+    def measure(self, case: Peer) -> Tables:
+        """Measure a code and return its row."""
+        keys = partial(Centred.fit, rule=case.keys) if case.centred else case.keys
+        sides = [
+            {index: rule(getattr(states, side)) for index, states in self.states.items()}
+            for side, rule in (("keys", keys), ("values", case.values))
+        ]
+        codes = [code for side in sides for code in side.values()]
+        whole = self.config.window + self.config.sinks
+        blocks = any(code.group > 1 for code in codes)
+        window, sinks = (whole, 0) if blocks else (self.config.window, self.config.sinks)
+        cache = CacheConfig("whole", "whole", window, sinks, spare=0, dtype=torch.float16)
+        judged = self.judge.judged(
+            lambda: SimulatedCache(self.judge.loaded, *sides, cache), with_needles=False
+        )
+        row: Row = {
+            "name": case.name,
+            "centred": case.centred,
+            "source": case.source,
+            "static_bytes": sum(code.static_bytes for code in codes),
+        }
+        return {"peers": [row | judged]}
+
+    def summarise(self, tables: Tables) -> Tables:
+        """Add what exact attention reads."""
+        return {"exact": [self.judge.exact_row(with_needles=False)], **tables}
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Judge caches by what the model says through them."""
+        loaded = replace(self.loaded, context=self.config.context)
+        quality = QualityConfig(self.config.windows, 1, batch_size=1, step=self.config.step)
+        evaluation, calibration = self.text.evaluation, self.text.calibration
+        return Judge(loaded, evaluation, calibration, quality, self.config.every)
+
+    @cached_property
+    def states(self) -> Mapping[int, LayerStates]:
+        """Keys and values of the layers that see all tokens, on calibration text."""
+        loaded = self.judge.loaded
+        pieces = full_windows(loaded, self.text.calibration, self.config.fit_windows)
+        return read_states(loaded, pieces, batch_size=1)
+
+
+def _sized(kind: Callable[..., Quantizer], bits: int) -> Rule:
+    return lambda vectors: kind(head_dim=vectors.shape[-1], bits_per_level=bits)
+
+
+def _rounded(vectors: Tensor, bits: int, size: int | None = None) -> Quantizer:
+    """Round coordinates, ``size`` to a scale; None is a vector, as our cache rounds values."""
+    return Rounded(bits, min(size or vectors.shape[-1], vectors.shape[-1]))
+
+
+def _along_tokens(bits: int) -> Rule:
+    return lambda vectors: Rounded(bits, 32, "tokens")
+
+
+def _srht_signs(keys: Tensor) -> Quantizer:
+    centering = Centering.fit(keys, "token_mean")
+    return SignQuantizer(rotate_heads(keys, "srht", seed=0), centering, "unbiased")
