@@ -135,6 +135,24 @@ def test_fingerprint_record_has_the_mean_make_beta_high_where_all_tokens_are_see
     assert sum(raw[layer] > found[layer] + 0.09 for layer in full) == 2
 
 
+def test_fingerprint_record_lands_at_nine_tenths_without_centering(fingerprint):
+    """Claim 12: the three layers that see all tokens, in the mean."""
+    stated = load_claims()["uncentred-lands-at-090"].paper_value["uncentred"]
+    raw = real_model.mean_beta(fingerprint, "learned", "none")
+    assert raw == pytest.approx(stated, abs=0.005)
+
+
+def test_lengths_record_has_one_bit_do_without_corners_and_fail_with_them():
+    """Claim 37: the same bits in the same cache, at every length that both were judged at."""
+    record = real_model.lengths()
+    for tokens in (2048, 8192):
+        free = real_model.cache_row(record, "lattice, V int4", tokens)
+        cube = real_model.cache_row(record, "rotation, V int4", tokens)
+        assert free["bits"] == cube["bits"]
+        assert free["kl"] < cube["kl"] / 20
+        assert cube["top1"] < 0.65 and free["top1"] > 0.9
+
+
 def test_fingerprint_record_has_no_centering_that_lifts_beta_as_cited(fingerprint):
     """Claim 17, in every layer of the real model."""
     smallest = min(load_claims()["centering-lift"].paper_value)

@@ -36,6 +36,11 @@ def lengths(results: Path = records.RESULTS) -> RunRecord:
     return records.read("lengths", MODEL, results)
 
 
+def peers(results: Path = records.RESULTS) -> RunRecord:
+    """Read the record of others' codes. Raises ``InputError`` if it is missing."""
+    return records.read("peers", MODEL, results)
+
+
 def full_layers(record: RunRecord) -> list[int]:
     """List the layers that attend to all tokens."""
     return [row["index"] for row in record.table("layers") if row["window"] is None]
