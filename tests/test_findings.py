@@ -142,6 +142,16 @@ def test_fingerprint_record_lands_at_nine_tenths_without_centering(fingerprint):
     assert raw == pytest.approx(stated, abs=0.005)
 
 
+def test_fingerprint_record_stalls_short_of_the_late_target_as_the_paper_says(fingerprint):
+    """Claims 20 and 21: solvers without a step size, held out, in 256 dimensions."""
+    said = load_claims()["tempo-scales"].paper_value
+    for solver in ("itq", "annealed"):
+        (row,) = tables.select(fingerprint.table("steps"), solver=solver)
+        assert row["d"] == 256 and row["to_target_held_out"] <= 5
+        assert row["end_held_out"] == pytest.approx(said["stalls_at"], abs=0.003)
+        assert row["end_held_out"] < said["target"]
+
+
 def test_lengths_record_has_one_bit_do_without_corners_and_fail_with_them():
     """Claim 37: the same bits in the same cache, at every length that both were judged at."""
     record = real_model.lengths()
