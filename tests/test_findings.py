@@ -163,6 +163,16 @@ def test_lengths_record_has_one_bit_do_without_corners_and_fail_with_them():
         assert cube["top1"] < 0.65 and free["top1"] > 0.9
 
 
+def test_lengths_record_has_values_that_are_not_the_delicate_side():
+    """Claim 29, on the real model: one side rounded alike, the other whole."""
+    record = real_model.lengths()
+    for bits in ("int2", "int4"):
+        keys, values = (
+            real_model.cache_row(record, f"{side} {bits}", 2048)["gap"] for side in "KV"
+        )
+        assert keys > values + 0.3
+
+
 def test_fingerprint_record_has_no_centering_that_lifts_beta_as_cited(fingerprint):
     """Claim 17, in every layer of the real model."""
     smallest = min(load_claims()["centering-lift"].paper_value)
