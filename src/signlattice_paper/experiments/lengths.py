@@ -199,6 +199,14 @@ class LengthsLab(Lab[LengthsConfig, Case]):
         row = getattr(self, f"_{case.table}")(case)
         return {case.table: [{"tokens": case.length.tokens, "name": case.name} | row]}
 
+    def summarise(self, tables: Tables) -> Tables:
+        """Tell the tokens of a window from those whose losses were taken, of exact attention."""
+        exact = [
+            row | {"tokens": length.tokens, "n_judged": row["tokens"]}
+            for length, row in zip(self.config.lengths, tables["exact"], strict=True)
+        ]
+        return {**tables, "exact": exact}
+
     def _exact(self, case: Case) -> Row:
         return self.judge(case.length).exact_row(with_needles=False)
 
