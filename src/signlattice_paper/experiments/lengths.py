@@ -156,7 +156,7 @@ def caches(config: LengthsConfig) -> dict[str, tuple[str, CacheConfig]]:
     return listed
 
 
-LOOKED_UP = 4
+LOOKED_UP = 3
 """Caches, the first ones, that pass keys are looked up in."""
 
 TIMED = "lattice, V int4"

@@ -27,7 +27,6 @@ from signlattice.rotations.factory import rotate_heads
 from signlattice_paper.baselines.centred import Centred
 from signlattice_paper.baselines.nsnquant import NSNQuantLike
 from signlattice_paper.baselines.product import ProductQuantizer
-from signlattice_paper.baselines.rabitq import RaBitQ
 from signlattice_paper.baselines.rounding import Rounded
 from signlattice_paper.baselines.turboquant import TurboQuant
 from signlattice_paper.experiments.runner import Lab, Tables
@@ -91,21 +90,17 @@ def peers() -> list[Peer]:
     """List the codes, each as published and, where that has the mean in it, centred as well."""
     turbo, nsn = "Zandieh et al. 2025, arXiv 2504.19874", "Son et al. 2025, arXiv 2505.18231"
     kivi = "Liu et al. 2024, arXiv 2402.02750"
+    product = "Jégou et al. 2011, doi 10.1109/TPAMI.2010.57"
     four = partial(_rounded, bits=4)
     listed = [
         Peer("KIVI-2", kivi, _along_tokens(2), partial(_rounded, bits=2, size=32)),
         Peer("TurboQuant-mse 2", turbo, _sized(TurboQuant, 2), _sized(TurboQuant, 2)),
-        Peer("TurboQuant-mse 3", turbo, _sized(TurboQuant, 3), _sized(TurboQuant, 3)),
-        Peer("NSNQuant-like 2", nsn, _sized(NSNQuantLike, 2), _sized(NSNQuantLike, 2)),
         Peer("NSNQuant-like 1, V 4", nsn, _sized(NSNQuantLike, 1), four),
         Peer("SRHT signs, V 4", "this library", _srht_signs, four),
-        Peer("RaBitQ-1, V 4", "Gao and Long 2024, arXiv 2405.12497", RaBitQ.fit, four),
-        Peer(
-            "PQ-1, V 4", "Jégou et al. 2011, doi 10.1109/TPAMI.2010.57", ProductQuantizer.fit, four
-        ),
+        Peer("PQ-1, V 4", product, ProductQuantizer.fit, four),
     ]
-    scaled = ("TurboQuant-mse 2", "TurboQuant-mse 3")  # the others centre, or learn the mean
-    return listed + [replace(peer, centred=True) for peer in listed if peer.name in scaled]
+    # the others centre, or learn the mean
+    return listed + [replace(peer, centred=True) for peer in listed if peer.source == turbo]
 
 
 class PeersLab(Lab[PeersConfig, Peer]):
