@@ -28,7 +28,7 @@ CONFIG = LengthsConfig(
     step=100,
     n_keys=3,
     n_tokens=4,
-    learn_context=256,
+    learn_context=128,
     calibrate=CalibrationConfig(keys_per_dim=2, rotation=LearnConfig(solver="itq", steps=2)),
 )
 
@@ -81,7 +81,9 @@ def test_lengths_lab_judges_and_weighs_at_the_length(lab):
     ]
     exact, caches, _, passkeys, times = (lab.measure(case) for case in cases)
     (row,) = caches["caches"]
-    (plain,) = lab.summarise({"exact": [*exact["exact"], *exact["exact"]]})["exact"][:1]
+    tables = lab.summarise({"exact": [*exact["exact"]] * 2, "caches": [{"codec": "lattice"}]})
+    assert tables["codecs"] == [{"codec": "lattice", "n_keys": 128, "longer": 1}]
+    plain = tables["exact"][0]
     assert (row["tokens"], plain["tokens"], plain["n_judged"]) == (256, 256, 2 * 85)
     assert 2 < row["bits"] < row["effective_bits"] < 16
     assert row["kl"] > 0
@@ -94,7 +96,7 @@ def test_lengths_lab_judges_and_weighs_at_the_length(lab):
 
 def test_lengths_lab_lists_the_caches_that_each_length_asks_for(lab):
     listed = [(case.table, case.length.tokens) for case in lab.cases()]
-    assert (listed.count(("caches", 256)), listed.count(("caches", 128))) == (4, 1)
+    assert (listed.count(("caches", 256)), listed.count(("caches", 128))) == (5, 1)
     assert (listed.count(("times", 256)), listed.count(("times", 128))) == (3, 0)
     assert ("passkeys", 128) not in listed
     every = replace(CONFIG, lengths=(Length(256, 2),))

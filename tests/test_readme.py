@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from signlattice import cli
-from signlattice_paper import four_models, records, tables
+from signlattice_paper import four_models, real_model, records, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -118,6 +118,26 @@ def test_readme_says_of_caches_what_is_in_their_records() -> None:
     told = [re.findall(r"\d+\.\d", head.partition(": ")[2]) for head in heading.split(" | ")]
     for head, column in zip(told, zip(*bits, strict=True), strict=True):
         assert head == sorted({f"{least:.1f}" for least in (min(column), max(column))})
+
+
+def test_readme_says_of_the_real_model_what_is_in_its_records() -> None:
+    """The table as it is written from the record, and each number below it."""
+    section = re.search(r"real: begin -->(.*)<!-- real: end", README, re.DOTALL).group(1)
+    lengths, fingerprint = real_model.lengths(), real_model.fingerprint()
+    assert real_model.readme_table(lengths) in section
+    said = re.sub(r"\s+", " ", section)
+    windows = [f"{row['windows']} of {row['tokens']:,} tokens" for row in lengths.table("exact")]
+    assert f"Windows judged: {', '.join(windows)}." in said
+    signs = real_model.cache_row(lengths, "rotation, V int4", 2048)
+    assert f"it loses {signs['gap']:.0f} per cent of perplexity at 2,048 tokens" in said
+    full = real_model.full_layers(fingerprint)
+    betas = [real_model.mean_beta(fingerprint, "learned", "dc", layers=[i]) for i in full]
+    assert "has {:.3f}, {:.3f} and {:.3f} in the three layers".format(*betas) in said
+    left, allowed = (
+        real_model.mean_beta(fingerprint, "learned", "token_mean", column=column)
+        for column in ("beta", "ceiling")
+    )
+    assert f"{left:.3f} is left where a covariance without corners allows {allowed:.3f}" in said
 
 
 def test_readme_results_are_those_of_the_record() -> None:

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
 from signlattice.calibration import CalibrationConfig
+from signlattice.data.texts import Text
 from signlattice.errors import InputError
 from signlattice.evaluation.through_cache import Judge, QualityConfig
 from signlattice.models.loading import LoadedModel
@@ -116,7 +117,16 @@ class Case:
     cache: CacheConfig | None = None
 
 
-CODECS = {"lattice": {"sliding": True}, "rotation": {"code": "rotation"}}
+LONG = "long lattice"
+"""Codec that is learned on windows `LONGER` times as long as the others."""
+
+LONGER = 4
+
+CODECS = {
+    "lattice": {"sliding": True},
+    "rotation": {"code": "rotation"},
+    LONG: {"keys_per_dim": 64},  # half as many keys as the others: long windows take their time
+}
 """Codecs by name: what each changes of the configuration that codecs are learned by."""
 
 
@@ -165,13 +175,14 @@ QUANTO = "quanto, 4 bits"
 
 
 class LengthsLab(Lab[LengthsConfig, Case]):
-    """Tables "exact", "caches", "passkeys" and "times", a row for each length and cache.
+    """Tables "exact", "caches", "passkeys" and "times", a row for each length and cache; "codecs".
 
     In "caches", ``gap`` is perplexity lost in per cent with its interval over documents (of one
     document there is none), ``kl`` in nats a token; ``effective_bits`` of a coordinate counts all
     that the packed layers hold at the end of a window. In "passkeys", ``right`` are questions
     answered of the ``asked``, those that exact attention answers, and ``missed_at`` is where the
-    others stand. "times" has what `generation.timed` returns.
+    others stand. "times" has what `generation.timed` returns. "codecs" says from how many keys
+    each was learned, and on windows how many times as long as ``learn_context``.
 
     Running raises ``InputError`` as `calibration.learn_codec` and `passages.full_windows` do.
     """
@@ -184,6 +195,9 @@ class LengthsLab(Lab[LengthsConfig, Case]):
             listed.append(Case("exact", length, EXACT))
             judged = every[: length.n_caches]
             listed += [Case("caches", length, name, *rest) for name, rest in judged]
+            if length.tokens > self.config.learn_context:
+                cache = caches(self.config)[TIMED][1]
+                listed.append(Case("caches", length, f"{LONG}, V int4", LONG, cache))
         for length in filter(lambda each: each.n_haystacks, self.config.lengths):
             listed.append(Case("passkeys", length, EXACT))
             listed += [Case("passkeys", length, name, *rest) for name, rest in every[:LOOKED_UP]]
@@ -200,12 +214,17 @@ class LengthsLab(Lab[LengthsConfig, Case]):
         return {case.table: [{"tokens": case.length.tokens, "name": case.name} | row]}
 
     def summarise(self, tables: Tables) -> Tables:
-        """Tell the tokens of a window from those whose losses were taken, of exact attention."""
+        """Say how codecs were learned, and how many tokens exact attention was judged on."""
         exact = [
             row | {"tokens": length.tokens, "n_judged": row["tokens"]}
             for length, row in zip(self.config.lengths, tables["exact"], strict=True)
         ]
-        return {**tables, "exact": exact}
+        codecs = [
+            {"codec": name, "n_keys": calibration.n_keys, "longer": LONGER if name == LONG else 1}
+            for name in dict.fromkeys(row["codec"] for row in tables["caches"] if row["codec"])
+            if (calibration := self.codec(str(name)).calibration) is not None
+        ]
+        return {**tables, "exact": exact, "codecs": codecs}
 
     def _exact(self, case: Case) -> Row:
         return self.judge(case.length).exact_row(with_needles=False)
@@ -277,5 +296,18 @@ class LengthsLab(Lab[LengthsConfig, Case]):
     def codec(self, name: str) -> KeyCodec:
         """Learn a codec, or load it if an earlier run got that far."""
         config = replace(self.config.calibrate, **CODECS[name])
-        loaded: LoadedModel = replace(self.loaded, context=self.config.learn_context)
-        return kept_codec(loaded, self.text, config, self.scratch.file(name, ".safetensors"))
+        text, context = self.text, self.config.learn_context
+        if name == LONG:
+            text, context = _joined(text), context * LONGER
+        loaded: LoadedModel = replace(self.loaded, context=context)
+        return kept_codec(loaded, text, config, self.scratch.file(name, ".safetensors"))
+
+
+def _joined(text: Text) -> Text:
+    """Make one document of all that is calibrated on, so that windows are as long as the context.
+
+    Of articles by themselves, few would reach the end of a long window.
+    """
+    first, *_ = text.calibration
+    whole = "\n\n".join(document.text for document in text.calibration)
+    return replace(text, calibration=(replace(first, text=whole),))

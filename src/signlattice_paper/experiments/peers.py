@@ -117,18 +117,17 @@ class PeersLab(Lab[PeersConfig, Peer]):
 
     def measure(self, case: Peer) -> Tables:
         """Measure a code and return its row."""
-        keys = partial(Centred.fit, rule=case.keys) if case.centred else case.keys
-        sides = [
-            {index: rule(getattr(states, side)) for index, states in self.states.items()}
-            for side, rule in (("keys", keys), ("values", case.values))
-        ]
-        codes = [code for side in sides for code in side.values()]
+        rule = partial(Centred.fit, rule=case.keys) if case.centred else case.keys
+        keys = {index: rule(states.keys) for index, states in self.states.items()}
+        values = {index: case.values(states.values) for index, states in self.states.items()}
+        codes = [*keys.values(), *values.values()]
         whole = self.config.window + self.config.sinks
         blocks = any(code.group > 1 for code in codes)
         window, sinks = (whole, 0) if blocks else (self.config.window, self.config.sinks)
-        cache = CacheConfig("whole", "whole", window, sinks, spare=0, dtype=torch.float16)
+        kept = {"key_format": "whole", "value_format": "whole", "dtype": torch.float16}
+        cache = CacheConfig(window=window, sinks=sinks, spare=0, **kept)
         judged = self.judge.judged(
-            lambda: SimulatedCache(self.judge.loaded, *sides, cache), with_needles=False
+            lambda: SimulatedCache(self.judge.loaded, keys, values, cache), with_needles=False
         )
         row: Row = {
             "name": case.name,
