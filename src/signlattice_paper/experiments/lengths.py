@@ -166,7 +166,7 @@ def caches(config: LengthsConfig) -> dict[str, tuple[str, CacheConfig]]:
     return listed
 
 
-LOOKED_UP = 3
+LOOKED_UP = 2
 """Caches, the first ones, that pass keys are looked up in."""
 
 TIMED = "lattice, V int4"
