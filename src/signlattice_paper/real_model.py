@@ -7,19 +7,19 @@ from pathlib import Path
 from statistics import fmean
 
 from signlattice.errors import InputError
-from signlattice.models.gguf import GEMMA_3_270M
 from signlattice_paper import records
 from signlattice_paper.records import Row, RunRecord
 from signlattice_paper.tables import select
 
-MODEL = GEMMA_3_270M.name
+MODEL = "gemma-3-270m"
 
 SHOWN = {
     "int4, no window": "4 bits both, no window",
     "int4": "4 bits both",
     "int2": "2 bits both",
     "rotation, V int4": "signs of a rotation, 4-bit values",
-    "lattice, V int4": "our code, 4-bit values",
+    "lattice, V int4": "our code, learned on windows of 2,048 tokens, 4-bit values",
+    "long lattice, V int4": "our code, learned on windows of 8,192 tokens, 4-bit values",
     "lattice, V int2": "our code, 2-bit values",
     "lattice, V int4, all layers": "our code, 4-bit values, sliding layers too",
 }

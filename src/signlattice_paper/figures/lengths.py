@@ -12,7 +12,8 @@ from signlattice_paper.tables import select
 _FAMILIES = {
     "": ("K and V rounded alike", "green", "^"),
     "rotation": ("signs of a rotation", "orange", "s"),
-    "lattice": ("our code", "blue", "o"),
+    "lattice": ("our code, learned on windows of 2,048 tokens", "blue", "o"),
+    "long lattice": ("our code, learned on windows of 8,192", "purple", "D"),
 }
 
 
