@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from signlattice_paper.figures.style import COLOURS, Figure, styled
 from signlattice_paper.records import Row, RunRecord
-from signlattice_paper.tables import select
 
 _FAMILIES = {
     "": ("K and V rounded alike", "green", "^"),
@@ -29,8 +28,9 @@ def fig_pareto(record: RunRecord) -> Figure:
     panels = figure.subplots(len(lengths), 1, sharex=True, squeeze=False)[:, 0]
     for axes, tokens in zip(panels, lengths):
         for codec, (label, colour, marker) in _FAMILIES.items():
-            rows = select(record.table("caches"), tokens=tokens, codec=codec, sliding="whole")
-            for row in filter(_shown, rows):
+            for row in record.table("caches"):
+                if (row["tokens"], row["codec"]) != (tokens, codec) or not _shown(row):
+                    continue
                 axes.plot(
                     row["effective_bits"],
                     row["kl"],
@@ -50,8 +50,9 @@ def fig_pareto(record: RunRecord) -> Figure:
 
 
 def _shown(row: Row) -> bool:
-    """Keys and values are both coded, and the window is none or that of most caches."""
-    return "whole" not in (row["keys"], row["values"]) and row["window"] in (0, 64)
+    """Keys and values of the global layers alone are coded; no window, or that of most caches."""
+    coded = "whole" not in (row["keys"], row["values"]) and row["sliding"] == "whole"
+    return coded and row["window"] in (0, 64)
 
 
 def _label(row: Row) -> str:
