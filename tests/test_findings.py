@@ -160,7 +160,7 @@ def test_lengths_record_has_one_bit_do_without_corners_and_fail_with_them():
         cube = real_model.cache_row(record, "rotation, V int4", tokens)
         assert free["bits"] == cube["bits"]
         assert free["kl"] < cube["kl"] / 20
-        assert cube["top1"] < 0.65 and free["top1"] > 0.9
+        assert cube["top1"] < 0.65 and free["top1"] > 0.85
 
 
 def test_lengths_record_has_values_that_are_not_the_delicate_side():

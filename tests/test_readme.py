@@ -130,6 +130,10 @@ def test_readme_says_of_the_real_model_what_is_in_its_records() -> None:
     assert f"Windows judged: {', '.join(windows)}." in said
     signs = real_model.cache_row(lengths, "rotation, V int4", 2048)
     assert f"it loses {signs['gap']:.0f} per cent of perplexity at 2,048 tokens" in said
+    keys = {row["name"]: row for row in tables.select(lengths.table("passkeys"), tokens=2048)}
+    exact, four, ours = (keys[name] for name in ("exact", "int4", "lattice, V int4"))
+    assert f"of {exact['asked']} pass keys" in said
+    assert f"four bits find {four['right']} and one-bit keys {ours['right']}." in said
     full = real_model.full_layers(fingerprint)
     betas = [real_model.mean_beta(fingerprint, "learned", "dc", layers=[i]) for i in full]
     assert "has {:.3f}, {:.3f} and {:.3f} in the three layers".format(*betas) in said

@@ -24,9 +24,9 @@ def test_mean_beta_averages_the_layers_that_see_all_tokens_unless_others_are_giv
 
 
 def test_mean_beta_and_cache_row_refuse_what_was_not_measured():
-    with pytest.raises(InputError, match="no β of srht"):
-        real_model.mean_beta(real_model.fingerprint(), "srht", "none", text="novels")
-    with pytest.raises(InputError, match="0 rows of the cache 'int3'"):
+    with pytest.raises(InputError, match=r"no β was measured in layers \[99\]"):
+        real_model.mean_beta(real_model.fingerprint(), "srht", "none", layers=[99])
+    with pytest.raises(InputError, match="no cache 'int3' was judged at 2048 tokens"):
         real_model.cache_row(real_model.lengths(), "int3", 2048)
 
 

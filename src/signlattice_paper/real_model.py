@@ -63,29 +63,34 @@ def mean_beta(
     rows = select(record.table("beta"), rotation=rotation, centering=centering, text=text)
     found = [row[column] for row in rows if row["layer"] in wanted]
     if not found:
-        raise InputError(f"no β of {rotation}, {centering}, {text} in layers {list(wanted)}")
+        raise InputError(f"no β was measured in layers {list(wanted)}")
     return fmean(found)
 
 
 def cache_row(record: RunRecord, name: str, tokens: int) -> Row:
     """Return what was measured of a cache at a length. Raises ``InputError`` if nothing was."""
-    found = select(record.table("caches"), name=name, tokens=tokens)
-    if len(found) != 1:
-        raise InputError(f"{len(found)} rows of the cache {name!r} at {tokens} tokens: name one")
-    return found[0]
+    found = _by_name(record).get((name, tokens))
+    if found is None:
+        raise InputError(f"no cache {name!r} was judged at {tokens} tokens in {record.model}")
+    return found
 
 
 def summary(record: RunRecord) -> list[Row]:
     """Return a row for each cache that people would choose between: bits, loss and KL by length."""
+    judged = _by_name(record)
     rows: list[Row] = []
     for name, words in SHOWN.items():
         row: Row = {"cache": words}
         for tokens in (each["tokens"] for each in record.table("exact")):
-            found = select(record.table("caches"), name=name, tokens=tokens)
+            found = judged.get((name, tokens), {})
             for column in ("effective_bits", "gap", "kl", "top1"):
-                row[f"{column}_{tokens}"] = found[0][column] if found else None
+                row[f"{column}_{tokens}"] = found.get(column)
         rows.append(row)
     return rows
+
+
+def _by_name(record: RunRecord) -> dict[tuple[object, object], Row]:
+    return {(row["name"], row["tokens"]): row for row in record.table("caches")}
 
 
 def readme_table(record: RunRecord) -> str:
