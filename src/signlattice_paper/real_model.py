@@ -14,14 +14,14 @@ from signlattice_paper.tables import select
 MODEL = "gemma-3-270m"
 
 SHOWN = {
-    "int4, no window": "4 bits both, no window",
-    "int4": "4 bits both",
-    "int2": "2 bits both",
-    "rotation, V int4": "signs of a rotation, 4-bit values",
-    "lattice, V int4": "our code, learned on windows of 2,048 tokens, 4-bit values",
-    "long lattice, V int4": "our code, learned on windows of 8,192 tokens, 4-bit values",
-    "lattice, V int2": "our code, 2-bit values",
-    "lattice, V int4, all layers": "our code, 4-bit values, sliding layers too",
+    "int4, no window": "4 bits, no window",
+    "int4": "4 bits",
+    "int2": "2 bits",
+    "rotation, V int4": "rotation, V 4",
+    "lattice, V int4": "ours, V 4",
+    "long lattice, V int4": "ours, long windows, V 4",
+    "lattice, V int2": "ours, V 2",
+    "lattice, V int4, all layers": "ours, all layers, V 4",
 }
 """Caches of the summary, in its order, and what it calls them."""
 

@@ -40,10 +40,12 @@ def fig_pareto(record: RunRecord) -> Figure:
                     markerfacecolor=COLOURS[colour] if row["window"] else "white",
                 )
                 at = (row["effective_bits"], row["kl"])
-                axes.annotate(_label(row), at, (6, 3), textcoords="offset points", fontsize=8)
+                beside = (6, -9 if codec == "long lattice" else 3)
+                axes.annotate(_label(row), at, beside, textcoords="offset points", fontsize=8)
             axes.plot([], [], marker=marker, ls="", color=COLOURS[colour], label=label)
         axes.set(yscale="log", title=f"{tokens:,} tokens", ylabel="KL, nats a token")
         axes.margins(x=0.12, y=0.15)
+        axes.minorticks_off()
     panels[0].legend()
     panels[-1].set_xlabel("bits a coordinate at this length, all that is held counted")
     return figure
@@ -58,4 +60,4 @@ def _shown(row: Row) -> bool:
 def _label(row: Row) -> str:
     if row["keys"] == row["values"]:
         return str(row["keys"])
-    return f"1 + {str(row['values']).removeprefix('int')} bits"
+    return f"V {str(row['values']).removeprefix('int')}"
