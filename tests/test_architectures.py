@@ -305,7 +305,7 @@ def test_architectures_says_where_a_mean_does_not_cancel():
         attn_logit_softcapping=5.0,
     )
     layers = attention_layers(AutoModelForCausalLM.from_config(config))
-    rows = [architectures._layer_row(layer) for layer in layers.values()]
+    rows = [architectures.layer_row(layer) for layer in layers.values()]
     assert [row["mean_cancels"] for row in rows] == [False, False]
 
 
