@@ -29,7 +29,7 @@ CONFIG = LengthsConfig(
     n_keys=3,
     n_tokens=4,
     learn_context=128,
-    calibrate=CalibrationConfig(keys_per_dim=2, rotation=LearnConfig(solver="itq", steps=2)),
+    calibrate=CalibrationConfig(keys_per_dim=4, rotation=LearnConfig(solver="itq", steps=2)),
 )
 
 
@@ -86,7 +86,7 @@ def test_lengths_lab_judges_and_weighs_at_the_length(lab):
     exact, caches, passkeys, times = (lab.measure(case) for case in cases)
     (row,) = caches["caches"]
     tables = lab.summarise({"exact": [*exact["exact"]] * 2, "caches": [{"codec": "lattice"}]})
-    assert tables["codecs"] == [{"codec": "lattice", "n_keys": 128, "longer": 1}]
+    assert tables["codecs"] == [{"codec": "lattice", "n_keys": 256, "longer": 1}]
     plain = tables["exact"][0]
     assert (row["tokens"], plain["tokens"], plain["n_judged"]) == (256, 256, 2 * 85)
     assert 4 < row["bits"] < row["effective_bits"] < 16
