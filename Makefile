@@ -17,7 +17,8 @@ equal = $(if $(subst $(1),,$(2))$(subst $(2),,$(1)),,yes)
 PYTHON ?= python3
 # Labs of the real model, which `make gemma` fetches; the others are of the minis unless MODEL says.
 REAL   := fingerprint lengths peers
-MODEL  ?= $(if $(filter $(REAL),$(LAB)),gemma-3-270m,olmoe-mini)
+OWN    := $(if $(filter $(REAL),$(LAB)),gemma-3-270m,olmoe-mini)
+MODEL  ?= $(OWN)
 PROFILE ?= mini
 # A model of full size is not trained here; the minis all are, and one of them is looked at closely.
 # In this order: a lab may read what an earlier one has made.
@@ -27,7 +28,7 @@ LAB    ?= $(if $(filter full,$(PROFILE)),,train $(CLOSELY)) architectures $(if $
 LAB_OPTIONS = -p model $(call quoted,$(MODEL)) $(if $(filter-out mini,$(PROFILE)),-p profile $(call quoted,$(PROFILE))) \
   $(if $(TEXT),-p text $(call quoted,$(TEXT))) $(if $(CONTEXT),-p context $(call quoted,$(CONTEXT))) \
   $(if $(REVISION),-p revision $(call quoted,$(REVISION))) \
-  $(if $(call equal,$(if $(filter $(REAL),$(LAB)),gemma-3-270m,olmoe-mini),$(MODEL)),,--out $(call quoted,_build/labs/$(subst /,--,$(MODEL))))
+  $(if $(call equal,$(OWN),$(MODEL)),,--out $(call quoted,_build/labs/$(subst /,--,$(MODEL))))
 
 JOBS     ?= 2
 BIN      := .venv/bin

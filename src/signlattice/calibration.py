@@ -13,7 +13,7 @@ from signlattice.data.corpus import Document
 from signlattice.data.texts import Text
 from signlattice.distributed.capture import capture_parts, split_batches
 from signlattice.distributed.workers import Workers
-from signlattice.errors import InputError
+from signlattice.errors import InputError, check_counts
 from signlattice.evaluation.heads import HeadQuality, fit_temperature, head_quality
 from signlattice.io import Progress, identity, no_progress
 from signlattice.kernels import HEAD_DIMS
@@ -77,9 +77,7 @@ class CalibrationConfig:
             raise InputError(
                 f"scale_rule={self.scale_rule!r}: choose one of {', '.join(SCALE_RULES)}"
             )
-        for name in ("keys_per_dim", "n_held_out", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
+        check_counts(self, "keys_per_dim", "n_held_out", "batch_size")
 
 
 def coded_layers(loaded: LoadedModel, config: CalibrationConfig) -> dict[int, AttentionLayer]:

@@ -29,3 +29,10 @@ class IntegrityError(InputError):
         this codec was fitted on the model e20beb886666…, not on ffffffffffff…:
         fit one for this model
     """
+
+
+def check_counts(config: object, *names: str) -> None:
+    """Raise ``InputError`` if one of these attributes is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}={getattr(config, name)}: use 1 or more")

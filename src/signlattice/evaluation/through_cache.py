@@ -126,10 +126,12 @@ def cached_losses(
     size = len(pieces)
     found = {name: [np.zeros(size) for _ in range(3)] for name in ("whole", "end")}
     n_packed, stats = 0, None
+    n_predicted = len(pieces[0].ids) - 1
+    judged = range((n_predicted - 1) % every, n_predicted, every)
+    n_end = _end(len(judged))
     for chosen, ids, _ in batches(pieces, config.batch_size):
         ids = ids.to(loaded.model.device)
         model = loaded.model
-        judged = range((ids.shape[1] - 2) % every, ids.shape[1] - 1, every)
         targets = ids[:, 1:][:, judged]
         if known is not None and chosen[0] in known:
             exact = torch.stack([known[index] for index in chosen]).to(ids.device)
@@ -147,7 +149,7 @@ def cached_losses(
             stats = cache.stats()
             n_packed += stats.n_packed
         per_token = found_here.nll, found_here.kl, found_here.agree
-        for name, first in (("whole", 0), ("end", len(judged) - _end(len(judged)))):
+        for name, first in (("whole", 0), ("end", len(judged) - n_end)):
             for total, values in zip(found[name], per_token):
                 total[chosen] = values[:, first:].sum(-1).double().cpu().numpy()
         if progress is not None:
@@ -156,12 +158,11 @@ def cached_losses(
         raise InputError(
             f"the cache packed none of {ids.shape[1]} tokens: its window holds them all"
         )
-    n = -(-(len(pieces[0].ids) - 1) // every)
     losses = {
         name: TokenLosses(
             tuple(pieces),
             nll,
-            np.full(size, n if name == "whole" else _end(n)),
+            np.full(size, len(judged) if name == "whole" else n_end),
             kl,
             agree,
             n_packed,

@@ -22,7 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from signlattice.errors import InputError
+from signlattice.errors import InputError, check_counts
 from signlattice.kernels import polar
 from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
@@ -223,9 +223,7 @@ class DescentConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
+        check_counts(self, "steps", "batch")
         if not 0 < self.angle[1] <= self.angle[0]:
             raise InputError(f"angle={self.angle}: expected (from, to) with 0 < to <= from")
         if not 0 <= self.momentum < 1:

@@ -32,7 +32,7 @@ from signlattice.alignment import beta, elliptical_ceiling
 from signlattice.data.texts import Text
 from signlattice.distributed.capture import capture_parts
 from signlattice.distributed.workers import Workers
-from signlattice.errors import InputError
+from signlattice.errors import InputError, check_counts
 from signlattice.evaluation.bootstrap import Interval
 from signlattice.evaluation.perplexity import (
     TokenLosses,
@@ -131,9 +131,7 @@ class ArchitectureConfig:
         if not self.seeds:
             raise InputError("seeds is empty: give one or more")
         counts = ("keys_per_dim", "n_held_out", "n_passages", "batch_size", "trace_every")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
+        check_counts(self, *counts)
         self.learning(0)
 
     def learning(self, seed: int) -> LearnConfig:
@@ -372,8 +370,8 @@ def _check_disk(
         )
 
 
-def _sample(keys: Tensor, n_keys: int, seed: int) -> Tensor:
-    """At most ``n_keys`` of keys [H, N, D], in their order."""
+def sample_tokens(keys: Tensor, n_keys: int, seed: int) -> Tensor:
+    """Return at most ``n_keys`` of keys [H, N, D], in their order."""
     if keys.shape[1] <= n_keys:
         return keys
     return keys[:, draw_tokens(keys.shape[1], n_keys, seed)]
@@ -442,10 +440,10 @@ def _fits(
             if not hadamard.supported_head_dim(d):
                 continue  # no Hadamard matrix for all heads together: each alone is measured
             fit, held_out = banks
-            held_out = _sample(held_out, config.n_held_out, 0)
+            held_out = sample_tokens(held_out, config.n_held_out, 0)
             kept = scope if layer.n_heads > 1 else "head"  # one head is the whole layer
             for seed in config.seeds if narrow else (first,):
-                chosen = _sample(fit, config.keys_per_dim * d, seed)
+                chosen = sample_tokens(fit, config.keys_per_dim * d, seed)
                 for method in CENTERING_METHODS:
                     solvers = (config.solver,) if seed == first else ()
                     if solvers and method == "dc" and index == min(owners):

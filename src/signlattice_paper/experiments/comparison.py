@@ -17,7 +17,7 @@ from torch import Tensor
 
 from signlattice.calibration import CalibrationConfig, learn_codec
 from signlattice.data.texts import Text
-from signlattice.errors import InputError, IntegrityError
+from signlattice.errors import InputError, IntegrityError, check_counts
 from signlattice.evaluation.logits import ExactStates, exact_states
 from signlattice.evaluation.perplexity import (
     TokenLosses,
@@ -60,9 +60,7 @@ class ComparisonConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_fit", "n_passages", "n_heads_on", "first_query"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
+        check_counts(self, "n_fit", "n_passages", "n_heads_on", "first_query")
 
 
 class Comparison:

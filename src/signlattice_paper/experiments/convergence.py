@@ -18,7 +18,7 @@ from torch import Tensor
 
 from signlattice.alignment import GAUSSIAN_BETA, beta, cosine, haar_beta
 from signlattice.data.texts import Text
-from signlattice.errors import InputError
+from signlattice.errors import InputError, check_counts
 from signlattice.models.loading import LoadedModel
 from signlattice.rotations import fixed, synthetic
 from signlattice.rotations.config import (
@@ -110,9 +110,7 @@ class ConvergenceConfig:
             if not getattr(self, name):
                 raise InputError(f"{name} is empty: give one or more")
         counts = ("windows", "keys_per_dim", "plateau_steps", "signal_draws", "trace_every")
-        for name in (*counts, "scan_keys"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
+        check_counts(self, *counts, "scan_keys")
 
 
 class ConvergenceLab(Lab[ConvergenceConfig, TableCase]):

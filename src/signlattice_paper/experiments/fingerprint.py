@@ -18,20 +18,21 @@ from torch import Tensor
 from signlattice.alignment import beta
 from signlattice.data.texts import Text, read_text
 from signlattice.distributed.capture import capture_parts
-from signlattice.errors import InputError
+from signlattice.errors import InputError, check_counts
 from signlattice.io import Scratch
-from signlattice.models.capture import StateBank, draw_tokens
+from signlattice.models.capture import StateBank
 from signlattice.models.hooks import attention_layers
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import full_windows
 from signlattice.quantizers.centering import CENTERING_METHODS, Centering, CenteringMethod
-from signlattice.rotations import fixed
 from signlattice.rotations.config import CalibrationWarning, LearnConfig, LearnedRotation, Solver
+from signlattice.rotations.factory import rotate_heads
 from signlattice.rotations.learned import learn_rotation
 from signlattice.rotations.null import noise_null
 from signlattice_paper.experiments.architectures import (
     ceiling_of,
     layer_row,
+    sample_tokens,
     steps_row,
     trace_rows,
 )
@@ -40,6 +41,9 @@ from signlattice_paper.records import Row
 
 PART = 4
 """Windows that are captured to one folder: what an interruption loses at most."""
+
+FIXED = ("identity", "srht", "pca_hadamard")
+"""Rotations that are not learned, beside the one that is."""
 
 TRACED: tuple[Solver, ...] = ("gradient", "itq", "annealed")
 
@@ -73,9 +77,9 @@ class FingerprintConfig:
     def __post_init__(self) -> None:
         if not self.texts:
             raise InputError("texts is empty: name one or more")
-        counts = (self.context, self.keys_per_dim, *self.ratios, self.windows, self.trace_every)
-        if min(counts) < 1:
-            raise InputError(f"counts {counts}: use 1 or more")
+        check_counts(self, "context", "keys_per_dim", "windows", "trace_every")
+        if min(self.ratios, default=1) < 1:
+            raise InputError(f"ratios={self.ratios}: use numbers of 1 or more")
 
 
 class FingerprintLab(Lab[FingerprintConfig, TableCase]):
@@ -166,8 +170,7 @@ class FingerprintLab(Lab[FingerprintConfig, TableCase]):
 
     def _sample(self, text: str, index: int, keys_per_dim: int) -> Tensor:
         keys = self._bank(text, "calibration").keys(index)
-        n = keys_per_dim * keys.shape[-1]
-        return keys if keys.shape[1] <= n else keys[:, draw_tokens(keys.shape[1], n, 0)]
+        return sample_tokens(keys, keys_per_dim * keys.shape[-1], seed=0)
 
     # Tables.
 
@@ -180,15 +183,12 @@ class FingerprintLab(Lab[FingerprintConfig, TableCase]):
             centering = Centering.fit(keys, cast(CenteringMethod, method))
             centred = centering.split(keys)[0]
             judged = {name: centering.split(each)[0] for name, each in held_out.items()}
+            fixed = {name: rotate_heads(centred, name, seed=0) for name in FIXED}
             for head, vectors in enumerate(centred):
                 at: Row = {"text": text, "layer": index, "head": head, "centering": method}
                 learned = self._learned(vectors)
-                matrices = {
-                    "identity": fixed.identity(vectors.shape[-1]),
-                    "srht": fixed.srht(vectors.shape[-1], head),
-                    "pca_hadamard": fixed.pca_hadamard(vectors),
-                    "learned": learned.matrix,
-                }
+                matrices = {name: stack[head] for name, stack in fixed.items()}
+                matrices["learned"] = learned.matrix
                 ceiling = ceiling_of(judged[text][head])
                 for name, matrix in matrices.items():
                     row = {"rotation": name, "beta": _beta_of(judged[text][head], matrix)}

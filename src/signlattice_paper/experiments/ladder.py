@@ -12,20 +12,16 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
-from signlattice.cache.simulated import Codes, SimulatedCache
+from signlattice.cache.sign_key_cache import SignKeyCache
+from signlattice.cache.simulated import Codes
 from signlattice.cache.storage import KeyFormat, ValueFormat
 from signlattice.calibration import CalibrationConfig, coded_layers
 from signlattice.errors import InputError
-from signlattice.evaluation.through_cache import Judge, NewCache, QualityConfig
+from signlattice.evaluation.through_cache import Judge, QualityConfig
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import full_windows
 from signlattice.models.states import LayerStates, compressible_layers, read_states
 from signlattice.quantizers import registry
-from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.codec import KeyCodec
 from signlattice.quantizers.sign import SignQuantizer
@@ -35,14 +31,21 @@ from signlattice_paper.baselines.product import ProductQuantizer
 from signlattice_paper.baselines.qjl import QJL
 from signlattice_paper.baselines.rabitq import RaBitQ
 from signlattice_paper.baselines.rounding import Rounded
+from signlattice_paper.baselines.rules import (
+    CacheFactory,
+    Rule,
+    full_precision,
+    grouped,
+    ruled_cache,
+    sized,
+    unfitted,
+)
 from signlattice_paper.baselines.transformers_caches import Backend, QuantizedLayers
 from signlattice_paper.baselines.turboquant import TurboQuant
 from signlattice_paper.experiments.comparison import kept_codec, sign_codes
 from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.records import Row
 
-Rule = Callable[[Tensor], Quantizer]
-"""The code for a layer whose calibration vectors are [H, N, D]; most look at the shape alone."""
 How = Literal["our cache", "published rule", "transformers' cache"]
 
 LONG = 8192
@@ -110,14 +113,6 @@ class LadderConfig:
         return self.window + self.sinks
 
 
-@dataclass(frozen=True)
-class CacheFactory:
-    """Hold how an entry makes its caches, and the bytes that it stores once for all tokens."""
-
-    new_cache: NewCache
-    static_bytes: int = 0
-
-
 @dataclass(frozen=True, eq=False)
 class LadderEntry:
     """A way to keep keys and values.
@@ -161,14 +156,14 @@ def ladder_entries(loaded: LoadedModel, config: LadderConfig) -> list[LadderEntr
         _cached("2 bits + Hadamard", "Hadamard", quarot, "int2", "int2", config),
     ]
     for bits in (4, 2):
-        keys = _rule(Rounded, bits_per_level=bits, size=32, along="tokens")
-        found.append(_ruled(f"KIVI-{bits}", "KIVI", kivi, keys, _grouped(bits, 32), config))
+        keys = unfitted(Rounded, bits_per_level=bits, size=32, along="tokens")
+        found.append(_ruled(f"KIVI-{bits}", "KIVI", kivi, keys, grouped(bits, 32), config))
     found += [_theirs(f"HQQ-{bits}", "HQQ", hqq, "hqq", bits, config) for bits in (4, 2, 1)]
     found += [
         _theirs(f"quanto-{bits}", "quanto", quanto, "quanto", bits, config) for bits in (4, 2)
     ]
     for bits in (4, 3, 2):
-        both = _sized(TurboQuant, bits_per_level=bits)
+        both = sized(TurboQuant, bits_per_level=bits)
         found.append(_ruled(f"TurboQuant-mse {bits}", "TurboQuant", turbo, both, both, config))
     found += [
         _ruled(
@@ -176,25 +171,25 @@ def ladder_entries(loaded: LoadedModel, config: LadderConfig) -> list[LadderEntr
             "RaBitQ",
             "Gao and Long 2024, arXiv 2405.12497",
             RaBitQ.fit,
-            _grouped(4),
+            grouped(4),
             config,
         ),
         _ruled(
             "QJL, V 2",
             "QJL",
             "Zandieh et al. 2024, arXiv 2406.03482",
-            _sized(QJL),
-            _grouped(2, 32),
+            sized(QJL),
+            grouped(2, 32),
             config,
         ),
     ]
     for bits in (2, 1):
-        both = _sized(NSNQuantLike, bits_per_level=bits)
+        both = sized(NSNQuantLike, bits_per_level=bits)
         found.append(_ruled(f"NSNQuant-like {bits}", "NSNQuant-like", nsn, both, both, config))
     return (
         found
         + [
-            _ruled("PQ-1, V 4", "PQ", product, pq, _grouped(4), config),
+            _ruled("PQ-1, V 4", "PQ", product, pq, grouped(4), config),
             _ruled("PQ-1", "PQ", product, pq, pq, config),
             _cached("lattice, V 4", "learned lattice", here, "sign", "int4", config, "lattice"),
             _cached("lattice, V 2", "learned lattice", here, "sign", "int2", config, "lattice"),
@@ -341,7 +336,7 @@ def _cached(
 ) -> LadderEntry:
     """One that our cache really stores."""
     kept = (config.window, config.sinks) if window else (0, 0)
-    cache = replace(_whole_config(*kept), key_format=keys, value_format=values)
+    cache = replace(full_precision(*kept), key_format=keys, value_format=values)
 
     def make(lab: LadderLab) -> CacheFactory:
         codec, static = None, 0
@@ -363,11 +358,7 @@ def _ruled(
 
     def make(lab: LadderLab) -> CacheFactory:
         sides = lab.codes(keys, "keys"), lab.codes(values, "values")
-        codes = [code for side in sides for code in side.values()]
-        blocks = any(code.group > 1 for code in codes)
-        cache = _whole_config(*((config.whole, 0) if blocks else (config.window, config.sinks)))
-        static = sum(code.static_bytes for code in codes)
-        return CacheFactory(lambda: SimulatedCache(lab.loaded, *sides, cache), static)
+        return ruled_cache(lab.loaded, *sides, config.window, config.sinks)
 
     return LadderEntry(name, family, source, "published rule", make, config.whole)
 
@@ -381,23 +372,3 @@ def _theirs(
         return CacheFactory(lambda: QuantizedLayers(lab.loaded, backend, bits, 2 * config.whole))
 
     return LadderEntry(name, family, source, "transformers' cache", make, config.whole, STEP)
-
-
-def _whole_config(window: int, sinks: int) -> CacheConfig:
-    whole = {"key_format": "whole", "value_format": "whole", "dtype": torch.float16}
-    return CacheConfig(window=window, sinks=sinks, spare=0, **whole)
-
-
-def _rule(kind: Callable[..., Quantizer], **arguments) -> Rule:
-    """Return a code that no vector changes."""
-    return lambda vectors: kind(**arguments)
-
-
-def _sized(kind: Callable[..., Quantizer], **arguments) -> Rule:
-    """Return a code that wants to know how many coordinates there are."""
-    return lambda vectors: kind(head_dim=vectors.shape[-1], **arguments)
-
-
-def _grouped(bits: int, size: int | None = None) -> Rule:
-    """Round coordinates, ``size`` to a scale; None is a vector, as our cache rounds values."""
-    return lambda vectors: Rounded(bits, min(size or vectors.shape[-1], vectors.shape[-1]))

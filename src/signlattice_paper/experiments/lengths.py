@@ -15,9 +15,10 @@ import torch
 from transformers import DynamicCache
 
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
+from signlattice.cache.storage import KeyFormat, ValueFormat
 from signlattice.calibration import CalibrationConfig
 from signlattice.data.texts import Text
-from signlattice.errors import InputError
+from signlattice.errors import InputError, check_counts
 from signlattice.evaluation.through_cache import Judge, QualityConfig
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import full_windows
@@ -96,9 +97,7 @@ class LengthsConfig:
     def __post_init__(self) -> None:
         if not self.lengths:
             raise InputError("lengths is empty: give one or more")
-        for name in ("every", "step", "n_keys", "learn_context"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
+        check_counts(self, "every", "step", "n_keys", "learn_context")
         if self.window not in self.windows:
             raise InputError(f"windows={list(self.windows)}: name {self.window} too")
 
@@ -133,10 +132,10 @@ CODECS = {
 def caches(config: LengthsConfig) -> dict[str, tuple[str, CacheConfig]]:
     """Return each cache by its name: its codec and its configuration, the most telling first."""
 
-    def at(window: int, keys: str, values: str, **changes) -> CacheConfig:
+    def at(window: int, keys: KeyFormat, values: ValueFormat, **changes) -> CacheConfig:
         return CacheConfig(
-            key_format=keys,  # type: ignore[arg-type]  # a name of the table
-            value_format=values,  # type: ignore[arg-type]
+            key_format=keys,
+            value_format=values,
             window=window,
             sinks=config.sinks if window else 0,
             dtype=torch.float16,
@@ -189,19 +188,18 @@ class LengthsLab(Lab[LengthsConfig, Case]):
 
     def cases(self) -> list[Case]:
         """List all caches at all lengths, losses before pass keys, the short lengths first."""
-        every = list(caches(self.config).items())
+        named = caches(self.config)
+        every, ours = list(named.items()), named[TIMED]
         listed: list[Case] = []
         for length in self.config.lengths:
             listed.append(Case("exact", length, EXACT))
             judged = every[: length.n_caches]
             listed += [Case("caches", length, name, *rest) for name, rest in judged]
             if length.tokens > self.config.learn_context:
-                cache = caches(self.config)[TIMED][1]
-                listed.append(Case("caches", length, f"{LONG}, V int4", LONG, cache))
+                listed.append(Case("caches", length, f"{LONG}, V int4", LONG, ours[1]))
         for length in filter(lambda each: each.n_haystacks, self.config.lengths):
             listed.append(Case("passkeys", length, EXACT))
             listed += [Case("passkeys", length, name, *rest) for name, rest in every[:LOOKED_UP]]
-        ours = caches(self.config)[TIMED]
         for length in filter(lambda each: each.timed, self.config.lengths):
             listed.append(Case("times", length, EXACT))
             listed.append(Case("times", length, TIMED, *ours))
@@ -214,20 +212,17 @@ class LengthsLab(Lab[LengthsConfig, Case]):
         return {case.table: [{"tokens": case.length.tokens, "name": case.name} | row]}
 
     def summarise(self, tables: Tables) -> Tables:
-        """Say how codecs were learned, and how many tokens exact attention was judged on."""
-        exact = [
-            row | {"tokens": length.tokens, "n_judged": row["tokens"]}
-            for length, row in zip(self.config.lengths, tables["exact"], strict=True)
-        ]
+        """Say how codecs were learned."""
         codecs = [
             {"codec": name, "n_keys": calibration.n_keys, "longer": LONGER if name == LONG else 1}
             for name in dict.fromkeys(row["codec"] for row in tables["caches"] if row["codec"])
             if (calibration := self.codec(str(name)).calibration) is not None
         ]
-        return {**tables, "exact": exact, "codecs": codecs}
+        return {**tables, "codecs": codecs}
 
     def _exact(self, case: Case) -> Row:
-        return self.judge(case.length).exact_row(with_needles=False)
+        row = self.judge(case.length).exact_row(with_needles=False)
+        return {"n_judged": row.pop("tokens"), **row}
 
     def _caches(self, case: Case) -> Row:
         assert case.cache is not None
@@ -236,9 +231,10 @@ class LengthsLab(Lab[LengthsConfig, Case]):
         return {"codec": case.codec} | judge.row(codec, case.cache, with_needles=False)
 
     def _passkeys(self, case: Case) -> Row:
-        exact = self._answers(replace(case, name=EXACT, codec="", cache=None))
-        pairs = [pair for both in zip(exact, self._answers(case)) for pair in zip(*both)]
-        depths = [q.depth for text in self._haystacks(case.length) for q in text.questions]
+        texts = self._haystacks(case.length)
+        exact = self._answers(replace(case, name=EXACT, codec="", cache=None), texts)
+        pairs = [pair for both in zip(exact, self._answers(case, texts)) for pair in zip(*both)]
+        depths = [question.depth for text in texts for question in text.questions]
         asked = [(depth, now) for depth, (once, now) in zip(depths, pairs) if once]
         missed = [f"{depth:.2f}" for depth, now in asked if not now]
         n_right = len(asked) - len(missed)
@@ -249,11 +245,11 @@ class LengthsLab(Lab[LengthsConfig, Case]):
             "missed_at": ", ".join(missed),
         }
 
-    def _answers(self, case: Case) -> list[list[bool]]:
+    def _answers(self, case: Case, texts: Sequence[Haystack]) -> list[list[bool]]:
         """Look the pass keys up through the case's cache, or through transformers' own."""
 
         def answers() -> dict:
-            texts, step = self._haystacks(case.length), self.config.step
+            step = self.config.step
             return {"answers": [found(self.loaded, t, self._new_cache(case), step) for t in texts]}
 
         return self.scratch.row(f"answers: {case}", answers)["answers"]
@@ -286,10 +282,13 @@ class LengthsLab(Lab[LengthsConfig, Case]):
         """Judge caches at a length; what exact attention says is held for one length at a time."""
         if length.tokens not in self._judges:
             self._judges.clear()
-            loaded = replace(self.loaded, context=length.tokens)
-            quality = QualityConfig(length.n_windows, 1, batch_size=1, step=self.config.step)
-            self._judges[length.tokens] = Judge(
-                loaded, self.text.evaluation, self.text.calibration, quality, self.config.every
+            self._judges[length.tokens] = judge_at(
+                self.loaded,
+                self.text,
+                length.tokens,
+                length.n_windows,
+                self.config.every,
+                self.config.step,
             )
         return self._judges[length.tokens]
 
@@ -301,6 +300,15 @@ class LengthsLab(Lab[LengthsConfig, Case]):
             text, context = _joined(text), context * LONGER
         loaded: LoadedModel = replace(self.loaded, context=context)
         return kept_codec(loaded, text, config, self.scratch.file(name, ".safetensors"))
+
+
+def judge_at(
+    loaded: LoadedModel, text: Text, tokens: int, n_windows: int, every: int, step: int
+) -> Judge:
+    """Judge caches on windows of so many tokens, one at a time, on each ``every``-th token."""
+    loaded = replace(loaded, context=tokens)
+    quality = QualityConfig(n_windows, n_needles=1, batch_size=1, step=step)
+    return Judge(loaded, text.evaluation, text.calibration, quality, every)
 
 
 def _joined(text: Text) -> Text:

@@ -7,17 +7,14 @@ windows are those of the lab *lengths* at the same length, and so are the tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
-import torch
 from torch import Tensor
 
-from signlattice.cache.sign_key_cache import CacheConfig
-from signlattice.cache.simulated import SimulatedCache
-from signlattice.errors import InputError
-from signlattice.evaluation.through_cache import Judge, QualityConfig
+from signlattice.errors import check_counts
+from signlattice.evaluation.through_cache import Judge
 from signlattice.models.passages import full_windows
 from signlattice.models.states import LayerStates, read_states
 from signlattice.quantizers.base import Quantizer
@@ -28,12 +25,11 @@ from signlattice_paper.baselines.centred import Centred
 from signlattice_paper.baselines.nsnquant import NSNQuantLike
 from signlattice_paper.baselines.product import ProductQuantizer
 from signlattice_paper.baselines.rounding import Rounded
+from signlattice_paper.baselines.rules import Rule, grouped, ruled_cache, sized, unfitted
 from signlattice_paper.baselines.turboquant import TurboQuant
+from signlattice_paper.experiments.lengths import judge_at
 from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.records import Row
-
-Rule = Callable[[Tensor], Quantizer]
-"""The code for a layer whose calibration vectors are [H, N, D]."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +60,7 @@ class PeersConfig:
     step: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("context", "fit_windows", "windows", "every", "step"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
+        check_counts(self, "context", "fit_windows", "windows", "every", "step")
 
 
 @dataclass(frozen=True)
@@ -91,11 +85,13 @@ def peers() -> list[Peer]:
     turbo, nsn = "Zandieh et al. 2025, arXiv 2504.19874", "Son et al. 2025, arXiv 2505.18231"
     kivi = "Liu et al. 2024, arXiv 2402.02750"
     product = "Jégou et al. 2011, doi 10.1109/TPAMI.2010.57"
-    four = partial(_rounded, bits=4)
+    four = grouped(4)
+    by_channel = unfitted(Rounded, bits_per_level=2, size=32, along="tokens")
+    two = sized(TurboQuant, bits_per_level=2)
     listed = [
-        Peer("KIVI-2", kivi, _along_tokens(2), partial(_rounded, bits=2, size=32)),
-        Peer("TurboQuant-mse 2", turbo, _sized(TurboQuant, 2), _sized(TurboQuant, 2)),
-        Peer("NSNQuant-like 1, V 4", nsn, _sized(NSNQuantLike, 1), four),
+        Peer("KIVI-2", kivi, by_channel, grouped(2, 32)),
+        Peer("TurboQuant-mse 2", turbo, two, two),
+        Peer("NSNQuant-like 1, V 4", nsn, sized(NSNQuantLike, bits_per_level=1), four),
         Peer("SRHT signs, V 4", "this library", _srht_signs, four),
         Peer("PQ-1, V 4", product, ProductQuantizer.fit, four),
     ]
@@ -120,20 +116,13 @@ class PeersLab(Lab[PeersConfig, Peer]):
         rule = partial(Centred.fit, rule=case.keys) if case.centred else case.keys
         keys = {index: rule(states.keys) for index, states in self.states.items()}
         values = {index: case.values(states.values) for index, states in self.states.items()}
-        codes = [*keys.values(), *values.values()]
-        whole = self.config.window + self.config.sinks
-        blocks = any(code.group > 1 for code in codes)
-        window, sinks = (whole, 0) if blocks else (self.config.window, self.config.sinks)
-        kept = {"key_format": "whole", "value_format": "whole", "dtype": torch.float16}
-        cache = CacheConfig(window=window, sinks=sinks, spare=0, **kept)
-        judged = self.judge.judged(
-            lambda: SimulatedCache(self.judge.loaded, keys, values, cache), with_needles=False
-        )
+        caches = ruled_cache(self.judge.loaded, keys, values, self.config.window, self.config.sinks)
+        judged = self.judge.judged(caches.new_cache, with_needles=False)
         row: Row = {
             "name": case.name,
             "centred": case.centred,
             "source": case.source,
-            "static_bytes": sum(code.static_bytes for code in codes),
+            "static_bytes": caches.static_bytes,
         }
         return {"peers": [row | judged]}
 
@@ -144,10 +133,10 @@ class PeersLab(Lab[PeersConfig, Peer]):
     @cached_property
     def judge(self) -> Judge:
         """Judge caches by what the model says through them."""
-        loaded = replace(self.loaded, context=self.config.context)
-        quality = QualityConfig(self.config.windows, 1, batch_size=1, step=self.config.step)
-        evaluation, calibration = self.text.evaluation, self.text.calibration
-        return Judge(loaded, evaluation, calibration, quality, self.config.every)
+        config = self.config
+        return judge_at(
+            self.loaded, self.text, config.context, config.windows, config.every, config.step
+        )
 
     @cached_property
     def states(self) -> Mapping[int, LayerStates]:
@@ -155,19 +144,6 @@ class PeersLab(Lab[PeersConfig, Peer]):
         loaded = self.judge.loaded
         pieces = full_windows(loaded, self.text.calibration, self.config.fit_windows)
         return read_states(loaded, pieces, batch_size=1)
-
-
-def _sized(kind: Callable[..., Quantizer], bits: int) -> Rule:
-    return lambda vectors: kind(head_dim=vectors.shape[-1], bits_per_level=bits)
-
-
-def _rounded(vectors: Tensor, bits: int, size: int | None = None) -> Quantizer:
-    """Round coordinates, ``size`` to a scale; None is a vector, as our cache rounds values."""
-    return Rounded(bits, min(size or vectors.shape[-1], vectors.shape[-1]))
-
-
-def _along_tokens(bits: int) -> Rule:
-    return lambda vectors: Rounded(bits, 32, "tokens")
 
 
 def _srht_signs(keys: Tensor) -> Quantizer:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from signlattice.alignment import cosine
 from signlattice.bits import sign
-from signlattice.errors import InputError
+from signlattice.errors import InputError, check_counts
 from signlattice.evaluation.bootstrap import Interval, bootstrap
 from signlattice.evaluation.perplexity import TokenLosses, perplexity, perplexity_gap, token_losses
 from signlattice.io import Progress, no_progress
@@ -70,9 +70,7 @@ class ScoresConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("calibration_passages", "passages", "windows", "first_query"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
+        check_counts(self, "calibration_passages", "passages", "windows", "first_query")
         if not self.value_bits or min(self.value_bits) < 1:
             raise InputError(f"value_bits={self.value_bits}: use widths of 1 bit or more")
         if unknown := sorted(set(self.perplexity_rotations) - set(ROTATIONS)):

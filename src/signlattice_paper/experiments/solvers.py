@@ -11,7 +11,7 @@ from functools import cached_property
 
 from signlattice.data.corpus import Document
 from signlattice.data.texts import Text
-from signlattice.errors import InputError
+from signlattice.errors import InputError, check_counts
 from signlattice.models.capture import StateBank, calibration_keys, capture_passages
 from signlattice.models.loading import LoadedModel
 from signlattice.models.passages import passages
@@ -68,9 +68,7 @@ class SolverConfig:
         for name, known in (("centerings", CENTERING_METHODS), ("null_solvers", SOLVERS)):
             if unknown := sorted(set(getattr(self, name)) - set(known)):
                 raise InputError(f"{name}: unknown {unknown}; choose from {', '.join(known)}")
-        for name in ("n_keys", "windows", "trace_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: use 1 or more")
+        check_counts(self, "n_keys", "windows", "trace_every")
 
 
 class SolverLab(Lab[SolverConfig, TableCase]):
