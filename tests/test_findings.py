@@ -163,6 +163,15 @@ def test_lengths_record_has_one_bit_do_without_corners_and_fail_with_them():
         assert cube["top1"] < 0.65 and free["top1"] > 0.85
 
 
+def test_lengths_record_has_one_bit_lose_most_pass_keys_and_four_bits_few():
+    """Claim 37: what perplexity does not show."""
+    rows = tables.select(real_model.lengths().table("passkeys"), tokens=2048)
+    found = {row["name"]: row for row in rows}
+    ours, four = found["lattice, V int4"], found["int4"]
+    assert ours["asked"] == four["asked"] == found["exact"]["right"] >= 10
+    assert ours["right"] < ours["asked"] / 4 and four["right"] > 0.9 * four["asked"]
+
+
 def test_lengths_record_has_values_that_are_not_the_delicate_side():
     """Claim 29, on the real model: one side rounded alike, the other whole."""
     record = real_model.lengths()
