@@ -36,7 +36,7 @@ STAMP    := .venv/.installed
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 BENCHES  := $(sort $(wildcard benchmarks/bench_*.py))
 
-.PHONY: help book html pdf records check-records lab gemma estimate lint test test-all test-gpu test-browser cross-compile twice bench probe lock clean
+.PHONY: help book html pdf records check-records check-book check-readme lab gemma estimate lint test test-all test-gpu test-browser cross-compile twice bench probe lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -76,14 +76,20 @@ estimate: $(STAMP) ## what a full-size model takes: make estimate MODEL=<name or
 
 # Each worker takes whole files, so that a chapter's cells run in order. It has one thread, and so
 # have the kernels and commands that it starts: more threads than cores take twice as long.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(call quoted,$(JOBS)) --dist loadfile tests --ignore=tests/browser $(CHAPTERS) \
-  --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(call quoted,$(JOBS)) --dist loadfile
+TESTS  = tests --ignore=tests/browser
 
-test: $(STAMP) ## unit, property, equation and style tests, then the chapters' outputs
-	$(PYTEST) --ignore=tests/test_findings.py
+test: $(STAMP) ## unit, property, equation and style tests
+	$(PYTEST) $(TESTS) --ignore=tests/test_findings.py
 
-test-all: $(STAMP) ## the same with every case of the large products, and the records
-	$(PYTEST) -m ""
+test-all: $(STAMP) check-book ## the same with every case of the large products, the records and the chapters
+	$(PYTEST) $(TESTS) -m ""
+
+check-book: $(STAMP) ## execute the chapters, and compare what they give with the outputs that they show
+	$(PYTEST) $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+
+check-readme: $(STAMP) ## the commands of the README, as they are written, from a model to a judgement
+	$(BIN)/python -m pytest tests/test_readme.py -m exhaustive
 
 check-records: $(STAMP) records ## that the committed records say what the book says of them
 	$(BIN)/python -m pytest tests/test_findings.py

@@ -5,13 +5,17 @@ Against it, what packed keys gain on a CPU is due to the packing and not to the 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from torch import Tensor
 
 from signlattice.kernels.attention import vectors
-from signlattice.kernels.attention.cpu_loop import LOG2E, as_bits, attend, compiled, merged, rows_of
+from signlattice.kernels.attention.cpu_loop import LOG2E, as_bits, attend, merged, rows_of
+from signlattice.kernels.compiled import compiled
 from signlattice.kernels.layout import PackedValues
 
+_SOURCE = ("bf16", Path(__file__).read_text(encoding="utf-8"))
 _FOUR, _ONE = vectors.bfloat16_dots(4), vectors.bfloat16_dots(1)
 
 
@@ -56,5 +60,5 @@ def decode_attention(
     """
     q = query.float().unflatten(1, (keys.shape[1], -1)) * (scaling * LOG2E)
     arrays = rows_of(as_bits(keys)), rows_of(q)
-    out = merged(*attend(_scores, arrays, values, start, length, q.shape[2], softcap))
+    out = merged(*attend(_scores, _SOURCE, arrays, values, start, length, q.shape[2], softcap))
     return out.flatten(1, 2).to(query.dtype)

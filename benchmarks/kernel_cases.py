@@ -68,7 +68,7 @@ def _attention(
         values if bits == 16 else kernels.PackedValues.empty(*shape, tokens, dv, bits),
         scaling=1.0,
         softcap=30.0 if every else None,
-        whole=sinks,
+        full=sinks,
         impl="triton",
     )
 

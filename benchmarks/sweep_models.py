@@ -137,7 +137,7 @@ def tried(model_type: str) -> Row:
         expected = _logits(model, DynamicCache(config=text))
     except Exception as error:  # a class that transformers itself cannot run so says nothing
         return Row.of(model_type, "not built", error)
-    whole = CacheConfig("whole", "whole", window=5, sinks=2, sliding="packed")
+    whole = CacheConfig("full", "full", window=5, sinks=2, sliding="packed")
     try:
         cache = SignKeyCache(model, None, whole)
     except InputError as error:

@@ -118,15 +118,20 @@ def test_nearest_signs_shows_a_correlation_that_is_no_number(impl: Impl) -> None
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton", "cpu"])
-@pytest.mark.parametrize("where", ["scale", "query", "whole keys", "values"])
+@pytest.mark.parametrize("where", ["scale", "query", "full-precision keys", "values"])
 def test_decode_attention_shows_a_number_that_is_none(impl: Impl, where: str) -> None:
     n = 40
     packed = CODES["rotation"].encode(draw(1, HEADS, n, DIM))
     query, values = draw(1, HEADS, DIM), draw(1, HEADS, n, DIM)
-    whole = FullPrecisionTokens(values.clone(), values.clone(), torch.tensor([n]).int())
-    broken = {"scale": packed.scale, "whole keys": whole.keys, "values": values, "query": query}
+    full = FullPrecisionTokens(values.clone(), values.clone(), torch.tensor([n]).int())
+    broken = {
+        "scale": packed.scale,
+        "full-precision keys": full.keys,
+        "values": values,
+        "query": query,
+    }
     broken[where][:, :, 7] = torch.nan
-    output = decode_attention(query, packed, ROTATION, values, scaling=0.25, whole=whole, impl=impl)
+    output = decode_attention(query, packed, ROTATION, values, scaling=0.25, full=full, impl=impl)
     assert output.isnan().all()
 
 

@@ -90,7 +90,7 @@ def dynamic(model: PreTrainedModel) -> DynamicCache:
 
 
 def whole(model: PreTrainedModel, **config) -> SignKeyCache:
-    return new_cache(model, key_format="whole", value_format="whole", **config)
+    return new_cache(model, key_format="full", value_format="full", **config)
 
 
 def generate(model: PreTrainedModel, ids: Tensor, cache, n: int = 12, **options) -> Tensor:
@@ -111,10 +111,12 @@ def test_sign_key_cache_logits_do_not_depend_on_how_a_text_is_cut(case):
     assert most(expected, read(model, ids, dynamic(model))) > 0.02  # keys were packed
 
 
-@pytest.mark.parametrize("sinks", [0, 4])
-@pytest.mark.parametrize("window", thinned([0, 1, 16, 64], 2))
-@pytest.mark.parametrize("values", ["whole", "int8", "int4", "int2"])
-def test_sign_key_cache_logits_do_not_depend_on_the_kernels(values, window, sinks):
+@pytest.mark.parametrize(
+    "case",
+    thinned(itertools.product(["full", "int8", "int4", "int2"], [0, 1, 16, 64], [0, 4]), 5),
+)
+def test_sign_key_cache_logits_do_not_depend_on_the_kernels(case):
+    values, window, sinks = case
     model, ids = tiny("llama"), tokens(4, 72)
     config = {"value_format": values, "window": window, "sinks": sinks}
     expected = read(model, ids, new_cache(model, impl="torch", **config))
@@ -127,7 +129,7 @@ def test_sign_key_cache_without_window_and_sinks_is_one_bit_attention(case):
     """The same by the road that measurements take, which has no cache."""
     name, kind = case
     model, ids = tiny(name), tokens(4, 40)
-    cache = new_cache(model, kind, window=0, sinks=0, value_format="whole")
+    cache = new_cache(model, kind, window=0, sinks=0, value_format="full")
     with quantized_attention(model, codec_for(model, kind).layers):
         expected = model(ids, use_cache=False).logits
     assert most(read(model, ids, cache, (30, 1, 1)), expected) < ROUNDED
@@ -184,11 +186,11 @@ def test_sign_key_cache_whose_window_holds_all_is_a_dynamic_cache(name):
 @pytest.mark.parametrize("name", ["gemma4", "gemma2", "gpt_oss"])
 def test_sign_key_cache_may_leave_sliding_layers_whole(name):
     model, ids = tiny(name), tokens(4, 60)
-    cache = new_cache(model, sliding="whole")
+    cache = new_cache(model, sliding="full")
     sliding = {i for i, layer in attention_layers(model).items() if layer.window is not None}
     packed = {layer.layer.index for layer in cache.packed_layers}
     assert packed and not packed & sliding
-    expected = read(model, ids, new_cache(model, sliding="whole"))
+    expected = read(model, ids, new_cache(model, sliding="full"))
     assert most(read(model, ids, cache, (7, 40, 1)), expected) < ROUNDED
 
 
@@ -203,7 +205,7 @@ def test_sign_key_cache_serves_models_in_half_precision(dtype, device):
     assert difference(read(model, ids, near, (50, 1)), expected) < 0.03
     assert near.packed_layers[0].recent["keys"].dtype == dtype
     packed = [
-        read(model, ids, new_cache(model, value_format="whole", impl=impl), (50, *(1,) * 9))
+        read(model, ids, new_cache(model, value_format="full", impl=impl), (50, *(1,) * 9))
         for impl in ("auto", "torch")
     ]
     assert most(*packed) < 0.1 < 0.5 < most(packed[0], expected)
@@ -225,7 +227,7 @@ def test_sign_key_cache_may_hold_what_is_whole_in_another_dtype():
 def test_sign_key_cache_may_hold_layers_that_are_not_packed_in_another_dtype(name):
     """Exempt ones, and those that slide; what a window has left behind they forget, too."""
     model, ids = tiny(name), tokens(4, 200)
-    kept = {} if name == "mistral" else {"sliding": "whole"}
+    kept = {} if name == "mistral" else {"sliding": "full"}
     config = {"exempt": (0,), "dtype": torch.float16} | kept
     cache = new_cache(model, **config)
     got = read(model, ids, cache, (150, 45, 1, 1))
@@ -240,7 +242,7 @@ def test_sign_key_cache_may_hold_layers_that_are_not_packed_in_another_dtype(nam
             row = 4 * layer.n_heads * 2 * layer.head_dim * 2
             assert cache.layers[index].weight().n_bytes <= most_slots * row
             expected += cache.layers[index].weight().n_bytes
-    assert stats.parts["whole layers"] == expected > 0
+    assert stats.parts["full-precision layers"] == expected > 0
 
 
 def whole_bytes(model: PreTrainedModel, ids: Tensor) -> int:
@@ -351,8 +353,8 @@ SPECULATIONS = [
     pytest.param(
         name, sliding, drafts, marks=() if name in ("llama", "gemma4") else pytest.mark.exhaustive
     )
-    for name, sliding, drafts in itertools.product(GENERATING, ["whole", "packed"], DRAFTS)
-    if (name, sliding) != ("mistral", "whole")  # all of its layers slide
+    for name, sliding, drafts in itertools.product(GENERATING, ["full", "packed"], DRAFTS)
+    if (name, sliding) != ("mistral", "full")  # all of its layers slide
 ]
 
 
@@ -423,10 +425,10 @@ def test_crop_leaves_no_trace_of_what_was_taken_back(name):
     assert difference(got, read(model, ids[:, 50:], expected, (1, 1, 1))) < EXACT
 
 
-@pytest.mark.parametrize("sliding", ["whole", "packed"])
+@pytest.mark.parametrize("sliding", ["full", "packed"])
 @pytest.mark.parametrize("name", thinned(MODELS, 2))
 def test_crop_after_recording_takes_back_any_number(name, sliding):
-    if name == "mistral" and sliding == "whole":
+    if name == "mistral" and sliding == "full":
         pytest.skip("all of its layers slide")
     model, ids, wrong = tiny(name), tokens(2, 60), tokens(2, 90, seed=9)
     cache, expected = new_cache(model, sliding=sliding), new_cache(model, sliding=sliding)
@@ -457,9 +459,7 @@ def test_crop_beyond_what_is_spare_removes_nothing_and_says_what_to_set(name):
         cache.crop(1)
 
 
-@pytest.mark.parametrize(
-    "config", [{"key_format": "whole", "value_format": "whole"}, {"window": 0}]
-)
+@pytest.mark.parametrize("config", [{"key_format": "full", "value_format": "full"}, {"window": 0}])
 def test_crop_takes_back_any_number_where_no_whole_token_is_missed(config):
     """A question asked, taken back and asked again, with a text in between that nobody recorded."""
     model, ids, question = tiny("llama"), tokens(2, 60), tokens(2, 30, seed=9)
@@ -476,7 +476,7 @@ def test_crop_takes_back_any_number_where_no_whole_token_is_missed(config):
 
 def test_crop_refuses_what_a_sliding_layer_of_transformers_has_dropped():
     model, more = tiny("gemma2"), tokens(1, 5, seed=2)
-    cache, expected = (new_cache(model, sliding="whole") for _ in range(2))
+    cache, expected = (new_cache(model, sliding="full") for _ in range(2))
     for each in (cache, expected):
         read(model, tokens(1, 30), each)
     with pytest.raises(InputError, match="a window of 12 tokens has slid over what it would need"):
@@ -548,9 +548,9 @@ FORMATS = [
     ("sign", "int8"),
     ("sign", "int4"),
     ("sign", "int2"),
-    ("sign", "whole"),
+    ("sign", "full"),
     ("sign", "fp8"),
-    ("whole", "whole"),
+    ("full", "full"),
     ("fp8", "fp8"),
     ("int8", "int8"),
     ("int4", "int2"),
@@ -573,7 +573,7 @@ def test_stats_are_of_what_is_there(keys, values, n):
     assert stats.n_bytes == pytest.approx(stats.expected, rel=0.02)
     assert stats.fp16 == n * 3 * 2 * 3 * 2 * 16 * 2
     assert stats.reduction == stats.fp16 / stats.n_bytes
-    bits = {"whole": 32, "fp8": 8, "int8": 8 + 2, "int4": 4 + 2, "int2": 2 + 2, "sign": 1 + 16 / 16}
+    bits = {"full": 32, "fp8": 8, "int8": 8 + 2, "int4": 4 + 2, "int2": 2 + 2, "sign": 1 + 16 / 16}
     assert stats.packed_bits.key == bits[keys] and stats.packed_bits.value == bits[values]
     assert stats.packed_bits.average == (bits[keys] + bits[values]) / 2
     beside = 8 * stats.n_bytes / (stats.fp16 / 2)
@@ -590,7 +590,7 @@ def test_stats_parts_are_what_they_are_named_for():
         "values": rows * 2 * PAGE * (16 + 2 + 2),
         "window": rows * (16 + 8) * 2 * 16 * 4,
         "sinks": rows * 4 * 2 * 16 * 4,
-        "whole layers": 2 * 3 * 100 * 2 * 16 * 4,
+        "full-precision layers": 2 * 3 * 100 * 2 * 16 * 4,
     }
 
 
@@ -628,7 +628,7 @@ def test_stats_of_sliding_layers(name, window):
 def test_stats_weigh_a_whole_layer_by_what_it_holds_on_to():
     """A layer of transformers keeps a view of a prompt's end, and the prompt with it."""
     model = tiny("gemma4")
-    cache = new_cache(model, sliding="whole")
+    cache = new_cache(model, sliding="full")
     for part in tokens(2, 100).split((90, 9, 1), 1):
         read(model, part, cache)
         assert cache.stats().n_bytes == storages(cache)
@@ -675,7 +675,7 @@ def grown(keys, values, n):
 
 found = {}
 with torch.no_grad():
-    for keys, values, n in (("sign", "int8", 220_000), ("sign", "whole", 70_000)):
+    for keys, values, n in (("sign", "int8", 220_000), ("sign", "full", 70_000)):
         grown(keys, values, 2_000)  # code and buffers that the first call brings
         found[f"{keys} {values}"] = grown(keys, values, n)
 print(json.dumps(found))
@@ -701,7 +701,7 @@ def test_packed_layer_grows_the_process_by_as_much_as_is_counted():
 
 def test_sign_key_cache_keeps_everything_in_exempt_layers():
     model, ids = tiny("llama"), tokens(4, 40)
-    cache = new_cache(model, exempt=(0, -1), window=0, sinks=0, value_format="whole")
+    cache = new_cache(model, exempt=(0, -1), window=0, sinks=0, value_format="full")
     assert [layer.layer.index for layer in cache.packed_layers] == [1]
     codec = codec_for(model)
     with quantized_attention(model, {1: codec.layers[1]}):
@@ -773,7 +773,7 @@ def test_sign_key_cache_refuses_a_configuration_that_packs_nothing():
     assert "[-4] of 3 layers" in refused("llama", codec, exempt=(0, -4))
     assert "no layer would be packed" in refused("llama", codec, exempt=(0, 1, 2))
     found = refused("mistral", codec_for(tiny("mistral")))
-    assert "no layer would be packed" in found and "sliding layers are whole" in found
+    assert "no layer would be packed" in found and "sliding layers are full" in found
     assert "exempt are [0, 1, 2]" in refused("llama", None, key_format="int4", exempt=(0, 1, -1))
 
 
@@ -799,16 +799,16 @@ def test_sign_key_cache_refuses_a_head_size_without_kernels_for_signs_alone():
     model, ids = LlamaForCausalLM(config).eval(), tokens(1, 30)
     with pytest.raises(InputError, match="has heads of 24: the kernels are made for 16, 32"):
         SignKeyCache(model, codec_for(model))
-    cache = SignKeyCache(model, None, CacheConfig("whole", "whole", window=5))
+    cache = SignKeyCache(model, None, CacheConfig("full", "full", window=5))
     assert difference(read(model, ids, cache, (20, 1)), read(model, ids, dynamic(model))) < EXACT
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"key_format": "bit"}, "key_format='bit': choose one of sign, whole, fp8"),
-        ({"value_format": "sign"}, "value_format='sign': choose one of whole, fp8"),
-        ({"sliding": "dropped"}, "sliding='dropped': choose one of whole, packed"),
+        ({"key_format": "bit"}, "key_format='bit': choose one of sign, full, fp8"),
+        ({"value_format": "sign"}, "value_format='sign': choose one of full, fp8"),
+        ({"sliding": "dropped"}, "sliding='dropped': choose one of full, packed"),
         ({"impl": "cuda"}, "impl='cuda': choose one of auto, torch"),
         ({"window": -1}, "window=-1: use a whole number"),
         ({"sinks": 2.5}, "sinks=2.5: use a whole number"),

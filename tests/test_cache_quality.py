@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONTEXT = 72
 QUALITY = QualityConfig(n_passages=3, n_needles=2, batch_size=2)
-WHOLE = CacheConfig(key_format="whole", value_format="whole", window=8, sinks=0)
+WHOLE = CacheConfig(key_format="full", value_format="full", window=8, sinks=0)
 COARSE = CacheConfig(key_format="int2", value_format="int2", window=0, sinks=0)
 CALIBRATE = CalibrationConfig(
     keys_per_dim=8,
@@ -199,7 +199,7 @@ CONFIG = CacheLabConfig(window=8, sinks=1, windows=(0, 8), calibrate=CALIBRATE, 
 def test_cases_are_all_different_and_have_the_others_beside(loaded):
     found = cases(loaded, CONFIG)
     assert len({(c.codec, c.rule, c.cache) for c in found}) == len(found)
-    assert {"fp8", "int8", "int4", "int2", "whole", "sign"} == {c.cache.key_format for c in found}
+    assert {"fp8", "int8", "int4", "int2", "full", "sign"} == {c.cache.key_format for c in found}
 
 
 def test_cache_lab_goes_on_with_an_interrupted_table_that_is_the_same(

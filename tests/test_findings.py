@@ -416,7 +416,7 @@ def test_a_frame_for_each_query_head_does_not_save_signed_queries():
     record = records.read("queries", "gemma4-e2b-mini")
     assert len(record.table("means")) == 8 and {r["head"] for r in record.table("means")} == {0}
     plain = tables.select(record.table("rows"), mean="in", levels=(None, 1), rule=("", "unbiased"))
-    for keys in ("whole", "rotation"):
+    for keys in ("full", "rotation"):
         found = {row["frame"]: row for row in tables.select(plain, k=keys)}
         own, srht = found["own"], found["srht"]
         shared = [row for frame, row in found.items() if frame not in ("own", "")]
@@ -528,7 +528,7 @@ def test_architectures_record_has_a_beta_as_cited_that_costs_more_than_no_rotati
 def caches(mini) -> list[records.Row]:
     """Rows without exempt layers, sliding layers whole."""
     rows = records.read("cache", mini).table("caches")
-    return tables.select(rows, exempt="[]", sliding="whole")
+    return tables.select(rows, exempt="[]", sliding="full")
 
 
 DEFAULT = dict(codec="lattice", rule="unbiased", values="int4", window=60, sinks=4)
@@ -548,7 +548,7 @@ def test_plain_four_bits_without_a_window_do_as_well_on_olmoe_and_not_on_e2b():
     """
     for name in LEANS:
         kept = tables.select(
-            records.read("cache", name).table("caches"), exempt="[]", sliding="whole"
+            records.read("cache", name).table("caches"), exempt="[]", sliding="full"
         )
         ours = tables.select(kept, **DEFAULT)[0]
         small = tables.select(kept, **DEFAULT | {"values": "int2"})[0]
@@ -595,7 +595,7 @@ def test_cache_record_of_olmoe_has_four_bits_and_fp8_lose_less_than_signs():
 
 def test_cache_record_of_olmoe_has_nearly_all_lost_in_the_last_layer():
     rows = records.read("cache", "olmoe-mini").table("caches")
-    whole = tables.select(rows, **DEFAULT | {"values": "whole"}, exempt="[]")[0]
+    whole = tables.select(rows, **DEFAULT | {"values": "full"}, exempt="[]")[0]
     assert tables.select(rows, exempt="[3]")[0]["gap"] < whole["gap"] / 4
 
 

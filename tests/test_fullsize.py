@@ -340,8 +340,8 @@ def test_preflight_counts_only_what_is_needed_as_to_fetch(on_hub, checkpoint):
 
 def test_load_full_tells_of_too_little_disk_before_anything_is_fetched(on_hub, monkeypatch):
     full = lambda folder: shutil._ntuple_diskusage(100, 99, 1)
-    monkeypatch.setattr(full_size.shutil, "disk_usage", full)
-    with pytest.raises(InputError, match="GB to fetch.*GB free: make room.*HF_HUB_CACHE"):
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    with pytest.raises(InputError, match="GB to write.*GB free: make room.*HF_HUB_CACHE"):
         load("owner/tiny", revision="v1")
     assert [file.name for file in on_hub.iterdir()] == ["config.json"]
 

@@ -7,7 +7,7 @@ from statistics import fmean
 import pytest
 import torch
 
-from conftest import documents
+from conftest import documents, thinned
 from signlattice.calibration import CalibrationConfig
 from signlattice.data.texts import Text
 from signlattice.errors import InputError
@@ -51,7 +51,7 @@ CONFIG = GaugeConfig(
 TEXT = Text("tiny", "none", documents("calibration"), documents("evaluation"))
 
 
-@pytest.fixture(scope="module", params=["llama_folder", "gemma_folder"])
+@pytest.fixture(scope="module", params=thinned(["gemma_folder", "llama_folder"], 2))
 def measured(request, tmp_path_factory):
     loaded = load_model(request.getfixturevalue(request.param))
     scratch = tmp_path_factory.mktemp("gauge")

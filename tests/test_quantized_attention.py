@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from conftest import thinned
 from signlattice.cache.sign_key_cache import CacheConfig, SignKeyCache
 from signlattice.cache.simulated import SimulatedCache
 from signlattice.errors import InputError
@@ -28,7 +29,7 @@ IDS = torch.arange(1, 121).view(2, 60) * 7 % 290
 FOLDERS = ("olmoe_folder", "llama_folder", "gemma_folder", "gemma_moe_folder")
 
 
-@pytest.fixture(params=FOLDERS)
+@pytest.fixture(params=thinned(FOLDERS, 2))
 def loaded(request):
     return load_model(request.getfixturevalue(request.param))
 
@@ -156,7 +157,7 @@ def test_simulated_cache_is_the_packed_one_if_its_quantizers_are_the_codecs(load
         )
         for index, layer in compressible_layers(loaded).items()
     }
-    config = CacheConfig(value_format="whole", window=window, sinks=sinks, dtype=torch.float32)
+    config = CacheConfig(value_format="full", window=window, sinks=sinks, dtype=torch.float32)
     packed = SignKeyCache(loaded, KeyCodec(layers, loaded.weights_hash), config)
     coded = SimulatedCache(loaded, {i: c for i, c in layers.items()}, None, config)
     expected = logits(loaded, packed)  # but for the last bit of a scale
@@ -202,4 +203,4 @@ def test_simulated_cache_counts_the_bits_that_its_quantizers_state(llama):
     stats = cache.stats()
     assert stats.packed_bits.key == stats.packed_bits.value == 3 + 16 / 16
     assert stats.parts["keys"] == 2 * 2 * 2 * 64 * 16 * 4 / 8  # layers, batch, heads, a page
-    assert stats.expected == stats.n_bytes - stats.parts["whole layers"]
+    assert stats.expected == stats.n_bytes - stats.parts["full-precision layers"]

@@ -79,7 +79,7 @@ def test_queries_lab_signed_query_is_its_signs_turned_back_in_the_frame_asked_fo
     groups = len(queries) // len(states.keys)
     for frame in ("keys", "own"):
         for mean in ("in", "kept"):
-            code = lab.queries(Case("whole", frame, mean=mean))[reader]
+            code = lab.queries(Case("full", frame, mean=mean))[reader]
             read = code(queries[None])[0]
             for head in range(len(queries)):
                 turn = lab.rotations(frame, mean == "kept")
@@ -105,13 +105,13 @@ def test_queries_lab_scores_of_two_frames_go_through_the_matrix_between_them(lab
     expected = torch.outer(*scales) * (sign(turned) @ between @ sign(centred).T)
     torch.testing.assert_close(query @ key.T, expected, rtol=1e-3, atol=1e-2)
     assert not case.counted and Case("rotation", "keys").counted and Case("frame", "both").counted
-    assert not Case("rotation", "keys", 4).counted and not Case("whole", "keys").counted
+    assert not Case("rotation", "keys", 4).counted and not Case("full", "keys").counted
 
 
 def test_queries_lab_misses_a_mean_that_is_left_out_and_not_one_that_is_kept(lab):
     """Unlike a mean of keys, which softmax does not see."""
     comparison = lab.comparison
-    dropped = lab.queries(Case("whole", mean="dropped"))
+    dropped = lab.queries(Case("full", mean="dropped"))
     ids = comparison.exact.pieces[0].ids[None]
     model = comparison.loaded.model
     shifted = {
@@ -166,7 +166,7 @@ def test_queries_lab_measures_every_case_and_goes_on_where_it_was(gemma, tmp_pat
     wanted = [
         case
         for case in every
-        if case.keys in ("whole", "rotation")
+        if case.keys in ("full", "rotation")
         and case.frame in ("", "keys", "own")
         and case.rule == "unbiased"
         or case == Case("frame", "srht")
@@ -178,14 +178,14 @@ def test_queries_lab_measures_every_case_and_goes_on_where_it_was(gemma, tmp_pat
         assert len({tuple(row) for row in rows}) == 1, name
     assert {row["layer"] for row in tables["heads"]} == {2, 4}  # 4 reads the keys of 2
     of = {case: row for case, row in zip(wanted, tables["rows"])}
-    eight = of[Case("whole", "keys", 8)]
+    eight = of[Case("full", "keys", 8)]
     assert eight["correlation"] > 0.9999 and abs(eight["gap"]) < 0.5
-    assert of[Case("whole", "keys")]["correlation"] < 0.95
+    assert of[Case("full", "keys")]["correlation"] < 0.95
     assert of[Case("rotation")]["extra"] == 0 and of[Case("frame", "srht")]["extra"] is None
-    assert of[Case("whole", mean="dropped")]["q"] == "whole"
+    assert of[Case("full", mean="dropped")]["q"] == "full"
     assert of[Case("rotation", "keys", 8)]["extra"] == pytest.approx(0, abs=1.0)
-    assert of[Case("whole", "own", mean="kept")]["mean_bits"] == 16 * 8 / 32  # two layers of four
-    assert of[Case("whole", "own", mean="dropped")]["mean_bits"] == 0
+    assert of[Case("full", "own", mean="kept")]["mean_bits"] == 16 * 8 / 32  # two layers of four
+    assert of[Case("full", "own", mean="dropped")]["mean_bits"] == 0
     drawn = fig_queries({"tiny": SimpleNamespace(table=tables.get)}).axes[0]
     whole = {"keys whole": 2, "keys signed, rotation": 3, "keys signed in the same frame": 1}
     found = {bar.get_label(): len(bar[0].get_xdata()) for bar in drawn.containers}

@@ -62,6 +62,7 @@ def test_readme_cache_in_five_lines_packs_keys(monkeypatch: pytest.MonkeyPatch) 
     assert stats.n_packed > 0 and stats.n_tokens == names["text"].shape[1] - 1
 
 
+@pytest.mark.exhaustive
 def test_readme_three_commands_go_from_a_model_to_a_judgement(tmp_path: Path) -> None:
     """As they are written, in an empty folder."""
     found = Path(sys.executable).with_name("signlattice")
@@ -109,7 +110,7 @@ def test_readme_says_of_caches_what_is_in_their_records() -> None:
     bits = []
     for name, line in lines:
         kept = tables.select(
-            records.read("cache", name).table("caches"), exempt="[]", sliding="whole"
+            records.read("cache", name).table("caches"), exempt="[]", sliding="full"
         )
         ours, *others = (tables.select(kept, **where)[0] for where in wanted)
         interval = f"{ours['gap']:.2f} ({ours['gap_low']:.2f} to {ours['gap_high']:.2f})"

@@ -109,7 +109,7 @@ def test_registry_entry_goes_from_learning_to_the_cache(registered, olmoe_folder
     stats = cache.stats()
     assert isinstance(cache.packed_layers[0].key_storage, EncodedStorage)
     assert stats.n_packed > 0 and stats.packed_bits.key == 8
-    packed = sum(stats.parts[name] for name in stats.parts if name != "whole layers")
+    packed = sum(stats.parts[name] for name in stats.parts if name != "full-precision layers")
     assert packed == stats.expected
 
 

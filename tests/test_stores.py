@@ -95,7 +95,7 @@ def test_full_precision_storage_fp8_is_that_of_torch_and_never_infinite():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_full_precision_storage_keeps_whole_vectors_as_they_came(dtype):
     given = vectors(20).to(dtype)
-    store = value_storage("whole", dtype)
+    store = value_storage("full", dtype)
     store.append(0, given)
     assert torch.equal(store.read(0, 20, dtype), given)
     assert store.parts["vectors"].dtype == dtype
@@ -170,9 +170,9 @@ def test_sign_storage_and_integer_storage_give_kernels_the_parts_themselves():
 
 
 def test_value_storage_and_key_storage_refuse_what_is_unknown():
-    with pytest.raises(InputError, match="value_format='int3': choose one of whole, fp8, int8"):
+    with pytest.raises(InputError, match="value_format='int3': choose one of full, fp8, int8"):
         value_storage("int3", torch.float32)
-    with pytest.raises(InputError, match="key_format='bit': choose one of sign, whole, fp8"):
+    with pytest.raises(InputError, match="key_format='bit': choose one of sign, full, fp8"):
         key_storage("bit", torch.float32, None, "auto")
     with pytest.raises(InputError, match="keys as signs need the code"):
         key_storage("sign", torch.float32, None, "auto")

@@ -87,6 +87,7 @@ def alone(llama_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.exhaustive
 def test_cli_learn_writes_the_same_file_by_any_number_of_processes(
     count, alone, llama_folder, text, tmp_path
 ):

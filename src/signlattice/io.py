@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -315,3 +316,18 @@ def check_writable(folder: Path) -> None:
             f"cannot write to {display_path(folder)} ({error.strerror}): "
             "make it a folder that you may write to"
         ) from None
+
+
+def check_free_space(folder: Path, n_bytes: int, what: str, remedy: str) -> None:
+    """Raise ``InputError`` if the disk of a folder has less than ``n_bytes`` free.
+
+    The folder need not be there yet. ``what`` is to be written there, ``remedy`` what one can do
+    who cannot make room.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if n_bytes > free:
+        raise InputError(
+            f"{what}: {n_bytes / 1e9:.3g} GB to write, {display_path(folder)} has "
+            f"{free / 1e9:.3g} GB free: make room, or {remedy}"
+        )

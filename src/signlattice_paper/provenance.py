@@ -37,6 +37,9 @@ EVERY_MODEL = ("train", "architectures", "cache", "gauge", "ladder")
 """Labs that owe a record for every mini; the others owe one for the model that they name."""
 
 
+Page = tuple[str, notebooks.NotebookNode]
+"""A notebook with its path in the project."""
+
 _NO_HASH = ["it has no hash of its content"]
 
 
@@ -67,8 +70,9 @@ def faults(project: Path = PROJECT, *, before_run: bool = False) -> list[str]:
     for path in sorted((project / "results").glob("*/*.json")):
         if path.parent.name not in {lab.stem for lab in labs}:
             found += _other_faults(path, project)
-    found += [*_claim_faults(project), *_reading_faults(project)]
-    return found if before_run else [*found, *_showing_faults(project)]
+    pages = list(_pages(project))
+    found += [*_claim_faults(project), *_reading_faults(pages, project)]
+    return found if before_run else [*found, *_showing_faults(pages, project)]
 
 
 def expected(lab: Path, model: str) -> Expected:
@@ -159,30 +163,38 @@ def _claim_faults(project: Path) -> Iterator[str]:
             yield f"claim {claim.id} names the record {claim.record}, which does not exist"
 
 
-def _reading_faults(project: Path) -> Iterator[str]:
+def _reading_faults(pages: list[Page], project: Path) -> Iterator[str]:
     """Name the records that chapters and labs read and that are not there."""
-    for name, nb in _pages(project):
+    for name, nb in pages:
         for lab, model in READ.findall("\n".join(cell.source for cell in nb.cells)):
             path = records.records_path(lab, model, project / "results")
             if not path.is_file():
                 yield f"{name} reads the record results/{lab}/{model}.json, which does not exist"
 
 
-def _showing_faults(project: Path) -> Iterator[str]:
+def _showing_faults(pages: list[Page], project: Path) -> Iterator[str]:
     """Name the tables of chapters and labs that were made from an earlier run."""
-    for name, nb in _pages(project):
+    stamps: dict[str, str] = {}
+    for name, nb in pages:
         outputs = [output for cell in nb.cells for output in cell.get("outputs", [])]
         text = "\n".join(output.get("data", {}).get("text/markdown", "") for output in outputs)
         for file, shown in sorted(set(SHOWN.findall(text))):
-            try:
-                now = stamp(records.load(project / file))
-            except InputError as error:
-                now = f"none ({error})"
-            if now != shown:
+            if file not in stamps:
+                stamps[file] = _stamp(project / file)
+            if stamps[file] != shown:
+                now = stamps[file]
                 yield f"{name} shows {file} of {shown}, it is of {now}: run the chapter again"
 
 
-def _pages(project: Path) -> Iterator[tuple[str, notebooks.NotebookNode]]:
+def _stamp(file: Path) -> str:
+    """Return the stamp of a record, or why it has none."""
+    try:
+        return stamp(records.load(file))
+    except InputError as error:
+        return f"none ({error})"
+
+
+def _pages(project: Path) -> Iterator[Page]:
     for path in sorted((project / "book").rglob("*.ipynb")):
         if ".ipynb_checkpoints" not in path.parts:
             yield path.relative_to(project).as_posix(), notebooks.read(path)

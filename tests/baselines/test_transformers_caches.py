@@ -109,7 +109,7 @@ def test_quantized_layers_leave_sliding_layers_as_they_are(model, request):
     assert stats.n_packed == 2 * 136 and stats.packed_bits.key == 8.5  # one layer, one head
     sliding = [layer for layer in cache.layers if getattr(layer, "is_sliding", False)]
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in sliding)
-    assert stats.parts["whole layers"] == held > 0
+    assert stats.parts["full-precision layers"] == held > 0
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ ONE = pytest.mark.parametrize(
 
 def ours(model: PreTrainedModel, **config) -> SignKeyCache:
     """A cache whose tokens are all kept as they come, nearly all in stores."""
-    config = {"key_format": "whole", "value_format": "whole", "spare": 3} | config
+    config = {"key_format": "full", "value_format": "full", "spare": 3} | config
     return new_cache(model, **config)
 
 

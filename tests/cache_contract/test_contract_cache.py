@@ -217,7 +217,7 @@ def test_another_mask_than_before_is_that_of_a_dynamic_cache(name):
 @pytest.mark.parametrize("device", DEVICES)
 def test_to_moves_everything_and_offloaded_layers_come_back(device):
     model = tiny("gemma2")
-    cache, expected = (new_cache(model, sliding=each) for each in ("whole", "whole"))
+    cache, expected = (new_cache(model, sliding=each) for each in ("full", "full"))
     for each in (cache, expected):
         read(model, IDS, each)
     model.to(device)

@@ -50,7 +50,7 @@ def attention_tolerance(
     length: Tensor,
     scaling: float,
     softcap: float | None = None,
-    whole: FullPrecisionTokens | None = None,
+    full: FullPrecisionTokens | None = None,
 ) -> float:
     """Allow for decode attention: arguments are those of `reference.decode_attention`.
 
@@ -65,10 +65,10 @@ def attention_tolerance(
     norms = dequantise(keys, rotation.double(), None, torch.float64).norm(dim=-1)
     longest = norms.masked_fill(~there, 0.0).nan_to_num(0.0).amax().item() if len(t) else 0.0
     n_tokens = len(t)
-    if whole is not None:
-        n_tokens += whole.keys.shape[2]
-        here = torch.arange(whole.keys.shape[2], device=query.device) < whole.length[:, None]
-        sizes = whole.keys.double().norm(dim=-1).masked_fill(~here[:, None], 0.0)
+    if full is not None:
+        n_tokens += full.keys.shape[2]
+        here = torch.arange(full.keys.shape[2], device=query.device) < full.length[:, None]
+        sizes = full.keys.double().norm(dim=-1).masked_fill(~here[:, None], 0.0)
         longest = max(longest, sizes.amax().item() if sizes.numel() else 0.0)
     size = scaling * query.double().norm(dim=-1).amax().item() * longest
     wide, own = rounding(torch.float32), rounding(query.dtype)

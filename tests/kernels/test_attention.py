@@ -45,7 +45,7 @@ class Case:
     bits: int = 16
     softcap: float | None = None
     dc: bool = False
-    n_whole: int = 0
+    n_full: int = 0
     tokens: tuple[tuple[int, int], ...] = ((0, 75), (11, 60))  # [start, length) of each sequence
     room: int = 75
     n_heads: int = 1
@@ -63,7 +63,7 @@ class Inputs:
     length: Tensor
     scaling: float
     softcap: float | None
-    whole: FullPrecisionTokens | None
+    full: FullPrecisionTokens | None
 
     def astuple(self) -> tuple:
         return tuple(vars(self).values())
@@ -102,16 +102,16 @@ def _inputs(case: Case, seed: int = 0) -> Inputs:
     for words in (keys.words, *([values.words] if case.bits < 16 else [])):
         words.movedim(2, 1)[unused] = 0xAB
     query = torch.randn(shape[0], case.n_heads * case.group, d).to(case.dtype)
-    whole = _whole(case, shape, dv) if case.n_whole else None
-    return Inputs(query, keys, rotation, values, start, length, d**-0.5, case.softcap, whole)
+    full = _full(case, shape, dv) if case.n_full else None
+    return Inputs(query, keys, rotation, values, start, length, d**-0.5, case.softcap, full)
 
 
-def _whole(case: Case, shape: tuple[int, int], dv: int) -> FullPrecisionTokens:
-    """From all of the whole tokens to none, in steps over the batch; the rest is NaN."""
-    keys = torch.randn(*shape, case.n_whole, case.d).to(case.dtype)
-    values = torch.randn(*shape, case.n_whole, dv).to(case.dtype)
-    length = torch.linspace(case.n_whole, 0, shape[0]).int()
-    unused = torch.arange(case.n_whole) >= length[:, None]
+def _full(case: Case, shape: tuple[int, int], dv: int) -> FullPrecisionTokens:
+    """From all of the tokens to none, in steps over the batch; the rest is NaN."""
+    keys = torch.randn(*shape, case.n_full, case.d).to(case.dtype)
+    values = torch.randn(*shape, case.n_full, dv).to(case.dtype)
+    length = torch.linspace(case.n_full, 0, shape[0]).int()
+    unused = torch.arange(case.n_full) >= length[:, None]
     for tensor in (keys, values):
         tensor.movedim(2, 1)[unused] = torch.nan
     return FullPrecisionTokens(keys, values, length)
@@ -127,7 +127,7 @@ def _triton(x: Inputs) -> Tensor:
         start=x.start,
         length=x.length,
         softcap=x.softcap,
-        whole=x.whole,
+        full=x.full,
         impl="triton",
     )
 
@@ -154,33 +154,33 @@ def test_decode_attention_is_accurate_at_every_head_size(d: int, poisoned_memory
 @pytest.mark.parametrize("d", [16, 80, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_decode_attention_is_accurate_in_every_dtype(d: int, dtype: torch.dtype) -> None:
-    _check(Case(d, dtype=dtype, dc=True, softcap=20.0, n_whole=9))
+    _check(Case(d, dtype=dtype, dc=True, softcap=20.0, n_full=9))
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 8, 17, 32])
 def test_decode_attention_takes_every_number_of_queries_to_a_head(
     group: int, poisoned_memory: None
 ) -> None:
-    _check(Case(group=group, n_heads=2, n_whole=5))
+    _check(Case(group=group, n_heads=2, n_full=5))
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_decode_attention_reads_packed_values(bits: int, dtype: torch.dtype) -> None:
-    _check(Case(96, dtype=dtype, bits=bits, n_whole=7))
+    _check(Case(96, dtype=dtype, bits=bits, n_full=7))
 
 
 @pytest.mark.parametrize(("d", "dv", "bits"), [(64, 128, 16), (128, 80, 16), (80, 32, 4)])
 def test_decode_attention_takes_values_of_another_size_than_keys(
     d: int, dv: int, bits: int
 ) -> None:
-    _check(Case(d, dv, bits=bits, n_whole=3))
+    _check(Case(d, dv, bits=bits, n_full=3))
 
 
-def test_decode_attention_takes_whole_tokens_and_values_of_other_dtypes() -> None:
-    x = _inputs(Case(dtype=torch.float32, n_whole=9))
-    whole = FullPrecisionTokens(x.whole.keys.half(), x.whole.values.half(), x.whole.length)
-    x = replace(x, values=x.values.half(), whole=whole)
+def test_decode_attention_takes_full_tokens_and_values_of_other_dtypes() -> None:
+    x = _inputs(Case(dtype=torch.float32, n_full=9))
+    full = FullPrecisionTokens(x.full.keys.half(), x.full.values.half(), x.full.length)
+    x = replace(x, values=x.values.half(), full=full)
     _judge(_triton(x), x)
 
 
@@ -192,7 +192,7 @@ DRAWN = {
     "bits": st.sampled_from((16, 8, 4, 2)),
     "softcap": st.sampled_from((None, 1.0, 50.0)),
     "dc": st.booleans(),
-    "n_whole": st.integers(0, 40),
+    "n_full": st.integers(0, 40),
     "tokens": st.lists(
         st.tuples(st.integers(0, 90), st.integers(0, 90)), min_size=1, max_size=3
     ).map(tuple),
@@ -229,17 +229,17 @@ def test_decode_attention_takes_ends_outside_the_room_as_those_of_the_room(
     assert torch.equal(_triton(over), _triton(x))
 
 
-def test_decode_attention_takes_whole_tokens_beyond_one_program(
+def test_decode_attention_takes_full_tokens_beyond_one_program(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(triton_attention, "WHOLE_SPLIT", 64)
-    _check(Case(n_whole=150, tokens=((0, 10), (2, 2), (0, 70)), softcap=30.0))
+    monkeypatch.setattr(triton_attention, "FULL_SPLIT", 64)
+    _check(Case(n_full=150, tokens=((0, 10), (2, 2), (0, 70)), softcap=30.0))
 
 
 def test_decode_attention_of_a_sequence_without_any_token_is_zero(poisoned_memory: None) -> None:
-    x = _inputs(Case(tokens=((0, 40), (7, 7), (0, 0)), n_whole=4))
-    whole = replace(x.whole, length=_int32(4, 0, 0))
-    got = _triton(replace(x, whole=whole))
+    x = _inputs(Case(tokens=((0, 40), (7, 7), (0, 0)), n_full=4))
+    full = replace(x.full, length=_int32(4, 0, 0))
+    got = _triton(replace(x, full=full))
     assert got[0].any() and got.isfinite().all()
     assert torch.equal(got[1:], torch.zeros_like(got[1:]))
 
@@ -290,13 +290,13 @@ def test_decode_attention_attends_to_all_of_the_room_by_default() -> None:
 def test_decode_attention_of_a_sequence_is_the_same_in_a_batch_and_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    x = _inputs(Case(bits=4, dc=True, n_whole=6, tokens=((0, 75), (11, 60), (0, 0)), n_heads=2))
+    x = _inputs(Case(bits=4, dc=True, n_full=6, tokens=((0, 75), (11, 60), (0, 0)), n_heads=2))
 
     def alone(b: int) -> Inputs:
         rows = slice(b, b + 1)
         keys = PackedKeys(x.keys.words[rows], x.keys.scale[rows], x.keys.dc[rows])
         v = x.values
-        whole = FullPrecisionTokens(x.whole.keys[rows], x.whole.values[rows], x.whole.length[rows])
+        full = FullPrecisionTokens(x.full.keys[rows], x.full.values[rows], x.full.length[rows])
         return replace(
             x,
             query=x.query[rows],
@@ -304,7 +304,7 @@ def test_decode_attention_of_a_sequence_is_the_same_in_a_batch_and_alone(
             start=x.start[rows],
             length=x.length[rows],
             values=PackedValues(v.words[rows], v.scale[rows], v.zero[rows], v.bits),
-            whole=whole,
+            full=full,
         )
 
     monkeypatch.setattr(triton_attention, "_n_splits", lambda *_: 2)
@@ -348,14 +348,14 @@ def test_decode_attention_cancels_a_static_mean() -> None:
     keys = PackedKeys.empty(1, 1, room, d, device=DEVICE)
     kernels.pack_into(keys, k, rotation, _int32(0), mean=mean, impl="torch")
     sinks = torch.randn(1, 1, 4, d) + mean[:, None]
-    whole = FullPrecisionTokens(sinks - mean[:, None], torch.randn(1, 1, 4, d), _int32(4))
+    full = FullPrecisionTokens(sinks - mean[:, None], torch.randn(1, 1, 4, d), _int32(4))
     got = kernels.decode_attention(
-        query, keys, rotation, values, scaling=d**-0.5, whole=whole, impl="triton"
+        query, keys, rotation, values, scaling=d**-0.5, full=full, impl="triton"
     )
     with_mean = unpack.dequantise(keys, rotation, mean, torch.float64)
     dense = torch.cat((with_mean, sinks.double()), 2)
     expected = torch.nn.functional.scaled_dot_product_attention(
-        query.double()[:, None], dense, torch.cat((values, whole.values), 2).double()
+        query.double()[:, None], dense, torch.cat((values, full.values), 2).double()
     )
     assert relative_error(got, expected[:, 0]) < 1e-5
 
@@ -453,16 +453,16 @@ WRONG = {
     "length of shape": lambda x: replace(x, length=x.length[None]),
     "softcap=0.0": lambda x: replace(x, softcap=0.0),
     "softcap=nan": lambda x: replace(x, softcap=float("nan")),
-    r"expected \[B, H, E, D\]": lambda x: _with_whole(x, keys=x.whole.keys[0]),
-    "whole keys of shape": lambda x: _with_whole(x, keys=x.whole.keys[..., :32]),
-    "whole keys is torch.int32": lambda x: _with_whole(x, keys=x.whole.keys.int()),
-    "whole keys is not contiguous": lambda x: _with_whole(x, keys=_spread(x.whole.keys)),
-    "whole values of shape": lambda x: _with_whole(x, values=x.whole.values[:, :, :-1]),
-    "whole values is torch.float32: use float16": (
-        lambda x: _with_whole(x, values=x.whole.values.float())
+    r"expected \[B, H, E, D\]": lambda x: _with_full(x, keys=x.full.keys[0]),
+    "full-precision keys of shape": lambda x: _with_full(x, keys=x.full.keys[..., :32]),
+    "full-precision keys is torch.int32": lambda x: _with_full(x, keys=x.full.keys.int()),
+    "full-precision keys is not contiguous": lambda x: _with_full(x, keys=_spread(x.full.keys)),
+    "full-precision values of shape": lambda x: _with_full(x, values=x.full.values[:, :, :-1]),
+    "full-precision values is torch.float32: use float16": (
+        lambda x: _with_full(x, values=x.full.values.float())
     ),
-    "whole length is torch.int64": lambda x: _with_whole(x, length=x.whole.length.long()),
-    "whole length of shape": lambda x: _with_whole(x, length=x.whole.length[:1]),
+    "full-precision length is torch.int64": lambda x: _with_full(x, length=x.full.length.long()),
+    "full-precision length of shape": lambda x: _with_full(x, length=x.full.length[:1]),
 }
 WRONG |= {
     f"{name} on meta": change
@@ -471,7 +471,7 @@ WRONG |= {
         "rotation": lambda x: replace(x, rotation=x.rotation.to("meta")),
         "values": lambda x: replace(x, values=x.values.to("meta")),
         "start": lambda x: replace(x, start=x.start.to("meta")),
-        "whole keys": lambda x: _with_whole(x, keys=x.whole.keys.to("meta")),
+        "full-precision keys": lambda x: _with_full(x, keys=x.full.keys.to("meta")),
     }.items()
 }
 
@@ -480,13 +480,13 @@ def _with_keys(x: Inputs, **changed: Tensor) -> Inputs:
     return replace(x, keys=replace(x.keys, **changed))
 
 
-def _with_whole(x: Inputs, **changed: Tensor) -> Inputs:
-    return replace(x, whole=replace(x.whole, **changed))
+def _with_full(x: Inputs, **changed: Tensor) -> Inputs:
+    return replace(x, full=replace(x.full, **changed))
 
 
 @pytest.mark.parametrize("message", WRONG)
 def test_decode_attention_refuses_what_does_not_belong_together(message: str) -> None:
-    x = _inputs(Case(group=2, n_heads=2, dc=True, n_whole=4))
+    x = _inputs(Case(group=2, n_heads=2, dc=True, n_full=4))
     with pytest.raises(InputError, match=message):
         _triton(WRONG[message](x))
 

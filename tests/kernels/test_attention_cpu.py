@@ -21,6 +21,7 @@ from torch import Tensor
 from conftest import thinned
 from signlattice import kernels
 from signlattice.kernels.attention import cpu, cpu_loop, reference, vectors
+from signlattice.kernels.compiled import compiled
 from signlattice.kernels.layout import FullPrecisionTokens, PackedKeys, PackedValues
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -57,7 +58,7 @@ def _arguments(
     start: list[int],
     length: list[int],
     n_heads: int = 2,
-    n_whole: int | None = None,
+    n_full: int | None = None,
 ) -> tuple:
     """Random arguments of `decode_attention`; what must not be read is NaN, or 0xAB in bytes."""
     d, group, dtype, bits, softcap, dc = case
@@ -82,16 +83,16 @@ def _arguments(
         if x is not None:
             x[unused] = torch.nan
     keys.words[unused] = 0xAB
-    whole = None
-    if n_whole is not None:
-        kept = [torch.randn(batch, n_heads, n_whole, d).to(dtype) for _ in range(2)]
-        count = torch.randint(0, n_whole + 1, (batch,), dtype=torch.int32)
+    full = None
+    if n_full is not None:
+        kept = [torch.randn(batch, n_heads, n_full, d).to(dtype) for _ in range(2)]
+        count = torch.randint(0, n_full + 1, (batch,), dtype=torch.int32)
         for x in kept:
-            x[(torch.arange(n_whole) >= count[:, None])[:, None].expand(x.shape[:3])] = torch.nan
-        whole = FullPrecisionTokens(*kept, count)
+            x[(torch.arange(n_full) >= count[:, None])[:, None].expand(x.shape[:3])] = torch.nan
+        full = FullPrecisionTokens(*kept, count)
     query = (2 * torch.randn(batch, n_heads * group, d)).to(dtype)
     rotation = torch.linalg.qr(torch.randn(n_heads, d, d))[0]
-    return query, keys, rotation, values, begin, end, d**-0.5, softcap, whole
+    return query, keys, rotation, values, begin, end, d**-0.5, softcap, full
 
 
 def _exact(arguments: tuple) -> Tensor:
@@ -104,11 +105,11 @@ def _assert_right(arguments: tuple) -> None:
     assert_accurate(got, exact, attention_tolerance(*arguments))
 
 
-@pytest.mark.parametrize("case", thinned(CASES, 2), ids=str)
-@pytest.mark.parametrize("n_whole", [None, 5])
-def test_decode_attention_is_as_accurate_as_plain_torch(case: tuple, n_whole: int | None) -> None:
+@pytest.mark.parametrize("case", thinned(CASES, 4), ids=str)
+@pytest.mark.parametrize("n_full", [None, 5])
+def test_decode_attention_is_as_accurate_as_plain_torch(case: tuple, n_full: int | None) -> None:
     _seeded()
-    _assert_right(_arguments(case, 331, [0, 17], [301, 330], n_whole=n_whole))
+    _assert_right(_arguments(case, 331, [0, 17], [301, 330], n_full=n_full))
 
 
 @settings(max_examples=25)
@@ -119,9 +120,9 @@ def test_decode_attention_takes_any_lengths_batches_and_heads(data: st.DataObjec
     batch = data.draw(st.integers(1, 3))
     start = data.draw(st.lists(st.integers(0, room - 1), min_size=batch, max_size=batch))
     length = [data.draw(st.integers(low + 1, room)) for low in start]
-    n_whole = data.draw(st.none() | st.integers(0, 40))
+    n_full = data.draw(st.none() | st.integers(0, 40))
     n_heads = data.draw(st.integers(1, 3))
-    _assert_right(_arguments(SMALL, room, start, length, n_heads, n_whole))
+    _assert_right(_arguments(SMALL, room, start, length, n_heads, n_full))
 
 
 def test_decode_attention_keeps_accuracy_with_one_large_query_coordinate() -> None:
@@ -139,8 +140,8 @@ def test_decode_attention_gives_zeros_with_nothing_to_attend_to() -> None:
     assert relative_error(out[0], _exact(arguments)[0]) < 1e-5
 
 
-def test_decode_attention_of_an_empty_cache_leaves_the_whole_tokens() -> None:
-    arguments = _arguments(SMALL, 0, [0], [0], n_whole=9)
+def test_decode_attention_of_an_empty_cache_leaves_those_in_full_precision() -> None:
+    arguments = _arguments(SMALL, 0, [0], [0], n_full=9)
     arguments[-1].length[:] = 9
     arguments[-1].keys.normal_()
     arguments[-1].values.normal_()
@@ -155,9 +156,9 @@ def test_decode_attention_shows_a_nan_that_is_attended_to() -> None:
 
 
 def test_decode_attention_leaves_its_inputs_alone() -> None:
-    arguments = _arguments(SMALL, 100, [0], [90], n_whole=3)
-    query, keys, rotation, values, _, _, _, _, whole = arguments
-    tensors = (query, keys.words, keys.scale, keys.dc, rotation, values, whole.keys, whole.values)
+    arguments = _arguments(SMALL, 100, [0], [90], n_full=3)
+    query, keys, rotation, values, _, _, _, _, full = arguments
+    tensors = (query, keys.words, keys.scale, keys.dc, rotation, values, full.keys, full.values)
     before = [x.clone() for x in tensors]
     cpu.decode_attention(*arguments)
     for x, old in zip(tensors, before, strict=True):
@@ -225,7 +226,7 @@ def test_lookup_sums_are_given_by_every_way_to_look_up(
     monkeypatch.setattr(vectors, "_has", lambda _context, wanted: wanted == feature)
     sums = vectors.lookup_sums.__wrapped__(limbs)
 
-    @cpu_loop.compiled
+    @compiled
     def look_up(nibbles, tables, out):
         sums(nibbles.ctypes.data, tables.ctypes.data, len(tables), np.int32(-9), out.ctypes.data)
 
@@ -239,6 +240,7 @@ def test_lookup_sums_are_given_by_every_way_to_look_up(
     np.testing.assert_array_equal(out, (each.sum(0) - 9).astype(np.float32))
 
 
+@pytest.mark.exhaustive
 def test_decode_attention_is_the_same_with_no_vector_instructions(tmp_path: Path) -> None:
     arguments = _arguments((16, 5, FP16, 16, 20.0, True), 150, [0], [150])
     torch.save((arguments, cpu.decode_attention(*arguments)), tmp_path / "case.pt")
@@ -258,7 +260,7 @@ def test_widen_is_exact_for_halves_without_an_instruction(monkeypatch: pytest.Mo
     monkeypatch.setattr(vectors, "_has", lambda _context, _feature: False)
     widen = vectors.widen.__wrapped__("float16", 64)
 
-    @cpu_loop.compiled
+    @compiled
     def widened(source, target):
         for i in range(0, source.size, 64):
             widen(source[i:].ctypes.data, target[i:].ctypes.data)

@@ -605,7 +605,7 @@ class PackedKV:
             start=first_packed.clamp_min(0).int(),
             length=torch.full_like(start, end - self.first),
             softcap=call.softcap,
-            whole=whole if whole.keys.shape[2] else None,
+            full=whole if whole.keys.shape[2] else None,
             impl=layer.format.impl,
         ).unsqueeze(2)
 

@@ -27,7 +27,7 @@ from signlattice.models.loading import LoadedModel
 from signlattice.quantizers.base import StoredQuantizer
 from signlattice.quantizers.codec import KeyCodec
 
-SlidingLayers = Literal["whole", "packed"]
+SlidingLayers = Literal["full", "packed"]
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class CacheConfig:
     """Formats, windows and exempt layers of a `SignKeyCache`.
 
     Attributes:
-        key_format: "sign" of a codec; the others are what signs are compared with: "whole", "fp8"
+        key_format: "sign" of a codec; the others are what signs are compared with: "full", "fp8"
             (e4m3), "int8", "int4" and "int2" (after a randomised Hadamard rotation, a scale and a
             zero to a key).
-        value_format: "whole", "fp8", or "int8", "int4", "int2" with a scale and a zero to a value.
+        value_format: "full", "fp8", or "int8", "int4", "int2" with a scale and a zero to a value.
         window: latest tokens that a query reads in full precision, itself among them.
         sinks: first tokens of a sequence that stay in full precision for ever.
-        sliding: layers with a sliding window of their own: "whole", or "packed" (without sinks).
+        sliding: layers with a sliding window of their own: "full", or "packed" (without sinks).
         exempt: layers that keep everything whole, by index; -1 is the last.
         spare: tokens that can be removed (``crop``) without a trace; while the past is recorded, as
             speculative decoding does, it is all that were read since the last ``crop``.
@@ -61,7 +61,7 @@ class CacheConfig:
     value_format: ValueFormat = "int4"
     window: int = 60
     sinks: int = 4
-    sliding: SlidingLayers = "whole"
+    sliding: SlidingLayers = "full"
     exempt: tuple[int, ...] = ()
     spare: int = 16
     dtype: torch.dtype | None = None
@@ -92,7 +92,7 @@ class CacheStats:
         n_packed: keys (tokens × layers × heads × sequences) that the latest query read only through
             their code.
         parts: bytes that are allocated, by what they are for: "keys" and "values" packed, "window"
-            and "sinks" whole, "whole layers" that are not packed at all.
+            and "sinks" whole, "full-precision layers" that are not packed at all.
         expected: bytes of the packed layers by arithmetic (`memory.packed_cache_bytes`).
         fp16: bytes of the tokens that can be attended to, in 16 bits.
         packed_bits: bits to a coordinate of what is packed, scales and zeros counted.
@@ -183,7 +183,7 @@ class SignKeyCache(AttachedCache):
             if layer is not None and index in packed:
                 fmt = _layer_format(layer, config)
             elif layer is not None and config.dtype is not None:
-                fmt = LayerFormat("whole", "whole", 0, 0, config.spare, config.dtype, config.impl)
+                fmt = LayerFormat("full", "full", 0, 0, config.spare, config.dtype, config.impl)
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
                 continue
@@ -233,7 +233,7 @@ class SignKeyCache(AttachedCache):
 
     def stats(self) -> CacheStats:
         """Return what is in the cache now."""
-        parts = _zeros("keys", "values", "window", "sinks", "whole layers")
+        parts = _zeros("keys", "values", "window", "sinks", "full-precision layers")
         n_packed = expected = fp16 = batch = 0
         coordinates = _zeros("keys", "values")
         packed_bits = _zeros("keys", "values")
@@ -245,13 +245,13 @@ class SignKeyCache(AttachedCache):
             else:
                 kept = [getattr(layer, name, None) for name in ("keys", "values")]
                 tensors = [tensor for tensor in kept if tensor is not None]
-                parts["whole layers"] += sum(t.untyped_storage().nbytes() for t in tensors)
+                parts["full-precision layers"] += sum(t.untyped_storage().nbytes() for t in tensors)
                 fp16 += 2 * sum(tensor.numel() for tensor in tensors)
                 continue
             held = layer.weight()
             batch = held.batch
             if layer not in self.packed_layers:
-                parts["whole layers"] += held.n_bytes
+                parts["full-precision layers"] += held.n_bytes
                 fp16 += 2 * held.n_coordinates
                 continue
             n_packed += held.n_packed
@@ -293,8 +293,8 @@ class SignKeyCache(AttachedCache):
             f"{key} keys, {value} values",
             key_bits=key_bits,
             value_bits=_width(value, whole),
-            key_scale_bits=0 if key in ("sign", "whole", "fp8") else 32,
-            value_scale_bits=0 if value in ("whole", "fp8") else 32,
+            key_scale_bits=0 if key in ("sign", "full", "fp8") else 32,
+            value_scale_bits=0 if value in ("full", "fp8") else 32,
             window=layer.format.window + layer.format.spare,
             sinks=layer.format.sinks,
         )
@@ -335,7 +335,7 @@ def _layer_format(layer: AttentionLayer, config: CacheConfig) -> LayerFormat:
 
 
 def _width(fmt: str, whole: int) -> int:
-    return whole if fmt == "whole" else int(fmt.removeprefix("int").removeprefix("fp"))
+    return whole if fmt == "full" else int(fmt.removeprefix("int").removeprefix("fp"))
 
 
 def _bits(bits: dict[str, int], n: dict[str, int]) -> EffectiveBits:
@@ -362,7 +362,7 @@ def _packed_layers(
         )
     chosen: dict[int, StoredQuantizer | None] = {}
     for index, layer in owners.items():
-        if index in exempt or (layer.window is not None and config.sliding == "whole"):
+        if index in exempt or (layer.window is not None and config.sliding == "full"):
             continue
         if codes is None:
             chosen[index] = None

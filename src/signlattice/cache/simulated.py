@@ -38,7 +38,7 @@ class SimulatedCache(SignKeyCache):
         values: Codes | None = None,
         config: CacheConfig = CacheConfig(),
     ) -> None:
-        super().__init__(loaded, None, replace(config, key_format="whole", value_format="whole"))
+        super().__init__(loaded, None, replace(config, key_format="full", value_format="full"))
         keys, values = keys or {}, values or {}
         layers = {packed.layer.index: packed for packed in self.packed_layers}
         if wrong := sorted({*keys, *values} - set(layers)):
@@ -55,7 +55,9 @@ class SimulatedCache(SignKeyCache):
     def stats(self) -> CacheStats:
         """Return `SignKeyCache.stats`; ``expected`` is the same account, there is no other."""
         stats = super().stats()
-        packed = {name: size for name, size in stats.parts.items() if name != "whole layers"}
+        packed = {
+            name: size for name, size in stats.parts.items() if name != "full-precision layers"
+        }
         return replace(stats, expected=sum(packed.values()))
 
 

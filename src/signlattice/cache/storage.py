@@ -24,8 +24,8 @@ from signlattice.quantizers.scales import narrowed
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.fixed import srht
 
-ValueFormat = Literal["whole", "fp8", "int8", "int4", "int2"]
-KeyFormat = Literal["sign", "whole", "fp8", "int8", "int4", "int2"]
+ValueFormat = Literal["full", "fp8", "int8", "int4", "int2"]
+KeyFormat = Literal["sign", "full", "fp8", "int8", "int4", "int2"]
 VALUE_FORMATS: tuple[ValueFormat, ...] = get_args(ValueFormat)
 KEY_FORMATS: tuple[KeyFormat, ...] = get_args(KeyFormat)
 
@@ -293,7 +293,7 @@ class SimulatedStorage(Store):
 
 def value_storage(fmt: ValueFormat, dtype: torch.dtype) -> Store:
     """Return an empty store of values. Raises ``InputError`` on an unknown format."""
-    if fmt == "whole":
+    if fmt == "full":
         return FullPrecisionStorage(dtype)
     if fmt == "fp8":
         return FullPrecisionStorage(torch.float8_e4m3fn)

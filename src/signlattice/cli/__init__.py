@@ -26,7 +26,7 @@ from signlattice.cli.show import visible
 from signlattice.errors import InputError
 from signlattice.quantizers import registry
 
-VALUES = ("whole", "fp8", "int8", "int4", "int2")
+VALUES = ("full", "fp8", "int8", "int4", "int2")
 SCALES = ("unbiased", "mse", "norm")
 FETCHED = ("gemma-3-270m", "wiki")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

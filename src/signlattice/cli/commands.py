@@ -224,7 +224,7 @@ def evaluate(options: argparse.Namespace) -> Result:
     ours = [_cache_config(options, loaded, codec, values) for values in options.values]
     others = [replace(ours[0], key_format=f, value_format=f) for f in ("fp8", "int4", "int2")]
     fp16 = replace(
-        ours[0], key_format="whole", value_format="whole", window=0, sinks=0, dtype=torch.float16
+        ours[0], key_format="full", value_format="full", window=0, sinks=0, dtype=torch.float16
     )
     caches = {f"signs, {cache.value_format} values": cache for cache in ours} | {"fp16": fp16}
     caches |= {cache.key_format: cache for cache in others}
@@ -613,7 +613,7 @@ def _cache_config(
         value_format=values,
         window=options.window,
         sinks=options.sinks,
-        sliding="packed" if sliding else "whole",
+        sliding="packed" if sliding else "full",
         dtype=torch.float16 if loaded.model.dtype == torch.float32 else None,
     )
 

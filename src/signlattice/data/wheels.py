@@ -7,7 +7,6 @@ pip, which fetches it from whatever index it is set up for, and once more here.
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from signlattice.errors import InputError, IntegrityError
-from signlattice.io import CACHE_VARIABLE, check_writable, display_path
+from signlattice.io import CACHE_VARIABLE, check_free_space, check_writable, display_path
 
 BLOCK = 1 << 20
 """Bytes that are copied or hashed at once."""
@@ -139,14 +138,10 @@ def file_hash(file: Path) -> str:
 
 
 def check_room(folder: Path, n_bytes: int, what: str) -> None:
-    """Make the folder, and raise ``InputError`` if its disk has less than ``n_bytes`` free."""
+    """Raise ``InputError`` if the disk of a cache folder has less than ``n_bytes`` free."""
     check_writable(folder)
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        raise InputError(
-            f"{what} takes {n_bytes / 1e9:.3g} GB, {display_path(folder)} has {free / 1e9:.3g} GB "
-            f"free: make room, or set {CACHE_VARIABLE} to a folder on a larger disk"
-        )
+    remedy = f"set {CACHE_VARIABLE} to a folder on a larger disk"
+    check_free_space(folder, n_bytes, what, remedy)
 
 
 @contextmanager

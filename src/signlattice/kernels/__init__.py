@@ -194,7 +194,7 @@ def decode_attention(
     length: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    whole: FullPrecisionTokens | None = None,
+    full: FullPrecisionTokens | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Attention of one new token per sequence, ``query`` [B, Hq, D]: see `attention.reference`.
@@ -214,7 +214,7 @@ def decode_attention(
         start = torch.zeros(batch, dtype=torch.int32, device=query.device)
     if length is None:
         length = torch.full((batch,), room, dtype=torch.int32, device=query.device)
-    _check_attention(query, keys, rotation, values, start, length, whole)
+    _check_attention(query, keys, rotation, values, start, length, full)
     if window is not None and window < 1:
         raise InputError(f"window={window}: use 1 or more tokens, or None")
     if softcap is not None and not softcap > 0:
@@ -222,7 +222,7 @@ def decode_attention(
     if window is not None:
         start = torch.maximum(start, length - window)
     return _implementation("attention", impl, query).decode_attention(
-        query, keys, rotation, values, start, length, scaling, softcap, whole
+        query, keys, rotation, values, start, length, scaling, softcap, full
     )
 
 
@@ -233,7 +233,7 @@ def _check_attention(
     values: Tensor | PackedValues,
     start: Tensor,
     length: Tensor,
-    whole: FullPrecisionTokens | None,
+    full: FullPrecisionTokens | None,
 ) -> None:
     batch, n_queries, d = query.shape
     n_heads, room = keys.words.shape[1:3]
@@ -265,13 +265,13 @@ def _check_attention(
         ]
     else:
         expected.append(("values", values, (*cells, dv), _FLOATS))
-    if whole is not None:
-        _check_rank("whole keys", whole.keys, "[B, H, E, D]")
-        more = (batch, n_heads, whole.keys.shape[2])
+    if full is not None:
+        _check_rank("full-precision keys", full.keys, "[B, H, E, D]")
+        more = (batch, n_heads, full.keys.shape[2])
         expected += [
-            ("whole keys", whole.keys, (*more, d), _FLOATS),
-            ("whole values", whole.values, (*more, dv), (whole.keys.dtype,)),
-            ("whole length", whole.length, (batch,), (torch.int32,)),
+            ("full-precision keys", full.keys, (*more, d), _FLOATS),
+            ("full-precision values", full.values, (*more, dv), (full.keys.dtype,)),
+            ("full-precision length", full.length, (batch,), (torch.int32,)),
         ]
     for name, tensor, shape, dtypes in expected:
         _check_stored(name, tensor, shape, dtypes, query.device)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from signlattice import hub
 from signlattice.errors import InputError
-from signlattice.io import display_path
+from signlattice.io import check_free_space, display_path
 from signlattice.models import cost
 from signlattice.models.checkpoint import (
     check_files,
@@ -204,7 +203,9 @@ def preflight(
     parameters, active = _parameters(model)
     logits = context * config.vocab_size * (chosen.itemsize + 4)
     memory = parameters * chosen.itemsize + min(logits, LOGIT_BYTES)
-    _check_disk(name, to_fetch)
+    check_free_space(
+        Path(constants.HF_HUB_CACHE), to_fetch, name, "set HF_HUB_CACHE to a larger disk"
+    )
     _check_memory(name, memory, chosen, device_map)
     return Preflight(
         name,
@@ -360,18 +361,7 @@ def _key_groups(model: PreTrainedModel) -> tuple[tuple[int, int, int], ...]:
     return tuple((count, *shape) for shape, count in counts.items())
 
 
-# Checks of disk and memory.
-
-
-def _check_disk(name: str, needed: int) -> None:
-    cache = Path(constants.HF_HUB_CACHE)
-    there = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise InputError(
-            f"{name} is {needed / _GB:.3g} GB to fetch, {display_path(cache)} has "
-            f"{free / _GB:.3g} GB free: make room, or set HF_HUB_CACHE to a larger disk"
-        )
+# Memory.
 
 
 def _check_memory(name: str, needed: int, dtype: torch.dtype, device_map: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from typing import TYPE_CHECKING
 
 from signlattice.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class ModelSpec:
 
     def build(self) -> PreTrainedModel:
         """Build the untrained model; its weights follow torch's global seed."""
+        # here, not above: who only reads what the minis are waits seconds less
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         config = AutoConfig.for_model(
             self.model_type,
             vocab_size=self.vocab_size,

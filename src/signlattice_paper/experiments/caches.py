@@ -69,14 +69,14 @@ class Case:
 def cases(loaded: LoadedModel, config: CacheLabConfig) -> list[Case]:
     """All that is crossed for a model, the interesting first."""
     half = CacheConfig(
-        value_format="whole", window=config.window, sinks=config.sinks, dtype=torch.float16
+        value_format="full", window=config.window, sinks=config.sinks, dtype=torch.float16
     )
 
     def at(window: int, **changes) -> CacheConfig:
         sinks = config.sinks if window else 0
         return replace(half, window=window, sinks=sinks, **changes)
 
-    formats = ("whole", "int8", "int4", "int2")
+    formats = ("full", "int8", "int4", "int2")
     found = [
         Case("lattice", "unbiased", at(window, value_format=values), window in (0, config.window))
         for window in config.windows
@@ -96,11 +96,11 @@ def cases(loaded: LoadedModel, config: CacheLabConfig) -> list[Case]:
     found.append(Case("rotation", "unbiased", at(config.window, value_format="int4"), False))
     found += [
         Case("", "", at(window, key_format=fmt, value_format=fmt))
-        for fmt in ("whole", "fp8", "int8", "int4", "int2")
-        for window in ((0,) if fmt == "whole" else (0, config.window))
+        for fmt in ("full", "fp8", "int8", "int4", "int2")
+        for window in ((0,) if fmt == "full" else (0, config.window))
     ]
     found += [
-        Case("", "", at(config.window, key_format="whole", value_format=values), False)
+        Case("", "", at(config.window, key_format="full", value_format=values), False)
         for values in ("int4", "int2")
     ]
     found += [
@@ -219,5 +219,5 @@ def _calls(judge: Judge, codec: KeyCodec, config: CacheLabConfig) -> Row:
         "n_packed_at_once": stats[0].n_packed,
         "n_packed_token_by_token": stats[1].n_packed,
         "bytes": stats[1].n_bytes,
-        "expected_bytes": stats[1].expected + stats[1].parts["whole layers"],
+        "expected_bytes": stats[1].expected + stats[1].parts["full-precision layers"],
     }

@@ -226,4 +226,4 @@ def _attention_call(
         held.write(values, torch.zeros(batch, dtype=torch.int32))
     packed = _packed(keys, step.rotation, "torch", config)
     arguments = (step.query.to(dtype), packed, step.rotation, held, first, last)
-    return arguments, {"scaling": d**-0.5, "whole": whole}
+    return arguments, {"scaling": d**-0.5, "full": whole}

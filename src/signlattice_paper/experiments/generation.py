@@ -77,6 +77,6 @@ def growing_bytes(cache: AnyCache) -> int:
     """Count the bytes of the layers that grow with the text: all but those with a window."""
     if not isinstance(cache, DynamicCache):
         stats = cache.stats()
-        return stats.n_bytes - stats.parts["whole layers"]
+        return stats.n_bytes - stats.parts["full-precision layers"]
     layers = [layer for layer in cast(list[Any], cache.layers) if not layer.is_sliding]
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)

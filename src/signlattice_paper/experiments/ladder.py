@@ -149,7 +149,7 @@ def ladder_entries(loaded: LoadedModel, config: LadderConfig) -> list[LadderEntr
     here = "this library"
     pq = ProductQuantizer.fit
     found = [
-        _cached("fp16", "fp16 and FP8", "–", "whole", "whole", config, window=False),
+        _cached("fp16", "fp16 and FP8", "–", "full", "full", config, window=False),
         _cached("FP8", "fp16 and FP8", "e4m3", "fp8", "fp8", config, window=False),
         _cached("FP8, window", "fp16 and FP8", "e4m3", "fp8", "fp8", config),
         _cached("4 bits + Hadamard", "Hadamard", quarot, "int4", "int4", config),

@@ -156,12 +156,12 @@ def caches(config: LengthsConfig) -> dict[str, tuple[str, CacheConfig]]:
     for fmt in ("fp8", "int8", "int4", "int2"):
         listed[f"{fmt}, no window"] = ("", at(0, fmt, fmt))
     for fmt in ("int4", "int2"):
-        listed[f"K {fmt}"] = ("", at(w, fmt, "whole"))
-        listed[f"V {fmt}"] = ("", at(w, "whole", fmt))
+        listed[f"K {fmt}"] = ("", at(w, fmt, "full"))
+        listed[f"V {fmt}"] = ("", at(w, "full", fmt))
     for window in config.windows:
-        listed[f"K lattice, window {window}"] = ("lattice", at(window, "sign", "whole"))
+        listed[f"K lattice, window {window}"] = ("lattice", at(window, "sign", "full"))
     for window in (0, w):
-        listed[f"K rotation, window {window}"] = ("rotation", at(window, "sign", "whole"))
+        listed[f"K rotation, window {window}"] = ("rotation", at(window, "sign", "full"))
     return listed
 
 

@@ -34,7 +34,7 @@ from signlattice_paper.experiments.comparison import Comparison, ComparisonConfi
 from signlattice_paper.experiments.runner import Lab, Tables
 from signlattice_paper.records import Row
 
-KEYS = ("whole", "rotation", "lattice", "frame")
+KEYS = ("full", "rotation", "lattice", "frame")
 """How keys are read: as they are; as signs of a rotation learned on them, or of a lattice; or as
 signs in the same frame as the queries."""
 
@@ -98,9 +98,9 @@ class Case:
 
 def cases(config: QueriesConfig) -> list[Case]:
     """List all that is measured."""
-    found = [Case("whole", mean="dropped"), Case("whole", "own", mean="dropped")]
-    for keys in ("whole", "rotation", "lattice"):
-        if keys != "whole":
+    found = [Case("full", mean="dropped"), Case("full", "own", mean="dropped")]
+    for keys in ("full", "rotation", "lattice"):
+        if keys != "full":
             found.append(Case(keys, main=True))
         found += [
             Case(keys, frame, mean=mean, main=keys != "lattice" and mean == "in")
@@ -111,7 +111,7 @@ def cases(config: QueriesConfig) -> list[Case]:
     found += [Case("frame", frame, main=True) for frame in KV_FRAMES if frame != "keys"]
     return found + [
         Case(keys, frame, rule=rule)
-        for keys in ("whole", "rotation")
+        for keys in ("full", "rotation")
         for frame in ("keys", "own")
         for rule in ("mse", "norm")
     ]
@@ -148,7 +148,7 @@ class QueriesLab(Lab[QueriesConfig, Case]):
 
     def summarise(self, tables: Tables) -> Tables:
         """Assemble the tables of the record from those of all cases."""
-        whole = {"whole": 0.0}  # the gap of whole queries, by how keys are read
+        whole = {"full": 0.0}  # the gap of whole queries, by how keys are read
         whole |= {r["k"]: r["gap"] for r in tables["rows"] if not r["frame"] and r["mean"] == "in"}
         return {
             "exact": [self.comparison.exact_row()],
@@ -173,7 +173,7 @@ class QueriesLab(Lab[QueriesConfig, Case]):
         coded = "signed" if case.levels == 1 else "levels"
         return {
             "k": case.keys,
-            "q": coded if case.frame else "whole",
+            "q": coded if case.frame else "full",
             "frame": case.frame,
             "levels": case.levels if case.frame else None,
             "mean": case.mean,
@@ -185,7 +185,7 @@ class QueriesLab(Lab[QueriesConfig, Case]):
 
     def keys(self, case: Case) -> Codes:
         """Fit the code of each layer's keys, at the unbiased scale, means taken off."""
-        if case.keys == "whole":
+        if case.keys == "full":
             return {}
         if case.keys == "lattice":
             return {

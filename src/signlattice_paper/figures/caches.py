@@ -69,7 +69,7 @@ def fig_windows(records: Mapping[str, RunRecord], values: str = "int4") -> Figur
             rule="unbiased",
             values=values,
             exempt="[]",
-            sliding="whole",
+            sliding="full",
         )
         rows = [row for row in rows if row["sinks"] or not row["window"]]
         x = [row["window"] + row["sinks"] for row in rows]
@@ -112,7 +112,7 @@ def fig_growth(tokens: Sequence[int], sizes: Mapping[str, Sequence[int]]) -> Fig
 
 def _plain(row: Row) -> bool:
     """No exempt layer, no packed sliding layer; sinks where there is a window."""
-    ordinary = row["exempt"] == "[]" and row["sliding"] == "whole"
+    ordinary = row["exempt"] == "[]" and row["sliding"] == "full"
     return ordinary and bool(row["sinks"] or not row["window"])
 
 

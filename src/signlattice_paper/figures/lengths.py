@@ -53,7 +53,7 @@ def fig_pareto(record: RunRecord) -> Figure:
 
 def _shown(row: Row) -> bool:
     """Keys and values of the global layers alone are coded; no window, or that of most caches."""
-    coded = "whole" not in (row["keys"], row["values"]) and row["sliding"] == "whole"
+    coded = "full" not in (row["keys"], row["values"]) and row["sliding"] == "full"
     return coded and row["window"] in (0, 64)
 
 

@@ -23,7 +23,7 @@ FRAME_NAMES = {
     "own": "own of each head",
 }
 _KEYS = {
-    "whole": ("keys whole", "black", "o"),
+    "full": ("keys whole", "black", "o"),
     "rotation": ("keys signed, rotation", "blue", "s"),
     "lattice": ("keys signed, lattice", "green", "^"),
     "frame": ("keys signed in the same frame", "orange", "D"),
@@ -89,7 +89,7 @@ def fig_queries(records: Mapping[str, RunRecord], mean: str = "in") -> Figure:
 
 
 @styled
-def fig_query_heads(record: RunRecord, keys: str = "whole") -> Figure:
+def fig_query_heads(record: RunRecord, keys: str = "full") -> Figure:
     """Correlation of scores with the exact ones, per layer and KV head, by the queries' frame."""
     rows = [
         row

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from signlattice.errors import InputError
 from signlattice.kernels.attention import vectors
-from signlattice.kernels.attention.cpu_loop import LOG2E, as_bits, attend, compiled, merged, rows_of
+from signlattice.kernels.attention.cpu_loop import LOG2E, as_bits, attend, merged, rows_of
+from signlattice.kernels.compiled import compiled, entry
 from signlattice.kernels.layout import FullPrecisionTokens, PackedKeys, PackedValues
 
 LIMBS = {torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
@@ -68,7 +69,7 @@ def _fill_table(q, tables, limbs):
     return unit, zero
 
 
-@compiled
+@entry()
 def _fill_tables(queries, rotation, limbs, tables, unit, origin):
     # queries [B·H, G, D], rotation [H, D, D] -> tables [B·H, G, ...], unit and origin [B·H, G]
     rotated = np.empty(queries.shape[2], np.float32)
@@ -130,9 +131,9 @@ def decode_attention(
     length: Tensor,
     scaling: float,
     softcap: float | None = None,
-    whole: FullPrecisionTokens | None = None,
+    full: FullPrecisionTokens | None = None,
 ) -> Tensor:
-    """Compute `reference.decode_attention`, compiled at the first call for a head size and dtypes.
+    """Compute `reference.decode_attention`, compiled for a head size and dtypes once on a machine.
 
     As many threads as torch has share the tokens; calls at the same time are safe. Raises
     ``InputError`` on tensors that are not on the CPU.
@@ -150,8 +151,10 @@ def decode_attention(
     scale = rows_of(as_bits(keys.scale))
     dc = scale if keys.dc is None else rows_of(as_bits(keys.dc))
     along = rows_of(q.sum(-1) / d**0.5)
+    scorer = (d // 8, limbs, keys.dc is not None)
     parts, lse = attend(
-        _scorer(d // 8, limbs, keys.dc is not None),
+        _scorer(*scorer),
+        ("packed", *scorer),
         (rows_of(keys.words), scale, dc, tables, unit, origin, along),
         values,
         start,
@@ -159,22 +162,22 @@ def decode_attention(
         group,
         softcap,
     )
-    if whole is not None:
-        also, also_lse = _attend_whole(q, whole, softcap)
+    if full is not None:
+        also, also_lse = _attend_full(q, full, softcap)
         parts, lse = torch.cat((parts, also), 2), torch.cat((lse, also_lse), 2)
     return merged(parts, lse).flatten(1, 2).to(query.dtype)
 
 
-def _attend_whole(
-    q: Tensor, whole: FullPrecisionTokens, softcap: float | None
+def _attend_full(
+    q: Tensor, full: FullPrecisionTokens, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     # q [B, H, G, D], to give scores in log2 units -> as `attend`, one set
-    there = torch.arange(whole.keys.shape[2]) < whole.length[:, None]
-    scores = q @ whole.keys.float().mT
+    there = torch.arange(full.keys.shape[2]) < full.length[:, None]
+    scores = q @ full.keys.float().mT
     if softcap is not None:
         cap = softcap * LOG2E
         scores = cap * (scores / cap).tanh()
     scores = (scores / LOG2E).masked_fill(~there[:, None, None], -torch.inf)
     weights = scores.softmax(-1).masked_fill(~there[:, None, None], 0.0)
-    values = whole.values.float().masked_fill(~there[:, None, :, None], 0.0)
+    values = full.values.float().masked_fill(~there[:, None, :, None], 0.0)
     return (weights @ values).unsqueeze(2), (scores.logsumexp(-1) * LOG2E).unsqueeze(2)

@@ -7,14 +7,14 @@ values, the split over threads and the merge are here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from signlattice.kernels.attention import vectors
+from signlattice.kernels.compiled import compiled, entry
 from signlattice.kernels.cores import run_on_all_threads
 from signlattice.kernels.layout import PackedValues
 
@@ -31,10 +31,6 @@ LEAST_PIECE = 1024
 
 PIECES_PER_THREAD = 4
 """Into how many pieces a thread's share is cut: cores differ in speed, or have other work."""
-
-_MATH = {"contract", "reassoc", "nsz", "arcp"}
-compiled = functools.partial(njit, nogil=True, fastmath=_MATH, error_model="numpy")
-"""numba's compiler as every function of the CPU path is compiled: without the interpreter lock."""
 
 
 @compiled
@@ -143,13 +139,15 @@ def _reader(kind: str, dv: int) -> Callable[..., None]:
 
 
 @functools.cache
-def _loop(score: Callable[..., None], kind: str, dv: int, capped: bool) -> Callable[..., None]:
+def _loop(
+    score: Callable[..., None], made_of: Hashable, kind: str, dv: int, capped: bool
+) -> Callable[..., None]:
     """Return the loop for one kind of key, given what scores it, and one kind of value."""
     read = _reader(kind, dv)
     width = -(-dv // vectors.LANES) * vectors.LANES
     add_values = _value_adder(width)
 
-    @compiled
+    @entry(made_of, kind, dv, capped)
     def loop(piece, keys, values, cap, parts, lse):
         group = parts.shape[2]
         scores = np.empty((group, TILE), np.float32)
@@ -189,6 +187,7 @@ def _loop(score: Callable[..., None], kind: str, dv: int, capped: bool) -> Calla
 
 def attend(
     score: Callable[..., None],
+    made_of: Hashable,
     keys: tuple[np.ndarray, ...],
     values: Tensor | PackedValues,
     start: Tensor,
@@ -201,6 +200,7 @@ def attend(
     Args:
         score: a compiled ``score(keys, row, first, n, scores)`` that fills ``scores`` [G, TILE]
             for n tokens from ``first`` of KV head ``row`` of the B·H, before any cap.
+        made_of: tells ``score`` from every other one, as `entry` has it.
         keys: what ``score`` is given; values: [B, H, C, Dv], or packed; start, length: [B].
 
     Returns:
@@ -213,7 +213,7 @@ def attend(
     parts = torch.zeros(batch, n_heads, slots, group, dv)
     lse = torch.full((batch, n_heads, slots, group), -torch.inf)
     cap = np.float32(0 if softcap is None else softcap * LOG2E)
-    loop = _loop(score, kind, dv, softcap is not None)
+    loop = _loop(score, made_of, kind, dv, softcap is not None)
 
     left = iter(pieces)  # a list's iterator gives each piece to one thread
 

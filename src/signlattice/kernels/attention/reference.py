@@ -18,14 +18,14 @@ def decode_attention(
     length: Tensor,
     scaling: float,
     softcap: float | None = None,
-    whole: FullPrecisionTokens | None = None,
+    full: FullPrecisionTokens | None = None,
 ) -> Tensor:
-    """Attention of one new token per sequence, over packed keys and tokens kept whole.
+    """Attention of one new token per sequence, over packed keys and tokens kept in full precision.
 
     Scores are scaling · q·k̂ with k̂ as `dequantise` has it without its mean; with a cap,
-    softcap · tanh(score / softcap). A static mean adds the same to all scores and cancels, so whole
-    keys are to come without it too; under a cap it does not cancel, and keys are to be packed
-    without one. Computed in fp32, or fp64 for a fp64 query.
+    softcap · tanh(score / softcap). A static mean adds the same to all scores and cancels, so
+    keys in full precision are to come without it too; under a cap it does not cancel, and keys
+    are to be packed without one. Computed in fp32, or fp64 for a fp64 query.
 
     Args:
         query: [B, Hq, D], not rotated; Hq is a multiple of H.
@@ -37,7 +37,7 @@ def decode_attention(
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     return attention_in(
-        wide, query, keys, rotation, values, start, length, scaling, softcap, whole
+        wide, query, keys, rotation, values, start, length, scaling, softcap, full
     ).to(query.dtype)
 
 
@@ -51,7 +51,7 @@ def attention_in(
     length: Tensor,
     scaling: float,
     softcap: float | None = None,
-    whole: FullPrecisionTokens | None = None,
+    full: FullPrecisionTokens | None = None,
 ) -> Tensor:
     """`decode_attention` with every step in ``dtype``.
 
@@ -64,10 +64,10 @@ def attention_in(
     v = (values.read(wide) if isinstance(values, PackedValues) else values).to(dtype)
     t = torch.arange(k.shape[2], device=k.device)
     there = (t >= start[:, None]) & (t < length[:, None])
-    if whole is not None:
-        e = torch.arange(whole.keys.shape[2], device=k.device)
-        there = torch.cat((there, e < whole.length[:, None]), -1)
-        k, v = torch.cat((k, whole.keys.to(q)), 2), torch.cat((v, whole.values.to(q)), 2)
+    if full is not None:
+        e = torch.arange(full.keys.shape[2], device=k.device)
+        there = torch.cat((there, e < full.length[:, None]), -1)
+        k, v = torch.cat((k, full.keys.to(q)), 2), torch.cat((v, full.values.to(q)), 2)
     there = there[:, None, None]  # [B, 1, 1, C + E]
     scores = scaling * q @ k.mT  # [B, H, G, C + E]
     if softcap is not None:

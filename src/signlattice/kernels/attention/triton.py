@@ -22,7 +22,7 @@ LOG2E = 1.4426950408889634
 _PLANE_POWER = (15, 14, 12, 8, 0, 15, 14, 12)
 """log2 of what plane p of the query is scaled by; planes 5 to 7 sit where 0 to 2 do."""
 
-WHOLE_SPLIT = 256
+FULL_SPLIT = 256
 """Whole tokens that one program goes through."""
 
 
@@ -74,7 +74,7 @@ def _packed_scores(
 
 
 @triton.jit
-def _whole_scores(
+def _full_scores(
     query,
     keys,
     factor,
@@ -89,7 +89,7 @@ def _whole_scores(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Scores of keys kept whole, [TOKENS, GP] in log2 units.
+    # Scores of keys in full precision, [TOKENS, GP] in log2 units.
     part: tl.constexpr = 64 if DOT == tl.float32 and DP > 128 else DP  # registers hold no more
     g = tl.arange(0, GP)
     scores = tl.zeros([TOKENS, GP], tl.float32)
@@ -168,8 +168,8 @@ def _split(
     STAGES: tl.constexpr,
 ):
     # One program: a share of the tokens of one sequence and KV head, for its `group` queries.
-    # Keys are packed, or whole where there are no planes of a query; values are packed below 16
-    # bits. Absent tensors are None, and what would read them is not compiled.
+    # Keys are packed, or in full precision where there are no planes of a query; values are packed
+    # below 16 bits. Absent tensors are None, and what would read them is not compiled.
     bh, slot = tl.program_id(0), tl.program_id(1)
     b, row = bh // n_heads, bh.to(tl.int64)
     begin = tl.maximum(tl.load(start + b), 0)
@@ -187,7 +187,7 @@ def _split(
         there = (n >= begin) & (n < end)
         cell = row * capacity + n
         if planes is None:
-            scores = _whole_scores(
+            scores = _full_scores(
                 query, keys, factor, row, cell, there, group, D, DP, GP, TOKENS, DOT, PRECISION
             )
         else:
@@ -268,7 +268,7 @@ def decode_attention(
     length: Tensor,
     scaling: float,
     softcap: float | None = None,
-    whole: FullPrecisionTokens | None = None,
+    full: FullPrecisionTokens | None = None,
 ) -> Tensor:
     """Compute `reference.decode_attention`: one launch per kind of token, and one to merge."""
     batch, n_queries, d = query.shape
@@ -290,8 +290,8 @@ def decode_attention(
         dv, dtype = values.shape[-1], torch.promote_types(seen.dtype, stored.dtype)
     launch = plan(d, dv, group, dtype, value_bits=bits, fine=fine)
     n_packed = _n_splits(capacity, rows, launch.constants["TOKENS"], query.device)
-    n_whole = 0 if whole is None else triton.cdiv(whole.keys.shape[2], WHOLE_SPLIT)
-    slots = n_packed + n_whole
+    n_full = 0 if full is None else triton.cdiv(full.keys.shape[2], FULL_SPLIT)
+    slots = n_packed + n_full
     out = query.new_empty((rows, slots, group, dv), dtype=torch.float32)
     lse = query.new_empty((rows, slots, group), dtype=torch.float32)
     cap = None if softcap is None else softcap * LOG2E
@@ -319,11 +319,11 @@ def decode_attention(
             factor,
             cap,
         )
-    if whole is not None and n_whole:
-        k, v = interpreter_view(whole.keys), interpreter_view(whole.values)
+    if full is not None and n_full:
+        k, v = interpreter_view(full.keys), interpreter_view(full.values)
         launch = plan(d, dv, group, torch.promote_types(seen.dtype, k.dtype), packed=False)
         launch(
-            (rows, n_whole),
+            (rows, n_full),
             seen,
             None,
             None,
@@ -333,8 +333,8 @@ def decode_attention(
             v,
             None,
             None,
-            torch.zeros_like(whole.length),
-            whole.length,
+            torch.zeros_like(full.length),
+            full.length,
             out,
             lse,
             n_heads,
@@ -361,7 +361,7 @@ def plan(
     packed: bool = True,
     fine: bool = False,
 ) -> Launch:
-    """Return the launch for ``group`` query heads on one KV head; ``packed`` or whole keys."""
+    """Return the launch for ``group`` query heads on one KV head; ``packed`` keys or full ones."""
     words, side, planes = plane_shape(d)
     exact, wide = dtype == torch.float32, max(d, dv)
     # as much as registers and shared memory hold, 163 KB of it on the smallest of these GPUs
