@@ -20,12 +20,16 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import torch  # noqa: E402
 
+import call_arguments  # noqa: E402
+from call_arguments import calls  # noqa: E402
 from codec_files import flipped  # noqa: E402
 from command_lines import command_lines, told  # noqa: E402
 from edges import wrong  # noqa: E402
+from key_numbers import keys_of_any_size  # noqa: E402
+from mask_forms import masks_of_any_form  # noqa: E402
 from model_folders import damaged, damages, read  # noqa: E402
 from signlattice import KeyCodec  # noqa: E402
-from signlattice.models.loading import MODELS  # noqa: E402
+from signlattice.models.loading import MODELS, load_model  # noqa: E402
 
 Outcome = tuple[str, str | None]
 SECONDS = 240.0
@@ -60,7 +64,34 @@ def arguments(work: Path) -> Iterator[Outcome]:
         yield " ".join(line)[:80], told(line)
 
 
-KINDS: tuple[Callable[[Path], Iterator[Outcome]], ...] = (model_folders, codec_files, arguments)
+def calls_of_public_names(work: Path) -> Iterator[Outcome]:
+    """Calls of every public name with an argument of a wrong type, or a value of no use."""
+    loaded = load_model("olmoe-mini")
+    every = [case for name in call_arguments.good(loaded) for case in calls(loaded, name)]
+    for name, call in shuffled(every):
+        yield name, wrong(call)
+
+
+def numbers(work: Path) -> Iterator[Outcome]:
+    """Keys of any size, and ones that are no numbers, through every code and scale rule."""
+    for name, attempt in shuffled(keys_of_any_size()):
+        yield name, wrong(attempt)
+
+
+def masks(work: Path) -> Iterator[Outcome]:
+    """Masks of every form under a cache that rounds nothing, beside transformers' own."""
+    for name, attempt in shuffled(masks_of_any_form()):
+        yield name, wrong(attempt)
+
+
+KINDS: tuple[Callable[[Path], Iterator[Outcome]], ...] = (
+    model_folders,
+    codec_files,
+    arguments,
+    calls_of_public_names,
+    numbers,
+    masks,
+)
 
 
 def shuffled(cases) -> list:

@@ -810,9 +810,9 @@ def test_sign_key_cache_refuses_a_head_size_without_kernels_for_signs_alone():
         ({"value_format": "sign"}, "value_format='sign': choose one of full, fp8"),
         ({"sliding": "dropped"}, "sliding='dropped': choose one of full, packed"),
         ({"impl": "cuda"}, "impl='cuda': choose one of auto, torch"),
-        ({"window": -1}, "window=-1: use a whole number"),
-        ({"sinks": 2.5}, "sinks=2.5: use a whole number"),
-        ({"spare": None}, "spare=None: use a whole number"),
+        ({"window": -1}, "window=-1: use 0 or more"),
+        ({"sinks": 2.5}, "sinks=2.5: expected an integer"),
+        ({"spare": None}, "spare=None: expected an integer"),
     ],
 )
 def test_cache_config_refuses_wrong_settings(config, message):

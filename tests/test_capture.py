@@ -150,11 +150,11 @@ def test_open_bank_refuses_an_unfinished_or_incomplete_capture(loaded, tmp_path)
 
 
 def test_capture_refuses_an_unknown_stage_or_state(loaded):
-    with pytest.raises(InputError, match="'rope': use 'post_rope' or 'pre_rope'"):
+    with pytest.raises(InputError, match="stage='rope': choose one of post_rope, pre_rope"):
         with capture(loaded.model, "rope"):
             pass
     for states in ((), ("scores",), "keys"):
-        with pytest.raises(InputError, match="states=.*: give some of keys, queries, values"):
+        with pytest.raises(InputError, match="states=.*of keys, queries, values"):
             with capture(loaded.model, states=states):
                 pass
 

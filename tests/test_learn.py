@@ -493,7 +493,7 @@ def test_learn_rotations_by_kernels_of_a_gpu_find_the_same_lattice():
             {"held_out": heads_of(planted, 9, 16, 2)},
             r"held_out of shape \[2, 9, 16\]: expected \[3, M, 16\]",
         ),
-        (heads_of(planted, 99, 16), {"impl": "fast"}, "impl='fast': gradient has auto, torch"),
+        (heads_of(planted, 99, 16), {"impl": "fast"}, "impl='fast': choose one of auto, torch"),
         (heads_of(planted, 99, 16).double(), {"impl": "triton"}, "float64 keys: use impl='torch'"),
     ],
 )

@@ -34,7 +34,7 @@ CONFIG = SecondConfig(
     more_keys=2,
     window=8,
     sinks=2,
-    comparison=ComparisonConfig(n_fit=96, n_passages=2, n_heads_on=1, first_query=4),
+    comparison=ComparisonConfig(n_fit=400, n_passages=2, n_heads_on=1, first_query=4),
 )
 
 

@@ -21,7 +21,7 @@ import torch
 from scipy.special import betaln
 from torch import Tensor
 
-from signlattice.errors import InputError
+from signlattice.errors import InputError, checked
 
 __all__ = [
     "GAUSSIAN_BETA",
@@ -46,6 +46,7 @@ GAUSSIAN_MOMENT_RATIO = 2 / math.pi
 """(E|X|)^2 of a standard Gaussian: the floor of ``moment_ratio``."""
 
 
+@checked
 def cosine(y: Tensor) -> Tensor:
     """Cosine between each vector and its own sign vector, with sign(0) = +1.
 
@@ -80,6 +81,7 @@ def cosine(y: Tensor) -> Tensor:
     return y.abs().sum(-1) / (y.shape[-1] * y.square().sum(-1)).sqrt()
 
 
+@checked
 def beta(y: Tensor) -> float:
     """Mean cosine alignment over vectors: ``E[ ||y||_1 / (sqrt(d) ||y||_2) ]``.
 
@@ -100,6 +102,7 @@ def beta(y: Tensor) -> float:
     return cosine(y).mean(dtype=torch.float64).item()
 
 
+@checked
 def moment_ratio(y: Tensor) -> float:
     """``(E|K|)^2 / E[K^2]``, pooled over all coordinates of all vectors.
 
@@ -145,6 +148,7 @@ def residual_energy(cosine: Number) -> Number:
     return 1 - cosine**2
 
 
+@checked
 def haar_beta(d: int) -> float:
     """Return expected cosine of any fixed vector after a uniformly random rotation in dimension d.
 
@@ -185,6 +189,7 @@ def rank_ceiling(r: float) -> float:
     return math.sqrt(r) * math.exp(betaln(r / 2, 0.5)) / math.pi
 
 
+@checked
 def elliptical_ceiling(eigenvalues: Tensor | np.ndarray | Sequence[float]) -> float:
     """Return the largest beta any rotation can reach on centred elliptical keys.
 

@@ -13,7 +13,7 @@ from signlattice.data.corpus import Document
 from signlattice.data.texts import Text
 from signlattice.distributed.capture import capture_parts, split_batches
 from signlattice.distributed.workers import Workers
-from signlattice.errors import InputError, check_counts
+from signlattice.errors import InputError, check_counts, check_types, checked
 from signlattice.evaluation.heads import HeadQuality, fit_temperature, head_quality
 from signlattice.io import Progress, identity, no_progress
 from signlattice.kernels import HEAD_DIMS
@@ -25,7 +25,7 @@ from signlattice.quantizers import registry
 from signlattice.quantizers.base import CalibrationSet, StoredQuantizer
 from signlattice.quantizers.basis import LatticeConfig
 from signlattice.quantizers.codec import Calibration, KeyCodec
-from signlattice.quantizers.scales import SCALE_RULES, ScaleRule
+from signlattice.quantizers.scales import ScaleRule
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.config import LearnConfig
 
@@ -72,11 +72,8 @@ class CalibrationConfig:
     rotation: LearnConfig = LearnConfig()
 
     def __post_init__(self) -> None:
+        check_types(self)
         registry.check_name(self.code)
-        if self.scale_rule not in SCALE_RULES:
-            raise InputError(
-                f"scale_rule={self.scale_rule!r}: choose one of {', '.join(SCALE_RULES)}"
-            )
         check_counts(self, "keys_per_dim", "n_held_out", "batch_size")
 
 
@@ -99,6 +96,7 @@ def coded_layers(loaded: LoadedModel, config: CalibrationConfig) -> dict[int, At
     return found
 
 
+@checked
 def learn_codec(
     loaded: LoadedModel,
     text: Text,
@@ -228,6 +226,7 @@ def n_parts(loaded: LoadedModel, config: CalibrationConfig) -> int:
     return len(coded_layers(loaded, config)) + 2
 
 
+@checked
 def measure_codec(
     loaded: LoadedModel, codec: KeyCodec, pieces: Sequence[Passage], batch_size: int = 16
 ) -> dict[int, HeadQuality]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from transformers.cache_utils import (
 from signlattice.cache.attachment import AttachedCache
 from signlattice.cache.layer import LayerFormat, PackedLayer
 from signlattice.cache.masks import MaskCache
-from signlattice.cache.storage import KEY_FORMATS, PAGE, VALUE_FORMATS, KeyFormat, ValueFormat
-from signlattice.errors import InputError
+from signlattice.cache.storage import PAGE, KeyFormat, ValueFormat
+from signlattice.errors import InputError, check_counts, check_types, checked
 from signlattice.kernels import HEAD_DIMS, Impl
 from signlattice.memory import CacheFormat, EffectiveBits, packed_cache_bytes
 from signlattice.models.hooks import AttentionLayer, attention_layers, cacheable
@@ -68,19 +68,8 @@ class CacheConfig:
     impl: Impl = "auto"
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("key_format", KEY_FORMATS),
-            ("value_format", VALUE_FORMATS),
-            ("sliding", get_args(SlidingLayers)),
-            ("impl", get_args(Impl)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InputError(
-                    f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}"
-                )
-        for name in ("window", "sinks", "spare"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise InputError(f"{name}={getattr(self, name)!r}: use a whole number, 0 or more")
+        check_types(self)
+        check_counts(self, "window", "sinks", "spare", least=0)
 
 
 @dataclass(frozen=True)
@@ -159,6 +148,7 @@ class SignKeyCache(AttachedCache):
         True
     """
 
+    @checked
     def __init__(
         self,
         model: LoadedModel | PreTrainedModel,

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from signlattice import hub
 from signlattice.data import corpus, prose, wiki
 from signlattice.data.corpus import Document, Split
-from signlattice.errors import InputError, IntegrityError
+from signlattice.errors import InputError, IntegrityError, checked
 from signlattice.io import display_path, write_text
 
 PIECE = 8000
@@ -76,6 +76,7 @@ PACKAGED_TEXTS: dict[str, Callable[[Split], Iterable[Document]]] = {
 """Texts out of pinned packages, checked by their hashes: source code, docstrings, articles."""
 
 
+@checked
 def read_text(
     name: str | Path,
     *,

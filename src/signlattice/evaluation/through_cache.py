@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from signlattice.cache.sign_key_cache import CacheConfig, CacheStats, SignKeyCache
 from signlattice.data.corpus import Document
-from signlattice.errors import InputError
+from signlattice.errors import InputError, check_counts, check_types, checked
 from signlattice.evaluation.bootstrap import Interval, bootstrap
 from signlattice.evaluation.logits import (
     ExactStates,
@@ -77,10 +77,8 @@ class QualityConfig:
     step: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n_passages", "n_needles", "batch_size", "step"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value}: use 1 or more")
+        check_types(self)
+        check_counts(self, "n_passages", "n_needles", "batch_size", "step")
 
 
 @dataclass(frozen=True)
@@ -267,6 +265,7 @@ class Judge:
         (True, True)
     """
 
+    @checked
     def __init__(
         self,
         loaded: LoadedModel,
@@ -278,6 +277,7 @@ class Judge:
         self.loaded = loaded
         self.config = config
         self.every = every
+        check_counts(self, "every")
         self.pieces = full_windows(loaded, documents, config.n_passages)
         self._known = ExactStates()
         self.exact = cached_losses(

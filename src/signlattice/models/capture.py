@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from signlattice.errors import InputError, IntegrityError
+from signlattice.errors import InputError, IntegrityError, checked
 from signlattice.io import keep_json, keep_tensors, kept_json, kept_tensors
 from signlattice.models.hooks import AttentionInputs, attention_hook, attention_layers
 from signlattice.models.loading import LoadedModel
@@ -158,6 +158,7 @@ def join_banks(banks: Sequence[StateBank]) -> StateBank:
     return StateBank(banks[0].stage, parents.pop(), lengths=lengths, _shards=shards)
 
 
+@checked
 @contextmanager
 def capture(
     model: PreTrainedModel,
@@ -202,7 +203,7 @@ def capture(
         >>> bank.keys(0).shape[0], bank.keys(0).shape[2]  # heads, head_dim
         (4, 64)
     """
-    _check_capture(stage, states, folder)
+    _check_capture(states, folder)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     bank = StateBank(stage, folder, shard_tokens, dtype)
@@ -224,11 +225,9 @@ def capture(
     bank.close()
 
 
-def _check_capture(stage: str, states: Collection[str], folder: Path | None) -> None:
-    if stage not in get_args(Stage):
-        raise InputError(f"unknown stage {stage!r}: use 'post_rope' or 'pre_rope'")
-    if isinstance(states, str) or not states or not set(states) <= set(STATE_KINDS):
-        raise InputError(f"states={states!r}: give some of {', '.join(STATE_KINDS)} as a tuple")
+def _check_capture(states: Collection[str], folder: Path | None) -> None:
+    if not states:
+        raise InputError(f"states={states!r}: give some of {', '.join(STATE_KINDS)}")
     if folder is not None and (folder / "index.json").exists():
         raise InputError(f"{folder} holds a capture already: open_bank reads it, or use another")
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from signlattice import hub
-from signlattice.errors import InputError
+from signlattice.errors import InputError, checked
 from signlattice.io import check_free_space, display_path
 from signlattice.models import cost
 from signlattice.models.checkpoint import (
@@ -224,6 +224,7 @@ def preflight(
     )
 
 
+@checked
 def load_full(
     name: str,
     *,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from signlattice.errors import InputError, IntegrityError
+from signlattice.errors import InputError, IntegrityError, checked
 from signlattice.io import PROJECT, display_path
 from signlattice.models.checkpoint import (
     SAMPLE,
@@ -99,6 +99,7 @@ class LoadedModel:
             )
 
 
+@checked
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
     """Load a mini or a packaged model by name, or any decoder from its folder or GGUF file.
 
@@ -111,6 +112,12 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> LoadedMo
         >>> load_model("olmoe-mini").model.config.model_type
         'olmoe'
     """
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise InputError(
+            f"device={device!r}: no such device; use 'cpu', or 'cuda' on a machine with a GPU"
+        ) from None
     named = str(name) in MINIS
     folder = MODELS / str(name) if named else converted_folder(name) or Path(name)
     remedy = f"restore it with `git checkout {display_path(folder)}`"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from signlattice import kernels
 from signlattice.bits import unpack_signs
-from signlattice.errors import InputError
+from signlattice.errors import InputError, check_counts, check_types
 from signlattice.kernels import Impl
 
 Progress = Callable[[int, float], object]
@@ -58,8 +58,8 @@ class LatticeConfig:
     impl: Impl = "auto"
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise InputError(f"rounds={self.rounds}: use 1 or more")
+        check_types(self)
+        check_counts(self, "rounds")
         if not self.floor > 0:
             raise InputError(f"floor={self.floor}: use a number above 0")
 

@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from signlattice.errors import InputError
+from signlattice.errors import InputError, check_types
 
 __all__ = ["CENTERING_METHODS", "Centering", "CenteringMethod"]
 
@@ -57,6 +57,7 @@ class Centering:
     mean: Tensor | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_method(self.method)
         if (self.mean is not None) != (self.method == "token_mean"):
             given = "no mean" if self.mean is None else "a mean"

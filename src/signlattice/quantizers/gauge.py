@@ -22,7 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from signlattice.errors import InputError, check_counts
+from signlattice.errors import InputError, check_counts, check_types
 from signlattice.kernels import polar
 from signlattice.quantizers.base import Quantizer
 from signlattice.quantizers.centering import Centering
@@ -223,6 +223,7 @@ class DescentConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_counts(self, "steps", "batch")
         if not 0 < self.angle[1] <= self.angle[0]:
             raise InputError(f"angle={self.angle}: expected (from, to) with 0 < to <= from")

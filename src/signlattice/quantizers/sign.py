@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from signlattice.bits import n_packed_bytes, pack_signs, unpack_signs
-from signlattice.errors import InputError
+from signlattice.errors import InputError, check_types
 from signlattice.kernels import PackedKeys, nearest_signs
 from signlattice.quantizers.base import CalibrationSet, StoredQuantizer
 from signlattice.quantizers.centering import Centering
@@ -64,6 +64,7 @@ class SignQuantizer(StoredQuantizer):
     metric: Tensor | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.basis.ndim != 3 or self.basis.shape[1] != self.basis.shape[2]:
             raise InputError(f"basis of shape {list(self.basis.shape)}: expected [H, D, D]")
         if not self.n_heads:

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor
 
-from signlattice.errors import InputError
+from signlattice.errors import InputError, check_counts, check_types
 
 Solver = Literal["annealed", "itq", "gradient"]
 
@@ -83,21 +83,12 @@ class LearnConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
-        for name, known in (("solver", SOLVERS), ("initial", INITIALS)):
-            if getattr(self, name) not in known:
-                raise InputError(
-                    f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}"
-                )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise InputError(f"seed={self.seed!r}: expected an integer")
-        for name in ("steps", "warm_steps", "batch"):
-            if getattr(self, name) is not None:
-                self._check_count(name)
-        for name in ("polish_steps", "trace_every", "checkpoint_every"):
-            self._check_count(name)
+        check_types(self)
+        check_counts(self, "steps", "warm_steps", "batch")
+        check_counts(self, "polish_steps", "trace_every", "checkpoint_every")
         for name in ("temperature", "angle"):
             pair = getattr(self, name)
-            if len(pair) != 2 or not 0 < pair[1] <= pair[0] < math.inf:
+            if not 0 < pair[1] <= pair[0] < math.inf:
                 raise InputError(f"{name}={pair!r}: expected (from, to) with 0 < to <= from")
         if not 0 <= self.momentum < 1:
             raise InputError(f"momentum={self.momentum!r}: expected 0 or more and less than 1")
@@ -105,11 +96,6 @@ class LearnConfig:
             raise InputError(f"learning_rate={self.learning_rate!r}: expected more than 0")
         if not 0 <= self.tolerance < math.inf:
             raise InputError(f"tolerance={self.tolerance!r}: expected 0 or more")
-
-    def _check_count(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name}={value!r}: expected an integer of at least 1")
 
     def resolved(self, head_dim: int) -> LearnConfig:
         """Replace every None by what it stands for at this ``head_dim``."""

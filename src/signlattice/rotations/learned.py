@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from signlattice import kernels
-from signlattice.errors import InputError
+from signlattice.errors import InputError, checked
 from signlattice.io import check_writable
 from signlattice.kernels import Impl, polar
 from signlattice.rotations import checkpoint as checkpoints
@@ -41,6 +41,7 @@ from signlattice.rotations.solvers import (
 )
 
 
+@checked
 def learn_rotation(
     keys: Tensor,
     config: LearnConfig = LearnConfig(),
@@ -93,6 +94,7 @@ def learn_rotation(
     return _learned(task, progress, checkpoint)[0]
 
 
+@checked
 def learn_rotations(
     keys: Tensor,
     config: LearnConfig = LearnConfig(),
@@ -205,7 +207,7 @@ def _prepare(
             f"structureless keys in-sample beta exceeds held-out beta by about {gap:.2g}; "
             "judge by held-out keys",
             CalibrationWarning,
-            stacklevel=3,
+            stacklevel=4,  # whoever called `learn_rotations`, which is checked
         )
     unit, config = unit.view(-1, n, d), config.resolved(d)
     return _Task(_shuffled(unit, config.seed), held_out, config, impl, tuple(range(len(unit))))
