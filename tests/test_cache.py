@@ -135,7 +135,7 @@ def test_sign_key_cache_without_window_and_sinks_is_one_bit_attention(case):
     assert most(read(model, ids, cache, (30, 1, 1)), expected) < ROUNDED
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", thinned(MODELS, 2))
 def test_sign_key_cache_of_whole_formats_is_a_dynamic_cache(name):
     model, ids = tiny(name), tokens(2, 60)
     expected = read(model, ids, dynamic(model), (40, 10, 1))
@@ -174,7 +174,7 @@ def test_whole_formats_under_a_mask_of_four_axes_are_a_dynamic_cache(name, form,
     assert difference(logits(whole(model)), expected) < EXACT
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", thinned(MODELS, 2))
 def test_sign_key_cache_whose_window_holds_all_is_a_dynamic_cache(name):
     model, ids = tiny(name), tokens(2, 40)
     expected = read(model, ids, dynamic(model), (30, 1, 1))
@@ -255,7 +255,7 @@ def whole_bytes(model: PreTrainedModel, ids: Tensor) -> int:
 
 
 @pytest.mark.parametrize("sizes", thinned([(7, 40, 1, 1), (), (1,) * 30], 3))
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", thinned(MODELS, 2))
 def test_sign_key_cache_reads_a_sequence_alike_alone_and_padded_in_a_batch(name, sizes):
     model, ids, starts = tiny(name), tokens(9, 60), (0, 9, 31) * 3
     mask = (torch.arange(60) >= torch.tensor(starts)[:, None]).long()
@@ -410,7 +410,7 @@ def test_sign_key_cache_changes_its_batch_as_if_it_had_been_read_so(name, change
 # Taking tokens back.
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", thinned(MODELS, 2))
 def test_crop_leaves_no_trace_of_what_was_taken_back(name):
     model, ids, wrong = tiny(name), tokens(2, 60), tokens(2, 8, seed=9)
     cache = new_cache(model, spare=8)
@@ -444,7 +444,7 @@ def test_crop_after_recording_takes_back_any_number(name, sliding):
     assert difference(got, read(model, ids[:, 50:], expected, (1, 1, 1))) < EXACT
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", thinned(MODELS, 2))
 def test_crop_beyond_what_is_spare_removes_nothing_and_says_what_to_set(name):
     model, ids, more = tiny(name), tokens(2, 60), tokens(2, 5, seed=2)
     cache = new_cache(model)
@@ -727,7 +727,7 @@ def test_sign_key_cache_with_dc_centering_needs_no_mean_to_cancel(name):
     assert most(read(model, ids, cache(), (7, 40, 1)), read(model, ids, cache())) < ROUNDED
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", thinned(MODELS, 2))
 def test_sign_key_cache_leaves_the_model_as_it_was_without_it(name):
     model, ids = tiny(name), tokens(2, 40)
     alone, cached = model(ids, use_cache=False).logits, read(model, ids, dynamic(model), (30, 1))

@@ -195,6 +195,7 @@ def test_cli_generate_reads_stdin_draws_by_its_seed_and_says_if_nothing_was_pack
     assert "no key seen through its code" in texts[0]
 
 
+@pytest.mark.exhaustive
 def test_cli_bench_names_the_device_and_sets_torch_beside(capsys):
     found, _ = run(
         capsys,

@@ -76,6 +76,7 @@ def test_minis_are_all_in_the_models() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        (lambda r: r.update(schema=99), "is no record: schema 99"),
         (lambda r: r.update(weights_hash="0" * 64), "weights_hash is 000000000000…, now"),
         (lambda r: r.update(token_hash="1" * 64), "token_hash is 111111111111…, now"),
         (lambda r: r.update(token_hash=None), "token_hash is None, now"),
@@ -83,7 +84,6 @@ def test_minis_are_all_in_the_models() -> None:
         (lambda r: r["config"].pop("windows"), "config lacks windows, now 2"),
         (lambda r: r["config"].update(old=1), "config has old, which the lab has no more"),
         (lambda r: r.update(seeds=[0, 1]), "seeds is (0, 1), now (0,)"),
-        (lambda r: r.update(schema=99), "is no record: schema 99"),
         (lambda r: r.update(model="other"), "is the record of ablation/other"),
     ],
 )
