@@ -89,6 +89,19 @@ def summary(record: RunRecord) -> list[Row]:
     return rows
 
 
+def code_rows(lengths: RunRecord, peers: RunRecord) -> list[Row]:
+    """Return a row for each published code and two of ours at the length of ``peers``, by KL."""
+    columns = ("key_bits", "value_bits", "effective_bits", "gap", "kl")
+    tokens = peers.config["context"]
+    judged = {
+        f"{row['name']}{', centred' if row['centred'] else ''}": row for row in peers.table("peers")
+    }
+    for bits in (4, 2):
+        judged[f"ours, V {bits}"] = cache_row(lengths, f"lattice, V int{bits}", tokens)
+    rows = [{"name": name} | {key: row[key] for key in columns} for name, row in judged.items()]
+    return sorted(rows, key=lambda row: row["kl"])
+
+
 def _by_name(record: RunRecord) -> dict[tuple[object, object], Row]:
     return {(row["name"], row["tokens"]): row for row in record.table("caches")}
 
