@@ -1,15 +1,16 @@
-"""Codes of others on a real language model, as published and with the mean taken off the keys.
+"""Codes of others on a real language model, as published and with the freedoms of our own.
 
 A head's keys share a large vector. Codes that scale each token by itself, or take its signs, spend
-their bits on it unless it is taken off; ours take it off, so the others are given that as well. The
-windows are those of the lab *lengths* at the same length, and so are the tokens that stay whole.
+their bits on it unless it is taken off; ours take it off, so the others are given that as well. And
+ours are fitted to what queries see, so a product code and a scalar one are, too. The windows are
+those of the lab *lengths* at the same length, and so are the tokens that stay whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 from torch import Tensor
 
@@ -18,10 +19,12 @@ from signlattice.evaluation.through_cache import Judge
 from signlattice.models.passages import full_windows
 from signlattice.models.states import LayerStates, read_states
 from signlattice.quantizers.base import Quantizer
+from signlattice.quantizers.basis import LatticeConfig, query_metric
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.sign import SignQuantizer
 from signlattice.rotations.factory import rotate_heads
 from signlattice_paper.baselines.centred import Centred
+from signlattice_paper.baselines.metric import Allocated, Balanced, InMetric
 from signlattice_paper.baselines.nsnquant import NSNQuantLike
 from signlattice_paper.baselines.product import ProductQuantizer
 from signlattice_paper.baselines.rounding import Rounded
@@ -68,6 +71,7 @@ class Peer:
     """A code of keys and one of values by a published rule, and where it is from.
 
     ``centred``: the mean is taken off the keys first, which is not in the publication.
+    ``metric``: and the code is fitted in the metric of the queries.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Peer:
     keys: Rule
     values: Rule
     centred: bool = False
+    metric: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}{', centred' if self.centred else ''}"
@@ -85,6 +90,8 @@ def peers() -> list[Peer]:
     turbo, nsn = "Zandieh et al. 2025, arXiv 2504.19874", "Son et al. 2025, arXiv 2505.18231"
     kivi = "Liu et al. 2024, arXiv 2402.02750"
     product = "Jégou et al. 2011, doi 10.1109/TPAMI.2010.57"
+    balanced = "Ge et al. 2013, doi 10.1109/CVPR.2013.379, in our metric"
+    transform = "Goyal 2001, doi 10.1109/79.952802, in our metric"
     four = grouped(4)
     by_channel = unfitted(Rounded, bits_per_level=2, size=32, along="tokens")
     two = sized(TurboQuant, bits_per_level=2)
@@ -94,6 +101,8 @@ def peers() -> list[Peer]:
         Peer("NSNQuant-like 1, V 4", nsn, sized(NSNQuantLike, bits_per_level=1), four),
         Peer("SRHT signs, V 4", "this library", _srht_signs, four),
         Peer("PQ-1, V 4", product, ProductQuantizer.fit, four),
+        Peer("PQ-1 in the metric, V 4", balanced, _balanced_product, four, metric=True),
+        Peer("scalar 1 in the metric, V 4", transform, Allocated.fit, four, metric=True),
     ]
     # the others centre, or learn the mean
     return listed + [replace(peer, centred=True) for peer in listed if peer.source == turbo]
@@ -113,8 +122,7 @@ class PeersLab(Lab[PeersConfig, Peer]):
 
     def measure(self, case: Peer) -> Tables:
         """Measure a code and return its row."""
-        rule = partial(Centred.fit, rule=case.keys) if case.centred else case.keys
-        keys = {index: rule(states.keys) for index, states in self.states.items()}
+        keys = {index: self._fitted(case, states) for index, states in self.states.items()}
         values = {index: case.values(states.values) for index, states in self.states.items()}
         caches = ruled_cache(self.judge.loaded, keys, values, self.config.window, self.config.sinks)
         judged = self.judge.judged(caches.new_cache, with_needles=False)
@@ -125,6 +133,13 @@ class PeersLab(Lab[PeersConfig, Peer]):
             "static_bytes": caches.static_bytes,
         }
         return {"peers": [row | judged]}
+
+    def _fitted(self, case: Peer, states: LayerStates) -> Quantizer:
+        if case.metric:
+            queries, n_heads = list(states.queries.values()), len(states.keys)
+            metric = query_metric(queries, n_heads, LatticeConfig())
+            return InMetric.fit(states.keys, metric, case.keys)
+        return Centred.fit(states.keys, case.keys) if case.centred else case.keys(states.keys)
 
     def summarise(self, tables: Tables) -> Tables:
         """Add what exact attention reads."""
@@ -144,6 +159,10 @@ class PeersLab(Lab[PeersConfig, Peer]):
         loaded = self.judge.loaded
         pieces = full_windows(loaded, self.text.calibration, self.config.fit_windows)
         return read_states(loaded, pieces, batch_size=1)
+
+
+def _balanced_product(vectors: Tensor) -> Quantizer:
+    return Balanced.fit(vectors, ProductQuantizer.fit)
 
 
 def _srht_signs(keys: Tensor) -> Quantizer:

@@ -32,8 +32,8 @@ def fig_floor(rows: Sequence[Row], deviation: float) -> Figure:
     )
     axes.axhline(GAUSSIAN_BETA, color=COLOURS["black"], ls=":", lw=1.2, label="limit √(2/π)")
     dims = [row["d"] for row in rows]
-    fine = np.geomspace(min(dims), max(dims), 200)
-    axes.plot(fine, [haar_beta(d) for d in fine], color=COLOURS["grey"], label="closed form")
+    fine = np.unique(np.geomspace(min(dims), max(dims), 200).round().astype(int))
+    axes.plot(fine, [haar_beta(int(d)) for d in fine], color=COLOURS["grey"], label="closed form")
     marks = (
         ("srht", "Gaussian keys, SRHT", "blue", "o", 0.98),
         ("haar", "one-hot keys, Haar", "vermilion", "s", 1.02),
