@@ -36,7 +36,7 @@ STAMP    := .venv/.installed
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 BENCHES  := $(sort $(wildcard benchmarks/bench_*.py))
 
-.PHONY: help book html pdf records check-records check-book check-readme lab gemma estimate lint test test-all test-gpu test-browser cross-compile twice bench probe lock clean
+.PHONY: help book html pdf records check-records check-book test-slow lab gemma estimate lint test test-all test-gpu test-browser cross-compile twice bench probe lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -88,8 +88,8 @@ test-all: $(STAMP) check-book ## the same with every case of the large products,
 check-book: $(STAMP) ## execute the chapters, and compare what they give with the outputs that they show
 	$(PYTEST) $(CHAPTERS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 
-check-readme: $(STAMP) ## the commands of the README, as they are written, from a model to a judgement
-	$(BIN)/python -m pytest tests/test_readme.py -m exhaustive
+test-slow: $(STAMP) ## whole commands and processes: an installation, the README's commands, workers, memory
+	$(PYTEST) $(TESTS) -m slow
 
 check-records: $(STAMP) records ## that the committed records say what the book says of them
 	$(BIN)/python -m pytest tests/test_findings.py

@@ -193,7 +193,7 @@ def prepare_share(folder: Path, text: Text, scratch: Path) -> None:
         prepare(short(folder), text, CONFIG, scratch, workers=workers)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_prepare_by_two_processes_leaves_the_files_of_one(whole, gemma_folder, text, tmp_path):
     assert run_workers(2, prepare_share, gemma_folder, text, tmp_path) == [0, 0]
     (alone,), (shared,) = whole[1].iterdir(), tmp_path.iterdir()

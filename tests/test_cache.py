@@ -683,6 +683,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is read from /proc")
+@pytest.mark.slow
 def test_packed_layer_grows_the_process_by_as_much_as_is_counted():
     """Resident memory of a process that reads 64 MB and more of keys and values into one layer."""
     paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])

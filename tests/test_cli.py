@@ -195,7 +195,7 @@ def test_cli_generate_reads_stdin_draws_by_its_seed_and_says_if_nothing_was_pack
     assert "no key seen through its code" in texts[0]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_cli_bench_names_the_device_and_sets_torch_beside(capsys):
     found, _ = run(
         capsys,
@@ -463,6 +463,7 @@ def test_main_takes_a_reader_that_has_read_enough_for_a_success(learned, argumen
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_main_goes_on_when_nobody_reads_its_progress(llama_folder, own_text, tmp_path):
     file = tmp_path / "codec.safetensors"
     learn = ("learn", llama_folder, "--text", own_text, "--keys-per-dim", 16, "-o", file)

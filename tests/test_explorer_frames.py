@@ -188,7 +188,7 @@ def test_frame_slider_refuses_what_cannot_be_read(frames, options, message) -> N
         frame_slider(frames, **{"description": "height"} | options)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_frame_slider_leaves_a_notebook_the_same_file_after_each_run(tmp_path: Path) -> None:
     source = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"

@@ -88,7 +88,7 @@ def test_architectures_lab_goes_by_one_command_from_a_checkpoint_to_a_record(pro
     assert (project / "scratch/codecs/tiny.safetensors").is_file()
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_architectures_lab_tells_what_is_wrong_before_the_work_starts(project):
     shard = sorted((project / "tiny").glob("model-*"))[0]
     shard.write_bytes(shard.read_bytes()[:-1])

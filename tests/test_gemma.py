@@ -1,7 +1,7 @@
-"""The real model, where it was fetched: that it loads, reads, and has the keys that are recorded.
+"""The real model: that it loads, reads, and has the keys that are recorded.
 
-`make test-all` fetches it, if the package index has it. Without it these tests are skipped, and
-say so.
+`make test-slow` fetches it and its text once, if the package index has them. Without them these
+tests are skipped, and say so.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import pytest
 
 from signlattice.alignment import beta
 from signlattice.data.texts import read_text
+from signlattice.data.wiki import fetch_dump
 from signlattice.errors import InputError, IntegrityError
 from signlattice.evaluation.perplexity import token_losses
 from signlattice.models.capture import capture_passages
-from signlattice.models.gguf import GEMMA_3_270M, converted_folder, fetch_model
+from signlattice.models.gguf import GEMMA_3_270M, fetch_model
 from signlattice.models.loading import LoadedModel, load_model
 from signlattice.models.passages import full_windows
 
@@ -26,13 +27,14 @@ CONTEXT = 512
 PERPLEXITY, BETA_RAW, BETA_CENTRED = 12.0974, 0.419046, 0.448457
 
 
-@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.exhaustive)])
-def gemma(request: pytest.FixtureRequest) -> LoadedModel:
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def gemma() -> LoadedModel:
     try:
-        if request.param:
-            fetch_model(GEMMA_3_270M.name)
-        converted_folder(GEMMA_3_270M.name)
-        read_text("wiki")
+        fetch_model(GEMMA_3_270M.name)
+        fetch_dump()
     except IntegrityError:
         raise
     except InputError as error:

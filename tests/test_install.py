@@ -54,6 +54,7 @@ def run(installed: Path, *arguments: str, **variables: str) -> subprocess.Comple
     )
 
 
+@pytest.mark.slow
 def test_installation_loads_a_mini_and_a_record_from_any_folder(installed: Path) -> None:
     code = """
 import signlattice, signlattice_paper
@@ -73,6 +74,7 @@ print(len(records.every()))
     assert int(n_records) == len(list((ROOT / "results").glob("*/*.json")))
 
 
+@pytest.mark.slow
 def test_installation_runs_the_command_line(installed: Path) -> None:
     codec = installed / "signlattice" / "home" / "models" / "olmoe-mini" / "lattice.safetensors"
     assert run(installed, "-m", "signlattice", "--version").stdout.startswith("signlattice ")
@@ -81,6 +83,7 @@ def test_installation_runs_the_command_line(installed: Path) -> None:
     assert json.loads(done.stdout)["layers"]
 
 
+@pytest.mark.slow
 def test_installation_is_typed_and_declares_its_commands(installed: Path) -> None:
     assert (installed / "signlattice" / "py.typed").is_file()
     assert (installed / "signlattice_paper" / "py.typed").is_file()
@@ -89,6 +92,7 @@ def test_installation_is_typed_and_declares_its_commands(installed: Path) -> Non
     assert commands["signlattice"].group == "console_scripts"
 
 
+@pytest.mark.slow
 def test_installation_says_that_claims_need_a_checkout(installed: Path) -> None:
     code = "from signlattice_paper.claims import load_claims; print(len(load_claims()))"
     done = run(installed, "-c", code)

@@ -138,6 +138,7 @@ print(json.dumps([peak() - before, 4 * context * 65536, row["kl"]]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the peak of memory is asked for otherwise")
+@pytest.mark.slow
 def test_judge_holds_no_window_of_logits():
     """At 8192 tokens of a vocabulary of 262,144 a window's logits would take 8.6 GB."""
     # whatever has 64 KB or more goes back to the system as soon as it is free

@@ -62,7 +62,7 @@ def test_readme_cache_in_five_lines_packs_keys(monkeypatch: pytest.MonkeyPatch) 
     assert stats.n_packed > 0 and stats.n_tokens == names["text"].shape[1] - 1
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_readme_three_commands_go_from_a_model_to_a_judgement(tmp_path: Path) -> None:
     """As they are written, in an empty folder."""
     found = Path(sys.executable).with_name("signlattice")

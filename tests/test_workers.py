@@ -87,7 +87,7 @@ def alone(llama_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_cli_learn_writes_the_same_file_by_any_number_of_processes(
     count, alone, llama_folder, text, tmp_path
 ):
@@ -99,6 +99,7 @@ def test_cli_learn_writes_the_same_file_by_any_number_of_processes(
     assert "codec.safetensors" in said[0] and not any(said[1:]), "one process reports"
 
 
+@pytest.mark.slow
 def test_cli_learn_resumes_by_another_number_of_processes(alone, llama_folder, text, tmp_path):
     output = tmp_path / "codec.safetensors"
     codes = run_workers(3, learn_until_one_is_killed, llama_folder, text, output)
@@ -114,6 +115,7 @@ def test_learn_codec_shared_needs_a_folder():
         calibration.learn_codec_shared(Workers(0, 2), None, None)
 
 
+@pytest.mark.slow
 def test_workers_all_end_with_the_message_of_the_one_that_fails(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

@@ -240,7 +240,7 @@ def test_lookup_sums_are_given_by_every_way_to_look_up(
     np.testing.assert_array_equal(out, (each.sum(0) - 9).astype(np.float32))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_decode_attention_is_the_same_with_no_vector_instructions(tmp_path: Path) -> None:
     arguments = _arguments((16, 5, FP16, 16, 20.0, True), 150, [0], [150])
     torch.save((arguments, cpu.decode_attention(*arguments)), tmp_path / "case.pt")
