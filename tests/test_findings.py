@@ -751,3 +751,14 @@ def test_sensitivity_record_has_few_keys_make_the_papers_beta_of_anything(name):
     row = tables.select(table, code="rotation", setting="1")[0]
     assert row["beta_in_sample"] > 0.965 and row["null_in_sample"] > 0.965
     assert row["beta"] < 0.83
+
+
+def test_peers_record_has_the_metric_and_not_our_code_as_what_keeps_one_bit_keys_useful():
+    """Fitted to what queries see, other codes of one bit are as near to exact attention as ours."""
+    rows = {
+        row["name"]: row for row in real_model.code_rows(real_model.lengths(), real_model.peers())
+    }
+    ours, product = rows["ours, V 4"], rows["PQ-1 in the metric, V 4"]
+    assert product["kl"] < 1.1 * ours["kl"] and product["effective_bits"] <= ours["effective_bits"]
+    assert rows["scalar 1 in the metric, V 4"]["kl"] < 1.3 * ours["kl"]
+    assert product["kl"] < 0.5 * rows["PQ-1, V 4"]["kl"]
