@@ -169,6 +169,19 @@ def test_nearest_signs_on_a_processor_are_those_of_the_reference(d, shape, passe
     assert_found(got, correlations, gram, passes)
 
 
+def test_nearest_signs_on_a_processor_add_up_in_the_order_of_the_reference():
+    """Of many vectors, since another order of four terms changes one sign in some ten thousand."""
+    torch.manual_seed(1001)
+    correlations, gram = problem(2, 3, 400, 128)
+    got = kernels.nearest_signs(correlations, gram, passes=2, impl="cpu")
+    assert_found(got, correlations, gram, 2)
+    torch.manual_seed(1001)
+    for d in kernels.HEAD_DIMS:  # the last has such a vector
+        correlations, gram = problem(2, 3, 41, d)
+    got = kernels.nearest_signs(correlations, gram, passes=2, impl="cpu")
+    assert_found(got, correlations, gram, 2)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_nearest_signs_share_the_vectors_among_threads(threads, monkeypatch):
     correlations, gram = problem(2, 3, 41, 32)
