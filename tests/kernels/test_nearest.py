@@ -169,15 +169,11 @@ def test_nearest_signs_on_a_processor_are_those_of_the_reference(d, shape, passe
     assert_found(got, correlations, gram, passes)
 
 
-def test_nearest_signs_on_a_processor_add_up_in_the_order_of_the_reference():
-    """Of many vectors, since another order of four terms changes one sign in some ten thousand."""
-    torch.manual_seed(1001)
-    correlations, gram = problem(2, 3, 400, 128)
-    got = kernels.nearest_signs(correlations, gram, passes=2, impl="cpu")
-    assert_found(got, correlations, gram, 2)
-    torch.manual_seed(1001)
-    for d in kernels.HEAD_DIMS:  # the last has such a vector
-        correlations, gram = problem(2, 3, 41, d)
+@pytest.mark.parametrize(("seed", "shape"), [(1001, (2, 3, 41)), (180, (1, 1, 300))])
+def test_nearest_signs_on_a_processor_add_up_in_the_order_of_the_reference(seed, shape):
+    """In each a vector has a sum within 1e-6 of zero: another order of terms changes its sign."""
+    torch.manual_seed(seed)
+    correlations, gram = problem(*shape, 512)
     got = kernels.nearest_signs(correlations, gram, passes=2, impl="cpu")
     assert_found(got, correlations, gram, 2)
 

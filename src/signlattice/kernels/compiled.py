@@ -18,8 +18,11 @@ compiled = functools.partial(njit, nogil=True, fastmath=_MATH, error_model="nump
 """Compile a function that others call: without the interpreter lock, once in a process."""
 
 
-rounded_as_written = functools.partial(njit, nogil=True, error_model="numpy")
-"""The same, with every sum in the order of its source: for what is compared to the bit."""
+rounded_as_written = functools.partial(njit, nogil=True, fastmath=False, error_model="numpy")
+"""The same, with every sum in the order of its source: for what is compared to the bit.
+
+Without a word on it, a function takes on the ``fastmath`` of the one that it is compiled for.
+"""
 
 
 class _EntryCache(FunctionCache):
@@ -42,8 +45,7 @@ def entry(*made_of: Hashable) -> Callable[[Callable], Any]:
 
     ``made_of``: all that two functions made in the same place differ in, and sources beside those
     of the kernels. What was compiled lies where numba keeps such things: beside the source, in the
-    user's cache, or in ``NUMBA_CACHE_DIR``. It may round otherwise than what was just compiled: not
-    for what is compared to the bit. Where none can be written, each process compiles.
+    user's cache, or in ``NUMBA_CACHE_DIR``. Where none can be written, each process compiles.
     """
 
     def decorate(function: Callable) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from signlattice.errors import InputError
 from signlattice.kernels.attention.cpu_loop import rows_of
-from signlattice.kernels.compiled import compiled, rounded_as_written
+from signlattice.kernels.compiled import compiled, entry, rounded_as_written
 from signlattice.kernels.cores import run_on_all_threads
 
 TILE = 16
@@ -78,7 +78,7 @@ def _pack(signs, words):
         words[w] = word
 
 
-@compiled  # no `entry`: what numba keeps on disk rounds otherwise than what it has just compiled
+@entry()
 def _run(correlations, gram, passes, first, end, words, along, length):
     # vectors first to end of the B·H·T, in tiles that do not reach over from one head to another
     _, n_tokens, d = correlations.shape
@@ -95,7 +95,7 @@ def _run(correlations, gram, passes, first, end, words, along, length):
 
 
 def nearest_signs(correlations: Tensor, gram: Tensor, passes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `reference.nearest_signs`, with the same signs, compiled at the first call.
+    """Compute `reference.nearest_signs`, with the same signs, compiled once on a machine.
 
     As many threads as torch has share the vectors. Raises ``InputError`` on tensors that are not on
     the CPU.
