@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -89,7 +90,8 @@ def test_principal_frame_has_the_metric_as_its_norm_and_axes_without_correlation
 )
 def test_in_metric_makes_the_error_of_scores_less_at_the_same_bits(rule):
     keys, metric = keys_and_metric()
-    ours, plain = InMetric.fit(keys, metric, rule), Centred.fit(keys, ProductQuantizer.fit)
+    in_metric = partial(InMetric.fit, metric=metric, rule=rule)
+    ours, plain = (Centred.fit(keys, each) for each in (in_metric, ProductQuantizer.fit))
     assert ours.bits == plain.bits == 1
     assert ours.static_bytes > 4 * 2 * 32 + 2 * 32 * 32
     assert score_error(ours, keys, metric) < 0.5 * score_error(plain, keys, metric)

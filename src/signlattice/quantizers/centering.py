@@ -58,7 +58,6 @@ class Centering:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_method(self.method)
         if (self.mean is not None) != (self.method == "token_mean"):
             given = "no mean" if self.mean is None else "a mean"
             raise InputError(

@@ -21,7 +21,6 @@ from signlattice.quantizers.base import CalibrationSet, StoredQuantizer
 from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.scales import (
     ScaleRule,
-    check_rule,
     norm_product,
     scale_of,
     shrunk,
@@ -70,7 +69,6 @@ class SignQuantizer(StoredQuantizer):
         if not self.n_heads:
             raise InputError("a basis of no head: expected [H, D, D], H 1 or more")
         n_packed_bytes(self.head_dim)
-        check_rule(self.scale_rule)
         if self.temperature is not None and self.temperature.shape != self.basis.shape[:1]:
             raise InputError(
                 f"temperature of shape {list(self.temperature.shape)}: expected [{self.n_heads}]"

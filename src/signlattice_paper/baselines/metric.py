@@ -15,46 +15,41 @@ from torch import Tensor
 
 from signlattice.errors import InputError
 from signlattice.quantizers.base import Quantizer
-from signlattice.quantizers.centering import Centering
 from signlattice.quantizers.levels import gaussian_levels
 from signlattice_paper.baselines.product import PIECE
 
 
 @dataclass(frozen=True, eq=False)
 class InMetric(Quantizer):
-    """Code keys less their mean in a frame [H, D, D], which is inverted to read them."""
+    """Code vectors in a frame [H, D, D], which is inverted to read them."""
 
     inner: Quantizer
-    centering: Centering
     frame: Tensor
 
     @classmethod
-    def fit(cls, keys: Tensor, metric: Tensor, rule: Callable[[Tensor], Quantizer]) -> InMetric:
-        """Fit a code to calibration keys [H, N, D] in the frame of `principal_frame`."""
-        centering = Centering.fit(keys, "token_mean")
-        centred = centering.split(keys)[0]
-        frame = principal_frame(centred, metric)
-        return cls(rule(centred @ frame), centering, frame)
+    def fit(cls, vectors: Tensor, metric: Tensor, rule: Callable[[Tensor], Quantizer]) -> InMetric:
+        """Fit a code to centred calibration keys [H, N, D] in the frame of `principal_frame`."""
+        frame = principal_frame(vectors, metric)
+        return cls(rule(vectors @ frame), frame)
 
     @property
     def bits(self) -> float:
-        """Bits of the code: mean and frame are stored once."""
+        """Bits of the code: the frame is stored once."""
         return self.inner.bits
 
     @property
     def static_bytes(self) -> int:
-        """Bytes of the code's own, of the mean, and of the frame at eight bits a number."""
-        return self.inner.static_bytes + self.centering.n_bytes + self.frame.numel()
+        """Bytes of the code's own, and of the frame at eight bits a number."""
+        return self.inner.static_bytes + self.frame.numel()
 
     def to(self, device: torch.device) -> InMetric:
         """Return the quantizer on another device."""
-        return InMetric(self.inner.to(device), self.centering, self.frame.to(device))
+        return InMetric(self.inner.to(device), self.frame.to(device))
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """Encode and decode, see `Quantizer.reconstruct`."""
-        centred, offset = self.centering.split(vectors.float())
-        decoded = self.inner.reconstruct(centred @ self.frame)
-        return self.centering.join(torch.linalg.solve(self.frame, decoded, left=False), offset)
+        decoded = self.inner.reconstruct(vectors.float() @ self.frame)
+        return torch.linalg.solve(self.frame, decoded, left=False)
 
 
 def principal_frame(centred: Tensor, metric: Tensor) -> Tensor:

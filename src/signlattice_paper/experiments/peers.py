@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from torch import Tensor
 
@@ -71,7 +71,7 @@ class Peer:
     """A code of keys and one of values by a published rule, and where it is from.
 
     ``centred``: the mean is taken off the keys first, which is not in the publication.
-    ``metric``: and the code is fitted in the metric of the queries.
+    ``metric``: the same, and the code is fitted in the metric of the queries.
     """
 
     name: str
@@ -135,11 +135,13 @@ class PeersLab(Lab[PeersConfig, Peer]):
         return {"peers": [row | judged]}
 
     def _fitted(self, case: Peer, states: LayerStates) -> Quantizer:
+        rule = case.keys
         if case.metric:
             queries, n_heads = list(states.queries.values()), len(states.keys)
             metric = query_metric(queries, n_heads, LatticeConfig())
-            return InMetric.fit(states.keys, metric, case.keys)
-        return Centred.fit(states.keys, case.keys) if case.centred else case.keys(states.keys)
+            rule = partial(InMetric.fit, metric=metric, rule=case.keys)
+        centred = case.centred or case.metric
+        return Centred.fit(states.keys, rule) if centred else rule(states.keys)
 
     def summarise(self, tables: Tables) -> Tables:
         """Add what exact attention reads."""
